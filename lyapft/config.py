@@ -1,0 +1,329 @@
+"""Typed schema of a cell, cross-field validation and cell identity.
+
+Nothing here imports torch: `train.py --help` and shell completion stay quick. One dataclass per group of `conf/`; a choice that
+needs more fields than its group has a subclass. Every class is stored in Hydra's ConfigStore under `schema/<group>/<name>`,
+and the YAML files of `conf/` extend it, so a misspelt key or a wrong type is refused before anything runs.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from lyapft.errors import InputError
+
+
+@dataclass
+class ModelConfig:
+    """A backbone: where its weights and tokenizer come from, and the learning rates tuned for it."""
+
+    name: str = MISSING
+    path: str | None = None  # a folder or a hub name; null = the checkpoint shipped with lyapft
+    tokenizer: str | None = None  # a folder or a hub name; null = the one beside the weights
+    init: str = "pretrained"  # pretrained | scratch (random weights from `dims`)
+    dims: dict[str, Any] = field(default_factory=dict)  # transformers config fields, for init=scratch
+    learning_rate: dict[str, float] = field(default_factory=dict)  # by peft name: tuned per (architecture, peft)
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DataConfig:
+    """Fine-tuning examples: a source and how it is cut into sequences."""
+
+    _target_: str = MISSING
+    name: str = MISSING
+    path: str | None = None  # a local file or folder, or a data set name on the hub
+    max_length: int = 64  # tokens per sequence
+    max_bad_fraction: float = 0.01  # rows with null or non-string fields beyond this share stop the run
+    limit: int | None = None  # use the first N rows only
+
+
+@dataclass
+class TaskConfig:
+    """What a cell is scored on: few-shot multiple choice."""
+
+    _target_: str = MISSING
+    name: str = MISSING
+    path: str | None = None
+    shots: list[int] = field(default_factory=lambda: [0, 1, 3, 5])
+    limit: int | None = None  # items per task; null = all
+    batch_tokens: int = 8192  # padded tokens in one forward pass
+
+
+@dataclass
+class PeftConfig:
+    """Which parameters train."""
+
+    _target_: str = MISSING
+    name: str = MISSING
+
+
+@dataclass
+class PrecisionConfig:
+    """Formats of operands, accumulation and storage."""
+
+    name: str = MISSING
+    emulate: str = "auto"  # auto | never | always: half matmuls on a CPU without half arithmetic
+    init_scale: float = 65536.0  # fp16: first loss scale
+    growth_interval: int = 200  # fp16: steps without overflow before the scale doubles
+
+
+@dataclass
+class ProbeConfig:
+    """A callback that only observes."""
+
+    _target_: str = MISSING
+
+
+@dataclass
+class TrainerConfig:
+    """Optimisation: AdamW, a warm-up and a schedule; one step is one optimizer update."""
+
+    steps: int = 120
+    batch_size: int = 24
+    accumulate: int = 1  # micro-batches per step
+    learning_rate: float | None = None  # null = model.learning_rate of this peft; a number is a shared-rate variant
+    schedule: str = "cosine"  # constant | linear | cosine | hold_then_decay
+    warmup: float = 0.05  # share of the steps
+    hold: float = 0.6  # hold_then_decay: share of the steps at the full rate
+    final_lr: float = 0.1  # share of the learning rate at the last step
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    grad_clip: float = 1.0  # largest gradient norm
+    max_nonfinite: int = 10  # consecutive steps without a finite gradient (not counting the loss scaler's first search) before the cell ends
+    progress: bool = True
+    record_every_s: float = 30.0  # how often the step series is written while training
+
+
+@dataclass
+class LoggerConfig:
+    """Where live numbers go besides the record."""
+
+    name: str = MISSING
+
+
+@dataclass
+class StudyConfig:
+    """The folder that a matrix, its references and its reruns share."""
+
+    name: str = "default"
+
+
+@dataclass
+class KernelConfig:
+    """Which implementation runs the recurrence."""
+
+    name: str = "auto"  # auto | reference | cpu | torch | stock
+    require: str | None = None  # forbid any other than this one
+
+
+@dataclass
+class CellConfig:
+    """One cell, fully resolved."""
+
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    task: TaskConfig = MISSING
+    peft: PeftConfig = MISSING
+    precision: PrecisionConfig = MISSING
+    probe: dict[str, ProbeConfig] = field(default_factory=dict)
+    trainer: TrainerConfig = MISSING
+    logger: LoggerConfig = MISSING
+    study: StudyConfig = MISSING
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    seed: int = 0  # order of the data, dropout, adapter initialisation
+    replicate: int = 0  # the same cell again, for the noise floor
+    threads: int | None = None  # CPU threads; null = every core that this process may use
+    device: str = "auto"  # auto | cpu | cuda
+    reference: str = "auto"  # auto: find or make the full-precision counterparts; off
+    runs: str = "runs"  # folder of all studies
+
+
+@dataclass
+class EvaluateConfig:
+    """A finished run to score again."""
+
+    run: str = MISSING  # runs/STUDY/CELL
+    task: TaskConfig | None = None  # null = the tasks of the run
+    threads: int | None = None
+    device: str = "auto"
+    progress: bool = True
+
+
+@dataclass
+class SkillsData(DataConfig):
+    """Procedural episodes: short rules on letters, with exact answers."""
+
+    _target_: str = "lyapft.data.Skills"
+
+
+@dataclass
+class LoraPeft(PeftConfig):
+    """Low-rank adapters."""
+
+    _target_: str = "lyapft.peft.Lora"
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: Any = "auto"  # auto | sll | usual | a list of module names | a regular expression
+
+
+@dataclass
+class FullPeft(PeftConfig):
+    """Every weight trains."""
+
+    _target_: str = "lyapft.peft.FullFineTuning"
+
+
+@dataclass
+class LyapunovProbe(ProbeConfig):
+    """λ_max, norm bound and margin of every recurrent layer, each step."""
+
+    _target_: str = "lyapft.probes.LyapunovProbe"
+    every: int = 1  # steps
+    per_layer: bool = True  # a column per layer in the step series, besides the model's
+
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "model": {"model": ModelConfig},
+    "data": {"data": DataConfig, "skills": SkillsData},
+    "task": {"task": TaskConfig},
+    "peft": {"none": FullPeft, "lora": LoraPeft},
+    "precision": {"precision": PrecisionConfig},
+    "probe": {"lyapunov": LyapunovProbe},
+    "trainer": {"trainer": TrainerConfig},
+    "logger": {"logger": LoggerConfig},
+    "study": {"study": StudyConfig},
+}
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+NOT_SCIENCE = ("runs", "study", "logger", "probe", "reference", "device", "threads")  # cannot change a number by themselves
+NOT_SCIENCE_TRAINER = ("progress", "record_every_s")
+SECRET_WORDS = ("api_key", "token", "password", "secret")
+
+
+def register() -> None:
+    """Put every schema in Hydra's ConfigStore; call before composing."""
+    store = ConfigStore.instance()
+    store.store(name="root", group="schema", node=CellConfig, package="_global_")
+    store.store(name="evaluate", group="schema", node=EvaluateConfig, package="_global_")
+    for group, choices in SCHEMAS.items():
+        for name, node in choices.items():
+            store.store(name=name, group=f"schema/{group}", node=node)
+
+
+def load_choice(group: str, choice: str) -> DictConfig:
+    """One choice of a group by itself, typed, as `group=choice` would compose it.
+
+    Raises:
+        InputError: no such choice.
+    """
+    path = CONF_DIR / group / f"{choice}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in (CONF_DIR / group).glob("*.yaml"))
+        raise InputError(f"{group}={choice} is not a choice of conf/{group}/: use one of {', '.join(known)}")
+    values = OmegaConf.load(path)
+    if not isinstance(values, DictConfig):
+        raise InputError(f"{path} must hold a mapping of settings")
+    defaults = values.pop("defaults", [])
+    schema = next(str(v) for entry in defaults if isinstance(entry, DictConfig) for v in entry.values())
+    node = OmegaConf.structured(SCHEMAS[group][schema])
+    return OmegaConf.merge(node, values)  # type: ignore[return-value]
+
+
+def learning_rate(cfg: DictConfig) -> float:
+    """The rate that this cell trains with: its own if set, else the one tuned for its (architecture, peft)."""
+    if cfg.trainer.learning_rate is not None:
+        return float(cfg.trainer.learning_rate)
+    return float(cfg.model.learning_rate[cfg.peft.name])
+
+
+def faults(cfg: DictConfig) -> list[str]:
+    """Everything that is wrong with a cell's own values; what needs files or devices is checked by their owners."""
+    found = []
+    positive = {
+        "trainer.steps": cfg.trainer.steps,
+        "trainer.batch_size": cfg.trainer.batch_size,
+        "trainer.accumulate": cfg.trainer.accumulate,
+        "trainer.max_nonfinite": cfg.trainer.max_nonfinite,
+        "trainer.grad_clip": cfg.trainer.grad_clip,
+        "data.max_length": cfg.data.max_length,
+        "task.batch_tokens": cfg.task.batch_tokens,
+    }
+    optional = {"data.limit": cfg.data.limit, "task.limit": cfg.task.limit, "threads": cfg.threads}
+    optional["trainer.learning_rate"] = cfg.trainer.learning_rate
+    positive.update({key: value for key, value in optional.items() if value is not None})
+    found += [f"{key}={value} must be greater than 0" for key, value in positive.items() if value <= 0]
+    for key, value in {"seed": cfg.seed, "replicate": cfg.replicate}.items():
+        if value < 0:
+            found.append(f"{key}={value} must not be negative")
+    choices = {
+        "trainer.schedule": (cfg.trainer.schedule, ("constant", "linear", "cosine", "hold_then_decay")),
+        "reference": (cfg.reference, ("auto", "off")),
+        "device": (cfg.device, ("auto", "cpu", "cuda")),
+        "model.init": (cfg.model.init, ("pretrained", "scratch")),
+    }
+    found += [f"{k}={v} is unknown: use one of {', '.join(known)}" for k, (v, known) in choices.items() if v not in known]
+    for key in ("warmup", "hold", "final_lr"):
+        if not 0 <= cfg.trainer[key] <= 1:
+            found.append(f"trainer.{key}={cfg.trainer[key]} must lie between 0 and 1")
+    if len(cfg.trainer.betas) != 2 or not all(0 <= b < 1 for b in cfg.trainer.betas):
+        found.append(f"trainer.betas={list(cfg.trainer.betas)} must be two numbers in [0, 1)")
+    if not cfg.task.shots or any(s < 0 for s in cfg.task.shots) or len(set(cfg.task.shots)) != len(cfg.task.shots):
+        found.append(f"task.shots={list(cfg.task.shots)} must be one or more different numbers, none negative: task.shots=[0,5]")
+    if cfg.trainer.learning_rate is None and cfg.peft.name not in cfg.model.learning_rate:
+        known = ", ".join(cfg.model.learning_rate) or "none"
+        found.append(
+            f"model {cfg.model.name} has no learning rate for peft={cfg.peft.name} (it has: {known}): "
+            f"set trainer.learning_rate=… or +model.learning_rate.{cfg.peft.name}=…"
+        )
+    if not cfg.study.name or Path(cfg.study.name).name != cfg.study.name or cfg.study.name.startswith("."):
+        found.append(f"study.name={cfg.study.name!r} must be a plain folder name")
+    return found
+
+
+def science(cfg: DictConfig, fingerprints: dict[str, str], threads: int, device: str, kernel: str) -> dict[str, Any]:
+    """The part of a config that can change numbers; inputs by content, never by path.
+
+    Args:
+        cfg: the resolved cell config.
+        fingerprints: content hashes by input: `model`, `data`, `task`.
+        threads, device, kernel: what the cell really runs with.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    kept = {key: value for key, value in plain.items() if key not in NOT_SCIENCE}
+    for key in NOT_SCIENCE_TRAINER:
+        kept["trainer"].pop(key)
+    kept["trainer"]["learning_rate"] = learning_rate(cfg)
+    kept["model"].pop("learning_rate")
+    for group, content in fingerprints.items():
+        kept[group].pop("path")
+        kept[group]["content"] = content
+    kept["kernel"]["resolved"] = kernel
+    return kept | {"threads": threads, "device": device}
+
+
+def identity(science_part: dict[str, Any]) -> str:
+    """Twelve hex digits that name a cell by its science part."""
+    canonical = json.dumps(science_part, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def reference_configs(cfg: DictConfig) -> dict[str, DictConfig]:
+    """The two full-precision counterparts of a cell (THEORY: divergence of a fine-tuning cell).
+
+    `paper`: full precision, every weight trained. `precision_only`: full precision, the same peft. Same seed, data order and
+    initial weights; each with the learning rate tuned for its own (architecture, peft) unless the cell sets a shared one.
+    """
+    counterparts = {}
+    for role, peft in (("paper", load_choice("peft", "none")), ("precision_only", cfg.peft)):
+        twin = cfg.copy()
+        twin.peft = peft
+        twin.precision = load_choice("precision", "fp32")
+        twin.replicate = 0
+        counterparts[role] = twin
+    return counterparts

@@ -1,0 +1,188 @@
+"""Examples → tokens → batches.
+
+Letters: B rows of a batch, L tokens. Labels are −100 wherever no loss counts: prompts and padding.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from lyapft.data.examples import Example, Source
+from lyapft.errors import InputError
+
+IGNORE = -100
+CHUNK = 2000  # examples tokenised in one call
+
+Tokens = tuple[NDArray[np.int32], NDArray[np.bool_]]  # ids and which of them are targets
+
+
+@dataclass
+class TokenDataset(Dataset[dict[str, Tensor]]):
+    """Tokenised rows, kept flat: row i is `ids[starts[i]:starts[i + 1]]`, `is_target` alike."""
+
+    name: str
+    hash: str
+    ids: NDArray[np.int32]
+    is_target: NDArray[np.bool_]
+    starts: NDArray[np.int64]
+    pad_id: int
+    ordered: bool = False
+    rows_dropped: int = 0
+    rows_truncated: int = 0
+    rows_bad: int = 0
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """`input_ids` and `labels` of one row, int64."""
+        row = slice(self.starts[index], self.starts[index + 1])
+        ids = torch.from_numpy(self.ids[row].astype(np.int64))
+        return {"input_ids": ids, "labels": ids.masked_fill(~torch.from_numpy(self.is_target[row]), IGNORE)}
+
+    def collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Rows padded on the right to the longest: `input_ids`, `attention_mask` and `labels`, each (B, L)."""
+        shape = len(rows), max(len(row["input_ids"]) for row in rows)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "labels": torch.full(shape, IGNORE),
+        }
+        for i, row in enumerate(rows):
+            length = len(row["input_ids"])
+            batch["input_ids"][i, :length] = row["input_ids"]
+            batch["attention_mask"][i, :length] = 1
+            batch["labels"][i, :length] = row["labels"]
+        return batch
+
+    def record(self) -> dict[str, Any]:
+        """What a cell's record says of its data; `target_tokens` are those that the loss can count."""
+        return {
+            "name": self.name,
+            "hash": self.hash,
+            "rows": len(self),
+            "rows_dropped": self.rows_dropped,
+            "rows_truncated": self.rows_truncated,
+            "rows_bad": self.rows_bad,
+            "tokens": len(self.ids),
+            # the first token of a row has nothing before it to be predicted from
+            "target_tokens": int(self.is_target.sum() - self.is_target[self.starts[:-1]].sum()),
+        }
+
+
+def build(source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenDataset:
+    """Tokenise a source into rows of at most `max_length` tokens.
+
+    A longer example loses its right end; one that keeps no target is dropped. Packed sources are joined and cut into full
+    blocks instead (the last one may be shorter). Every loss is counted.
+
+    Raises:
+        InputError: the tokenizer has no end-of-text token, or no row is left.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json")
+    hash = source.fingerprint()
+    tokenised = _tokenise(source.examples(), tokenizer)
+    counts = {"rows_dropped": 0, "rows_truncated": 0}
+    rows = _blocks(tokenised, max_length) if source.packed else _cut(tokenised, max_length, counts)
+    kept = list(rows)
+    if not kept:
+        raise InputError(
+            f"data {source.name}: no row is left to train on ({counts['rows_dropped']} lost their whole response to "
+            f"max_length={max_length}, {source.rows_bad} had bad fields): raise data.max_length or check data.path"
+        )
+    return TokenDataset(
+        name=source.name,
+        hash=hash,
+        ids=np.concatenate([ids for ids, _ in kept]),
+        is_target=np.concatenate([is_target for _, is_target in kept]),
+        starts=np.cumsum([0, *(len(ids) for ids, _ in kept)], dtype=np.int64),
+        pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        ordered=source.ordered,
+        rows_bad=source.rows_bad,
+        **counts,
+    )
+
+
+def _tokenise(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
+    """Each example's tokens, segment by segment; what the tokenizer puts in front of a text stands in front of the example."""
+    eos = tokenizer.eos_token_id
+    prefix = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+    examples = iter(examples)
+    while chunk := list(islice(examples, CHUNK)):
+        texts = list({segment.text: None for example in chunk for segment in example.segments})
+        encoded = dict(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
+        for example in chunk:
+            ids, is_target = list(prefix), [False] * len(prefix)
+            for segment in example.segments:
+                piece = encoded[segment.text] + [eos] * segment.end
+                ids += piece
+                is_target += [segment.target] * len(piece)
+            yield np.array(ids, dtype=np.int32), np.array(is_target, dtype=np.bool_)
+
+
+def _cut(tokenised: Iterable[Tokens], max_length: int, counts: dict[str, int]) -> Iterator[Tokens]:
+    """One row per example, its right end cut off where it is too long; rows without a target to predict are dropped."""
+    for ids, is_target in tokenised:
+        too_long = len(ids) > max_length
+        ids, is_target = ids[:max_length], is_target[:max_length]
+        if not is_target[1:].any():
+            counts["rows_dropped"] += 1
+            continue
+        counts["rows_truncated"] += too_long
+        yield ids, is_target
+
+
+def _blocks(tokenised: Iterable[Tokens], max_length: int) -> Iterator[Tokens]:
+    """The examples as one stream, cut into blocks of `max_length` tokens; a last one of a single token teaches nothing."""
+    pairs = list(tokenised)
+    if not pairs:
+        return
+    ids, is_target = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    for start in range(0, len(ids), max_length):
+        block = slice(start, start + max_length)
+        if is_target[block][1:].any():
+            yield ids[block], is_target[block]
+
+
+class Order(Sampler[list[int]]):
+    """`steps` batches of row numbers, from the seed alone; every row once per pass, passes joined without a gap."""
+
+    def __init__(self, rows: int, batch_size: int, steps: int, seed: int, shuffle: bool = True) -> None:
+        self.rows, self.batch_size, self.steps, self.seed, self.shuffle = rows, batch_size, steps, seed, shuffle
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stream = self._rows()
+        for _ in range(self.steps):
+            yield list(islice(stream, self.batch_size))
+
+    def _rows(self) -> Iterator[int]:
+        epoch = 0
+        while True:
+            rows = list(range(self.rows))
+            if self.shuffle:
+                random.Random(f"order {self.seed} {epoch}").shuffle(rows)
+            yield from rows
+            epoch += 1
+
+
+def batches(dataset: TokenDataset, batch_size: int, steps: int, seed: int) -> DataLoader[dict[str, Tensor]]:
+    """`steps` batches of `input_ids`, `attention_mask` and `labels`, each (B, L), padded on the right.
+
+    The order depends on the seed and the number of rows only; a source whose order is part of the data keeps it.
+    """
+    order = Order(len(dataset), batch_size, steps, seed, shuffle=not dataset.ordered)
+    # a generator of its own, or the loader would draw from the global one and shift whatever is drawn after it
+    return DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,157 @@
+"""How far a cell's scores lie from those of its full-precision counterpart.
+
+Always paired: the same seed, data order, initial weights and items on both sides, so differences are taken score by score
+and item by item, never between averages of different items. Scores are fractions 0..1; divergences are percentage points.
+Everything here concerns one pair; intervals and tests over seeds take the `signed_points` of many pairs.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+SPIKE_POINTS = 1.0  # percentage points: a score this far from its counterpart's is called a spike
+ITEM_KEYS = ["task", "subset", "item", "shots"]
+
+ScoreKey = tuple[str, int]  # (task, shots)
+
+
+@dataclass(frozen=True)
+class ScoreDivergence:
+    """Difference of one score, cell minus counterpart, in percentage points."""
+
+    task: str
+    shots: int
+    signed_points: float
+
+    @property
+    def abs_points(self) -> float:
+        """Size of the difference without its direction."""
+        return abs(self.signed_points)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Differences of all scores that a cell and its counterpart share; `unpaired` are those that only one of them has."""
+
+    per_score: tuple[ScoreDivergence, ...]
+    unpaired: tuple[ScoreKey, ...] = ()
+
+    @property
+    def mean_abs_points(self) -> float:
+        """Mean of |difference| over tasks and shot counts: the paper's mean full-precision divergence (its §5)."""
+        return math.fsum(score.abs_points for score in self.per_score) / len(self.per_score)
+
+    @property
+    def mean_signed_points(self) -> float:
+        """Mean difference: unlike the absolute mean, 0 when there is nothing but noise."""
+        return math.fsum(score.signed_points for score in self.per_score) / len(self.per_score)
+
+    def spikes(self, threshold_points: float = SPIKE_POINTS) -> tuple[ScoreDivergence, ...]:
+        """Scores whose difference exceeds the threshold (points, exclusive), in the order of `per_score`."""
+        return tuple(score for score in self.per_score if score.abs_points > threshold_points)
+
+    def as_record(self) -> dict[str, Any]:
+        """The two fields of a record's divergence entry that numbers fill."""
+        per_score = [
+            {
+                "task": score.task,
+                "shots": score.shots,
+                "signed_points": score.signed_points,
+                "abs_points": score.abs_points,
+            }
+            for score in self.per_score
+        ]
+        return {"mean_abs_points": self.mean_abs_points, "per_score": per_score}
+
+
+def paired_divergence(
+    scores: Iterable[Mapping[str, Any]], counterpart_scores: Iterable[Mapping[str, Any]]
+) -> Divergence:
+    """Divergence of a cell's scores from its counterpart's: 100 (acc_cell − acc_counterpart) per task and shot count.
+
+    Args:
+        scores, counterpart_scores: entries with `task`, `shots` and `value` (a fraction 0..1), as a record holds them.
+    Raises:
+        ValueError: a (task, shots) that appears twice, a value outside 0..1, or no (task, shots) in common.
+    Source: Halloran et al. 2025, §5 (full-precision divergence).
+
+    >>> cell, full = {"task": "mmlu", "shots": 5, "value": 0.25}, {"task": "mmlu", "shots": 5, "value": 0.5}
+    >>> paired_divergence([cell], [full]).per_score
+    (ScoreDivergence(task='mmlu', shots=5, signed_points=-25.0),)
+    """
+    ours, theirs = _by_key(scores), _by_key(counterpart_scores)
+    common = [key for key in ours if key in theirs]
+    if not common:
+        raise ValueError(f"no (task, shots) in common: {sorted(ours)} against {sorted(theirs)}")
+    per_score = tuple(ScoreDivergence(*key, signed_points=100.0 * (ours[key] - theirs[key])) for key in common)
+    return Divergence(per_score, unpaired=tuple(sorted(ours.keys() ^ theirs.keys())))
+
+
+def _by_key(scores: Iterable[Mapping[str, Any]]) -> dict[ScoreKey, float]:
+    """Score values by (task, shots), checked."""
+    values: dict[ScoreKey, float] = {}
+    for score in scores:
+        key, value = (str(score["task"]), int(score["shots"])), float(score["value"])
+        if key in values:
+            raise ValueError(f"two scores for {key}: give one metric per task and shot count")
+        if not 0.0 <= value <= 1.0:  # also refuses NaN
+            raise ValueError(f"score {value} of {key} is not a fraction between 0 and 1")
+        values[key] = value
+    return values
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Items, present on both sides, whose chosen answer differs.
+
+    A score can stay the same while answers change in both directions, so this is far less noisy than the scores' difference.
+    """
+
+    n: int  # items that both sides answered
+    flipped: int  # of these, chosen answer differs
+    gained: int  # wrong at the counterpart, right here
+    lost: int  # right at the counterpart, wrong here
+    unpaired: int  # items that only one side answered
+
+    @property
+    def rate(self) -> float:
+        """Share of the paired items whose chosen answer differs, 0..1."""
+        return self.flipped / self.n
+
+
+def item_flips(items: pd.DataFrame, counterpart_items: pd.DataFrame) -> Flips:
+    """Count the items whose chosen answer differs between a cell and its counterpart.
+
+    Args:
+        items, counterpart_items: tables with columns `task, subset, item, shots, choice, correct`, one row per item.
+    Raises:
+        ValueError: a column is missing, an item appears twice on one side, or no item is on both.
+    """
+    ours, theirs = _checked_items(items), _checked_items(counterpart_items)
+    both = ours.join(theirs, how="inner", lsuffix="_cell", rsuffix="_counterpart")
+    if both.empty:
+        raise ValueError("the two item tables have no item in common")
+    right, was_right = both["correct_cell"].astype(bool), both["correct_counterpart"].astype(bool)
+    return Flips(
+        n=len(both),
+        flipped=int((both["choice_cell"] != both["choice_counterpart"]).sum()),
+        gained=int((right & ~was_right).sum()),
+        lost=int((~right & was_right).sum()),
+        unpaired=len(ours) + len(theirs) - 2 * len(both),
+    )
+
+
+def _checked_items(items: pd.DataFrame) -> pd.DataFrame:
+    """`choice` and `correct` indexed by item; every item once."""
+    missing = [column for column in [*ITEM_KEYS, "choice", "correct"] if column not in items.columns]
+    if missing:
+        raise ValueError(f"the item table lacks the columns {missing}")
+    # An absent subset is None in one table and NaN in another, and neither equals itself in an index join.
+    keyed = items.assign(subset=items["subset"].fillna("")).set_index(ITEM_KEYS)[["choice", "correct"]]
+    if not keyed.index.is_unique:
+        twice = keyed.index[keyed.index.duplicated()][0]
+        raise ValueError(f"item {dict(zip(ITEM_KEYS, twice, strict=True))} appears twice")
+    return keyed

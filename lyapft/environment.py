@@ -1,0 +1,103 @@
+"""What this machine is: device, threads, memory, versions."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets", "numba", "numpy", "lyapft")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+
+
+def resolve_device(wanted: str) -> tuple[str, list[str]]:
+    """The device that `device=` means here, and what is wrong with it."""
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        return "cpu", ["device=cuda needs a CUDA GPU that this torch can use; this machine has none. Use device=cpu."]
+    return ("cuda" if has_cuda else "cpu") if wanted == "auto" else wanted, []
+
+
+def resolve_threads(wanted: int | None) -> int:
+    """CPU threads: those asked for, else one for each core that this process may use."""
+    if wanted is not None:
+        return wanted
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class PeakMemory:
+    """Peak memory above what the process held when this was made, in bytes.
+
+    On CUDA: the allocator's peak. On Linux: the resident-set high-water mark, reset at the start. Elsewhere there is no way to
+    reset such a mark, and the peak is None. Memory that an earlier cell of the process freed but the C allocator kept is part of
+    the starting level, so the first cell of a process is the fairest.
+
+    Attributes:
+        source: where the number comes from, for the record.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cuda":
+            self.source = "torch.cuda.max_memory_allocated"
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated()
+            return
+        self.source = "resident set high-water mark (Linux)"
+        self._start = psutil.Process().memory_info().rss
+        try:
+            CLEAR_REFS.write_text("5")
+        except OSError:
+            self.source = "not available on this system"
+
+    def peak_bytes(self) -> int | None:
+        """The peak since the start, above the level at the start."""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - self._start
+        if not self.source.startswith("resident"):
+            return None
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 - self._start
+
+
+def describe(device: str, threads: int) -> dict[str, Any]:
+    """Versions and hardware, for the record. No host names, no paths."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": threads,
+        "git_commit": _git_commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that lyapft runs from, if it runs from one."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

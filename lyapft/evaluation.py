@@ -1,0 +1,129 @@
+"""Scoring a finished run again: its model as the record has it, on its own tasks or on others."""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from lyapft import backbone, config, precision, records, recurrence, tasks
+from lyapft.cell import CellFailed
+from lyapft.environment import describe, resolve_device, resolve_threads
+from lyapft.errors import InputError
+from lyapft.records import Record
+
+log = logging.getLogger(__name__)
+FOLDER = "evaluations"
+
+
+def run(cfg: DictConfig) -> None:
+    """Evaluate a run and write the scores beside its record.
+
+    Raises:
+        CellFailed: the run or the task cannot be used; the message says why.
+    """
+    try:
+        _run(cfg)
+    except InputError as error:
+        raise CellFailed(str(error)) from None
+
+
+def _run(cfg: DictConfig) -> None:
+    if OmegaConf.is_missing(cfg, "run"):
+        raise InputError("which run? Give its folder: python evaluate.py run=runs/STUDY/CELL")
+    folder = Path(cfg.run)
+    record = records.load(folder)
+    if record["status"] != "ok":
+        raise InputError(f"{folder} has status {record['status']}: only a finished run can be scored")
+    cell = _rebuild_config(record)
+    task_node = cfg.task if cfg.task is not None else cell.task
+    device, found = resolve_device(cfg.device)
+    found += backbone.faults(cell.model) + precision.faults(cell.precision, device) + tasks.faults(task_node)
+    if found:
+        raise InputError("this run cannot be scored:\n" + "\n".join(f"  - {fault}" for fault in found))
+    content = backbone.fingerprint(cell.model)
+    if content != record["config"]["model"]["content"]:
+        raise InputError(
+            f"the base weights of {cell.model.name} are not those that {folder} was trained from "
+            f"(content {content[:12]}…, the record has {record['config']['model']['content'][:12]}…)"
+        )
+    _score(cfg, folder, record, cell, task_node, device)
+
+
+def _score(cfg: DictConfig, folder: Path, record: Record, cell: DictConfig, task_node: DictConfig, device: str) -> None:
+    task = instantiate(task_node)
+    science = {"run": record["id"], "task": _plain(task_node) | {"path": None}, "content": task.fingerprint(), "device": device}
+    threads = resolve_threads(cfg.threads)
+    identity = config.identity(science | {"threads": threads})
+    target = folder / FOLDER / f"{identity}.json"
+    if target.exists():
+        log.info("done already: %s", target)
+        print(_table(json.loads(target.read_text(encoding="utf-8"))["scores"]))
+        return
+    torch.set_num_threads(threads)
+    with precision.build(cell.precision, device) as strategy:
+        base = backbone.load(cell.model)
+        seam = recurrence.install(base.model, cell.kernel.name, cell.kernel.require)
+        peft = instantiate(cell.peft)
+        peft.attach(base, seam)
+        peft.load(folder)
+        found = tasks.context_faults(task, base.tokenizer, base.max_positions)
+        if found:
+            raise InputError("; ".join(found))
+        scores, items = tasks.evaluate(
+            base.model.to(device),
+            base.tokenizer,
+            task,
+            batch_tokens=task_node.batch_tokens,
+            autocast=strategy.autocast,
+            trained_length=base.trained_length,
+            progress=cfg.progress,
+        )
+    rows = [score.as_dict() for score in scores]
+    result = {
+        "schema_version": records.SCHEMA_VERSION,
+        "id": identity,
+        "run": record["name"],
+        "task": science["task"],
+        "scores": rows,
+        "kernels": dict(seam.kernels),
+        "environment": describe(device, threads),
+        "created": records.now(),
+    }
+    target.parent.mkdir(exist_ok=True)
+    text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    records.write_atomically(target.with_suffix(".parquet"), lambda path: items.to_parquet(path, index=False))
+    records.write_atomically(target, lambda path: cast(None, path.write_text(text, encoding="utf-8")))
+    print(_table(rows))
+    print(f"scores: {target}")
+
+
+def _rebuild_config(record: Record) -> DictConfig:
+    """The typed config that a record was made from, with the paths it had then."""
+    science = json.loads(json.dumps(record["config"]))
+    nodes: dict[str, Any] = {}
+    for group in ("model", "task", "peft", "precision"):
+        values = science[group]
+        values.pop("content", None)
+        if group in record["paths"]:
+            values["path"] = record["paths"][group]
+        nodes[group] = values
+    nodes["kernel"] = asdict(config.KernelConfig(name=science["kernel"]["name"], require=science["kernel"]["require"]))
+    return OmegaConf.create(nodes)
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+
+
+def _table(scores: list[dict[str, Any]]) -> str:
+    width = max(len(row["task"]) for row in scores)
+    lines = [f"{'task':<{width}}  shots  score    n  stderr"]
+    lines += [
+        f"{row['task']:<{width}}  {row['shots']:>5}  {row['value']:.3f}  {row['n']:>4}  {row['stderr']:.3f}" for row in scores
+    ]
+    return "\n".join(lines)

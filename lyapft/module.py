@@ -1,0 +1,161 @@
+"""The LightningModule: loss, optimizer, schedule, and the guard that keeps non-finite numbers out of the weights."""
+
+import math
+from typing import Any, cast
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+IGNORED = -100  # label of a token that carries no loss
+
+
+class NonFiniteTrainingError(RuntimeError):
+    """Training met non-finite losses or gradients for too many steps in a row; `status` names the outcome for the record."""
+
+    def __init__(self, message: str, status: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def response_loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token over the labelled tokens, in nats, computed in float32.
+
+    Args:
+        logits_BLV: scores of the token after each position.
+        labels_BL: token ids, −100 where a token carries no loss; label t is predicted from position t − 1.
+    Returns:
+        A scalar; NaN if no token is labelled.
+    """
+    logits = logits_BLV[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), labels_BL[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def schedule_factor(step: int, settings: DictConfig) -> float:
+    """The share of the learning rate at an optimizer step.
+
+    Linear warm-up over `warmup` · steps, then `constant`, `linear`, `cosine`, or `hold_then_decay` (constant until `hold` · steps,
+    then linear), the last three ending at `final_lr`.
+
+    Args:
+        step: updates done so far, from 0.
+        settings: the trainer group of a config.
+    """
+    steps, warmup = settings.steps, round(settings.warmup * settings.steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if settings.schedule == "constant":
+        return 1.0
+    start = settings.hold * steps if settings.schedule == "hold_then_decay" else warmup
+    progress = min(1.0, max(0.0, (step - start) / max(1.0, steps - 1 - start)))
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if settings.schedule == "cosine" else 1 - progress
+    return cast(float, settings.final_lr + (1 - settings.final_lr) * shape)
+
+
+class FineTuner(L.LightningModule):
+    """One backbone in training.
+
+    Attributes:
+        observed: numbers of the present step, written by this module and by probes, read by the step recorder. Cleared at the
+            start of every optimizer step.
+        skipped_steps: optimizer steps whose update was withheld, by the loss scaler or by the guard.
+    """
+
+    def __init__(self, model: nn.Module, settings: DictConfig, learning_rate: float) -> None:
+        """
+        Args:
+            model: a causal language model of transformers, its adapters attached.
+            settings: the trainer group of a config.
+            learning_rate: the peak rate.
+        """
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self.learning_rate = learning_rate
+        self.observed: dict[str, float | int | bool] = {}
+        self.skipped_steps = 0
+        self._nonfinite_in_a_row = 0
+        self._step_skipped = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one micro-batch. `batch`: input_ids, attention_mask, labels, each (B, L)."""
+        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        loss = response_loss(output.logits, batch["labels"])
+        if batch_idx % self.settings.accumulate == 0:
+            self.observed = {"loss": 0.0, "tokens": 0}
+        self.observed["loss"] += loss.item() / self.settings.accumulate
+        self.observed["tokens"] += int(batch["attention_mask"].sum())
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm; withhold the update if the loss or a gradient is not finite.
+
+        Gradients arrive unscaled. Under a GradScaler a non-finite gradient is the scaler's to skip; without one the gradients
+        are dropped here, so that no weight and no moment of the optimizer is touched.
+        """
+        trainable = [p for p in self.model.parameters() if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(trainable, self.settings.grad_clip))
+        self.observed["grad_norm"] = norm
+        self._step_skipped = not (math.isfinite(norm) and math.isfinite(self.observed["loss"]))
+        if self._step_skipped and self._scaler_state() is None:
+            optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One optimizer step, counted as skipped where the update was withheld."""
+        self.observed["learning_rate"] = self.optimizers().optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
+        super().optimizer_step(*args, **kwargs)
+        plugin = self.trainer.precision_plugin
+        self._step_skipped = self._step_skipped or bool(getattr(plugin, "last_step_skipped", False))
+        scale = self._scaler_state()
+        self.observed["loss_scale"] = 1.0 if scale is None else scale
+        self.observed["skipped"] = self._step_skipped
+        self.skipped_steps += self._step_skipped
+        self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if self._step_skipped else 0
+        self._stop_if_hopeless(scale)
+
+    def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any | None) -> None:  # type: ignore[override]
+        """Advance the schedule, unless the update was withheld."""
+        if not self._step_skipped:
+            scheduler.step()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the trainable tensors; weight decay on matrices only."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": self.settings.weight_decay},
+            {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=self.learning_rate, betas=tuple(self.settings.betas)
+        )
+        scheduler = LambdaLR(optimizer, lambda step: schedule_factor(step, self.settings))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _scaler_state(self) -> float | None:
+        return cast(float | None, getattr(self.trainer.precision_plugin, "loss_scale", None))
+
+    def _stop_if_hopeless(self, scale: float | None) -> None:
+        step = self.trainer.global_step
+        if scale is not None and scale < 1.0:
+            raise NonFiniteTrainingError(
+                f"step {step}: the loss scale fell to {scale:g}: fp16 cannot hold these gradients. "
+                "Use precision=bf16 or a smaller learning rate",
+                "loss_scale_underflow",
+            )
+        if scale is None and self._nonfinite_in_a_row >= self.settings.max_nonfinite:
+            raise NonFiniteTrainingError(
+                f"step {step}: {self._nonfinite_in_a_row} steps in a row had a non-finite loss or gradient "
+                f"(loss {self.observed['loss']}, gradient norm {self.observed['grad_norm']}); no weight was updated by them. "
+                "Use a smaller learning rate or precision=fp32",
+                "nonfinite",
+            )

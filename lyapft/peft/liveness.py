@@ -1,0 +1,103 @@
+"""Proof that what is asked to train does train."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lyapft.errors import InputError
+
+
+class LivenessError(InputError):
+    """A trainable tensor got no gradient, or did not move: what was asked to train does not."""
+
+
+class Liveness:
+    """Proves that every trainable tensor gets a finite, non-zero gradient and moves; only reads, and stops when it has its proof.
+
+    A factor of a product whose other factor is exactly zero has a zero gradient by construction (LoRA's A while B is zero): such
+    a step is not counted against it.
+
+    Args:
+        model: with its trainable parameters chosen.
+        steps: optimizer steps within which every tensor has to show life.
+    """
+
+    PARTNERS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+
+    def __init__(self, model: nn.Module, steps: int = 3) -> None:
+        self.steps = steps
+        tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._without_gradient = dict(tensors)
+        self._still: dict[str, tuple[Tensor, tuple[float, float]]] | None = None  # filled before the first step
+        self._partner = {
+            name: tensors[other] for name in tensors for other in self._partners_of(name) if other in tensors
+        }
+        self._chances = dict.fromkeys(tensors, 0)
+
+    @property
+    def proven(self) -> bool:
+        """Whether every tensor has shown a gradient and has moved."""
+        return not self._without_gradient and self._still == {}
+
+    def observe_gradients(self) -> None:
+        """Look at the gradients that the next optimizer step will use; after backward, before the step."""
+        if self._still is None:
+            self._still = {name: (p, _checksum(p)) for name, p in self._without_gradient.items()}
+        for name, parameter in list(self._without_gradient.items()):
+            gradient = parameter.grad
+            if gradient is not None:
+                peak = gradient.detach().abs().amax()
+                if not torch.isfinite(peak):  # an overflow step of a loss scaler proves nothing, either way
+                    continue
+                if peak > 0:
+                    del self._without_gradient[name]
+                    continue
+            partner = self._partner.get(name)
+            self._chances[name] += int(partner is None or bool(partner.detach().any()))
+
+    def verdict(self, step: int) -> None:
+        """After an optimizer step: stop the run if a tensor has had its chances and shows no life.
+
+        Args:
+            step: optimizer steps really taken so far, skipped ones not counted.
+        Raises:
+            LivenessError: naming every dead tensor.
+        """
+        if self._still is None:
+            return
+        for name, (parameter, before) in list(self._still.items()):
+            if _checksum(parameter) != before:
+                del self._still[name]
+        if step < self.steps:
+            return
+        dead = [name for name in self._without_gradient if self._chances[name] >= self.steps]
+        if dead:
+            raise LivenessError(
+                f"{len(dead)} trainable tensors had no finite, non-zero gradient in {self.steps} steps: {listed(dead)}. "
+                "The model does not use them on this path: leave them out of peft.targets, or choose another kernel"
+            )
+        stuck = [name for name in self._still if name not in self._without_gradient]
+        if stuck:
+            raise LivenessError(
+                f"{len(stuck)} trainable tensors did not change in {step} steps though they have gradients: {listed(stuck)}. "
+                "The optimizer does not hold them, or its learning rate is too small to change a float32"
+            )
+
+    def _partners_of(self, name: str) -> Iterator[str]:
+        for a, b in self.PARTNERS:
+            if f".{a}." in name:
+                yield name.replace(f".{a}.", f".{b}.")
+            if f".{b}." in name:
+                yield name.replace(f".{b}.", f".{a}.")
+
+
+def _checksum(parameter: Tensor) -> tuple[float, float]:
+    """Two float64 sums that change when a value does; far less memory than a copy."""
+    values = parameter.detach()
+    return float(values.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(values, dtype=torch.float64))
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first few of a list of names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,132 @@
+"""Schemas and atomic input/output of records, step series and per-item scores.
+
+A run folder holds `record.json` (what happened), `steps.parquet` (one row per step), `items.parquet` (one row per scored item),
+`cell.log` and the trained tensors as safetensors. A finished record is never overwritten.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+
+from lyapft.errors import InputError
+
+SCHEMA_VERSION = 1
+RECORD, STEPS, ITEMS, LOG = "record.json", "steps.parquet", "items.parquet", "cell.log"
+STATUSES = ("ok", "nonfinite", "loss_scale_underflow", "oom", "interrupted", "failed", "running")
+FINAL = ("ok", "nonfinite", "loss_scale_underflow")  # outcomes of the cell itself: running it again would say the same
+
+Record = dict[str, Any]
+
+
+def now() -> str:
+    """The present moment, ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` on a temporary file beside `path`, flush it to disk, then move it into place.
+
+    A reader sees the old file or the new one, never half of either.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_final(record: Record | None) -> bool:
+    """Whether the cell of this record is done and must not run again."""
+    return record is not None and record.get("status") in FINAL
+
+
+def save(folder: Path, record: Record) -> None:
+    """Write `record.json`.
+
+    Raises:
+        FileExistsError: the folder already holds the record of a finished cell.
+        ValueError: an unknown status.
+    """
+    if record["status"] not in STATUSES:
+        raise ValueError(f"status {record['status']!r} is not one of {', '.join(STATUSES)}")
+    if (folder / RECORD).exists() and is_final(load(folder)):
+        raise FileExistsError(f"{folder / RECORD} is a finished record and is never overwritten")
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(folder / RECORD, lambda path: cast(None, path.write_text(text, encoding="utf-8")))
+
+
+def load(folder: Path) -> Record:
+    """Read `record.json` of a run folder.
+
+    Raises:
+        InputError: no record there, not JSON, or of another schema version.
+    """
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no {RECORD}: give the folder of a run, runs/STUDY/CELL") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a readable record ({error}): delete the folder and run the cell again") from None
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputError(f"{path} has schema version {version!r}; this lyapft reads {SCHEMA_VERSION}")
+    return cast(Record, record)
+
+
+def find(study: Path, cell_id: str) -> Path | None:
+    """The folder in a study whose name ends in this cell's identity, if there is one."""
+    return next(iter(sorted(study.glob(f"*-{cell_id}"))), None) if study.is_dir() else None
+
+
+def load_study(study: Path) -> list[tuple[Path, Record]]:
+    """Every record of a study with its folder, by folder name.
+
+    Raises:
+        InputError: the folder is missing, holds no record, or holds one that cannot be read.
+    """
+    if not study.is_dir():
+        raise InputError(f"{study} is not a folder: give the folder of a study, runs/STUDY")
+    folders = sorted(path.parent for path in study.glob(f"*/{RECORD}"))
+    if not folders:
+        raise InputError(f"{study} holds no records (*/{RECORD}): run `python train.py` first, or give runs/STUDY")
+    return [(folder, load(folder)) for folder in folders]
+
+
+class StepSeries:
+    """Rows of numbers, one per training step, kept in memory and written whole.
+
+    Writing the whole file each time keeps it a plain Parquet file; 100,000 steps of 20 columns are 16 MB.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, float | int | bool]] = []
+
+    def append(self, row: dict[str, float | int | bool]) -> None:
+        """Add the numbers of one step."""
+        self.rows.append(row)
+
+    def flush(self) -> None:
+        """Write all rows so far, atomically."""
+        if self.rows:
+            frame = pd.DataFrame(self.rows)
+            write_atomically(self.path, lambda path: frame.to_parquet(path, index=False))
+
+
+def save_items(folder: Path, items: pd.DataFrame) -> None:
+    """Write the per-item scores of a cell, atomically."""
+    write_atomically(folder / ITEMS, lambda path: items.to_parquet(path, index=False))

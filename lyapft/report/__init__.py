@@ -1,0 +1,40 @@
+"""Reports of a study, made from its records alone: one HTML page, and a table for the terminal.
+
+`python -m lyapft.report runs/STUDY [--output FILE]`
+"""
+
+from pathlib import Path
+
+from lyapft import records
+from lyapft.errors import InputError
+from lyapft.report.cells import load_study
+from lyapft.report.page import render
+from lyapft.report.tables import summary_table
+
+__all__ = ["DEFAULT_NAME", "summary_table", "write_report"]
+
+DEFAULT_NAME = "report.html"
+
+
+def write_report(study: Path, output: Path | None = None) -> Path:
+    """Write the page of a study and return where it is; works at any moment of the study.
+
+    Args:
+        study: folder of a study, runs/STUDY.
+        output: the page; None is `report.html` in the study's folder.
+    Raises:
+        InputError: no such folder, no record in it, or `output` cannot be written.
+    """
+    page = render(load_study(study))
+    target = output or study / DEFAULT_NAME
+    if target.is_dir():
+        raise InputError(f"{target} is a folder: give the file to write, such as {target / DEFAULT_NAME}")
+    try:
+        records.write_atomically(target, lambda path: _write(path, page))
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror}): give another place with --output") from None
+    return target
+
+
+def _write(path: Path, page: str) -> None:
+    path.write_text(page, encoding="utf-8")

@@ -1,0 +1,182 @@
+"""Records of a study as a report shows them: named, grouped and with gaps where a cell has not got that far."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lyapft import records
+from lyapft.divergence import Flips, item_flips
+from lyapft.errors import InputError
+from lyapft.records import Record
+
+COUNTERPARTS = {
+    "paper": "full-precision, all weights",  # the paper's reference
+    "precision_only": "full-precision, same peft",
+}
+UNFINISHED = ("running",)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One record with what lies beside it in its folder.
+
+    `kind` names what a cell is apart from its seed; cells of one kind are the seeds of one bar. `facet` is the panel it shares
+    with the cells that differ from it in precision and peft only.
+    """
+
+    record: Record
+    label: str
+    kind: str
+    facet: str
+    steps: pd.DataFrame = field(default_factory=pd.DataFrame)
+    items: pd.DataFrame | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the cell ended well."""
+        return bool(self.record["status"] == "ok")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The cells of a study in the order of a report, and what could not be read."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    notes: tuple[str, ...] = ()
+
+    def flips(self, cell: Cell, counterpart: str) -> Flips | None:
+        """Item-level flips of a cell against one of its references, where both have their items on disk."""
+        entry = divergence_entry(cell.record, counterpart)
+        if entry is None or entry.get("status") != "ok" or cell.items is None:
+            return None
+        references = [other for other in self.cells if other.record["id"] == entry.get("reference_id")]
+        if not references or references[0].items is None:
+            return None
+        return item_flips(cell.items, references[0].items)
+
+
+def read(record: Record, *keys: str) -> Any:
+    """A nested field of a record, or None where the cell has not written it (yet)."""
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def choice(record: Record, group: str) -> str:
+    """The chosen name in a config group."""
+    return str(read(record, "choices", group) or "?")
+
+
+def divergence_entry(record: Record, counterpart: str) -> dict[str, Any] | None:
+    """The record's divergence from one kind of counterpart, if it has any entry for it."""
+    entries: list[dict[str, Any]] = record.get("divergence") or []
+    return next((entry for entry in entries if entry.get("counterpart") == counterpart), None)
+
+
+def facet(record: Record, group_by: Sequence[str]) -> str:
+    """The panel of a cell: its model, and whatever other groups vary in this study."""
+    return " · ".join(choice(record, group) for group in group_by)
+
+
+def facet_groups(all_records: Sequence[Record]) -> list[str]:
+    """Config groups that separate panels: the model always, data and task only where the study has several."""
+    varying = [group for group in ("data", "task") if len({choice(record, group) for record in all_records}) > 1]
+    return ["model", *varying]
+
+
+def _own_overrides(record: Record) -> tuple[str, ...]:
+    """Command-line overrides other than the choices that a label names anyway."""
+    named = {*(record.get("choices") or {}), "seed", "replicate", "study", "logger", "reference", "runs"}
+    overrides = [str(text) for text in record.get("overrides") or []]
+    return tuple(sorted(text for text in overrides if text.split("=")[0].lstrip("+~") not in named))
+
+
+def kinds(all_records: Sequence[Record]) -> list[str]:
+    """Names of the cells apart from their seeds: facet, precision and peft, then overrides where some cell lacks them."""
+    groups = facet_groups(all_records)
+    own = [_own_overrides(record) for record in all_records]
+    shared = set.intersection(*(set(overrides) for overrides in own)) if own else set()
+    names = []
+    for record, overrides in zip(all_records, own, strict=True):
+        parts = [facet(record, groups), choice(record, "precision"), choice(record, "peft")]
+        parts += [text for text in overrides if text not in shared]
+        parts += [f"replicate {record['replicate']}"] if record.get("replicate") else []
+        names.append(" · ".join(parts))
+    return names
+
+
+def labels(all_records: Sequence[Record]) -> list[str]:
+    """One short, unique name per record: its kind and seed, with the identity added where two would be alike."""
+    names = [f"{kind} · s{record.get('seed', '?')}" for kind, record in zip(kinds(all_records), all_records, strict=True)]
+    unique = {name for name in names if names.count(name) == 1}
+    ids = [str(record.get("id", "?"))[:6] for record in all_records]
+    return [name if name in unique else f"{name} · {ident}" for name, ident in zip(names, ids, strict=True)]
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    """References first within a panel, then by precision, peft and seed."""
+    models = [choice(record, group) for group in ("model", "data", "task")]
+    precision, peft = choice(record, "precision"), choice(record, "peft")
+    return *models, precision != "fp32", precision, peft != "none", peft, record.get("seed", 0), record.get("replicate", 0)
+
+
+def ordered(all_records: Sequence[Record]) -> list[Record]:
+    """Records in the order of tables and legends."""
+    return sorted(all_records, key=_order)
+
+
+def load_study(folder: Path) -> Study:
+    """Every cell of a study folder, however far each has got.
+
+    A record that cannot be read is named in `notes` and does not hide the others.
+
+    Raises:
+        InputError: the folder is missing, or holds no readable record.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give the folder of a study, runs/STUDY")
+    if (folder / records.RECORD).exists():
+        raise InputError(f"{folder} is the folder of one run: give its study, {folder.resolve().parent}")
+    homes: dict[str, Path] = {}
+    found: list[Record] = []
+    notes: list[str] = []
+    for home in sorted(path.parent for path in folder.glob(f"*/{records.RECORD}")):
+        try:
+            record = records.load(home)
+        except InputError as error:
+            notes.append(str(error))
+            continue
+        found.append(record)
+        homes[str(record["id"])] = home
+    if not found:
+        unreadable = f"; unreadable: {'; '.join(notes)}" if notes else ""
+        raise InputError(
+            f"{folder} holds no readable record (looked for */{records.RECORD}){unreadable}. "
+            "Give the folder of a study, runs/STUDY, after `python train.py` has started its first cell"
+        )
+    found = ordered(found)
+    groups = facet_groups(found)
+    cells = []
+    for record, label, kind in zip(found, labels(found), kinds(found), strict=True):
+        home = homes[str(record["id"])]
+        steps = _table(home / records.STEPS, notes)
+        items = _table(home / records.ITEMS, notes)
+        shown = pd.DataFrame() if steps is None else steps
+        cells.append(Cell(record, label, kind, facet(record, groups), shown, items))
+    return Study(str(found[0].get("study") or folder.name), tuple(cells), tuple(notes))
+
+
+def _table(path: Path, notes: list[str]) -> pd.DataFrame | None:
+    """A Parquet table, or None (with a note where a file is there but broken)."""
+    if not path.exists():
+        return None
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
+        notes.append(f"{path.parent.name}/{path.name} cannot be read ({str(error).splitlines()[0]}): left out")
+        return None

@@ -1,0 +1,45 @@
+"""The oracles: both recurrences as float64 loops over tokens, differentiable, never optimised.
+
+Letters: B batch, L tokens, D channels, N states, H heads, P head dim, G groups.
+"""
+
+import torch
+from torch import Tensor
+
+
+def selective_scan(
+    u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor, initial_state_BDN: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t;  y_t = Σ_n C_{t,n} h_{t,n}  (Gu & Dao 2024, eq. 2 and §3.2), all in float64.
+
+    Returns y_BLD and the last state h_BDN in float64.
+    """
+    u, delta, A, B, C = (tensor.double() for tensor in (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN))
+    zero = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    h = zero if initial_state_BDN is None else initial_state_BDN.double()
+    outputs = []
+    for t in range(u.shape[1]):
+        decay = torch.exp(delta[:, t, :, None] * A)
+        h = decay * h + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
+        outputs.append((h * C[:, t, None, :]).sum(-1))
+    return torch.stack(outputs, dim=1), h
+
+
+def ssd(
+    x_BLHP: Tensor, delta_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, initial_state_BHPN: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ;  y_t = h_t C_t per head  (Dao & Gu 2024, eq. 1 and §3), all in float64.
+
+    Head i uses group i // (H/G) of B and C. Returns y_BLHP and the last state h_BHPN in float64.
+    """
+    x, delta, A = x_BLHP.double(), delta_BLH.double(), A_H.double()
+    heads = x.shape[2] // B_BLGN.shape[2]
+    B, C = (tensor.double().repeat_interleave(heads, dim=2) for tensor in (B_BLGN, C_BLGN))
+    zero = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3])
+    h = zero if initial_state_BHPN is None else initial_state_BHPN.double()
+    outputs = []
+    for t in range(x.shape[1]):
+        decay = torch.exp(delta[:, t] * A)[:, :, None, None]
+        h = decay * h + (delta[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
+        outputs.append((h * C[:, t, :, None, :]).sum(-1))
+    return torch.stack(outputs, dim=1), h

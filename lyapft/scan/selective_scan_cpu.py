@@ -1,0 +1,268 @@
+"""Selective scan (Mamba-1) on a CPU, forward and backward, compiled by numba.
+
+Letters: B batch, L tokens, D channels, N states per channel; T tokens per chunk, 16 channels per lane block.
+
+    Δ = softplus(dt + bias);  h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_t;  y_t = (C_t·h_t + skip x_t) · silu(z_t)
+
+The forward pass keeps Δ and the state at the first token of each chunk; the backward pass recomputes the states inside a chunk
+(Gu & Dao 2024, §3.3.2). In a chunk the loop over states is outside and the one over tokens inside, so that the state, its
+gradient and the gradient of A stay in registers. Sums over channels go block by block, then lane by lane, in an order that neither
+threads nor timing change. Decays close to 1 are kept as their distance from 1 (`simd.decay`).
+"""
+
+import numpy as np
+from numba import types
+
+from lyapft.scan import simd
+from lyapft.scan.compiled import helper, jit
+from lyapft.scan.simd import LN2, LOG2E, WIDTH
+
+CHUNK = 16
+_TILE = CHUNK * WIDTH
+FLAT = types.float32[::1]
+VIEW = types.UniTuple(types.int64, 4)  # offset, and the strides of batch, token, channel
+_SIZES = types.UniTuple(types.int64, 4)  # B, L, D, N
+_FLAGS = types.UniTuple(types.boolean, 3)  # softplus, gate, keep what backward needs
+FORWARD_SIGNATURE = types.void(
+    *[types.int64] * 2, FLAT, _SIZES, _FLAGS, *[FLAT, VIEW] * 3, *[FLAT] * 11
+)
+BACKWARD_SIGNATURE = types.void(
+    *[types.int64] * 3, FLAT, _SIZES, _FLAGS, *[FLAT, VIEW] * 4, *[FLAT] * 8, FLAT, VIEW, *[FLAT] * 7
+)
+
+
+def padded(channels: int) -> int:
+    """Channels rounded up to whole lane blocks."""
+    return -(-channels // WIDTH) * WIDTH
+
+
+def forward_scratch(states: int) -> int:
+    """float32 numbers of scratch memory that one worker of the forward pass needs."""
+    return 4 * _TILE + states * WIDTH
+
+
+def backward_scratch(channels: int, states: int) -> int:
+    """float32 numbers of scratch memory that one worker of the backward pass needs."""
+    return 9 * _TILE + (CHUNK + 1) * WIDTH + 2 * states * _TILE + states * padded(channels)
+
+
+@helper
+def _load_tile(target, at, source, base, token_stride, channel_stride, count, valid):
+    if channel_stride == 1 and valid == WIDTH:
+        for j in range(count):
+            simd.store(target, at + j * WIDTH, simd.load(source, base + j * token_stride))
+        return
+    for w in range(WIDTH):
+        for j in range(count):
+            target[at + j * WIDTH + w] = source[base + j * token_stride + w * channel_stride] if w < valid else 0.0
+
+
+@helper
+def _store_tile(source, at, target, base, token_stride, channel_stride, count, valid):
+    if channel_stride == 1 and valid == WIDTH:
+        for j in range(count):
+            simd.store(target, base + j * token_stride, simd.load(source, at + j * WIDTH))
+        return
+    for w in range(valid):
+        for j in range(count):
+            target[base + j * token_stride + w * channel_stride] = source[at + j * WIDTH + w]
+
+
+def make_forward(digest: int):
+    """The forward kernel; `digest` ties its cache entry to the vector code."""
+
+    @jit
+    def forward(
+        first, last, scratch, sizes, flags, x, x_at, dt, dt_at, z, z_at,
+        bias_D, a2_ND, skip_D, initial_BND, b_BLN, c_BLN, y_BLD, delta_BLD, inner_BLD, starts_BCND, final_BND,
+    ):  # fmt: skip
+        digest  # noqa: B018
+        B, L, D, N = sizes
+        softplus, gated, keep = flags
+        width = -(-D // WIDTH) * WIDTH
+        blocks, chunks = width // WIDTH, -(-L // CHUNK)
+        X, V, U, Y, H = 0, _TILE, 2 * _TILE, 3 * _TILE, 4 * _TILE
+        one, log2e = simd.splat(np.float32(1.0)), simd.splat(np.float32(-LOG2E))
+        for task in range(first, last):
+            b, d = task // blocks, (task % blocks) * WIDTH
+            valid = min(WIDTH, D - d)
+            bias, skip = simd.load(bias_D, d), simd.load(skip_D, d)
+            for n in range(N):
+                simd.store(scratch, H + n * WIDTH, simd.load(initial_BND, (b * N + n) * width + d))
+            for c in range(chunks):
+                t0 = c * CHUNK
+                count = min(CHUNK, L - t0)
+                row = (b * L + t0) * D + d
+                _load_tile(scratch, X, x, x_at[0] + b * x_at[1] + t0 * x_at[2] + d * x_at[3], x_at[2], x_at[3], count, valid)
+                _load_tile(
+                    scratch, V, dt, dt_at[0] + b * dt_at[1] + t0 * dt_at[2] + d * dt_at[3], dt_at[2], dt_at[3], count, valid
+                )
+                for j in range(count):
+                    at = j * WIDTH
+                    v, xv = simd.load(scratch, V + at), simd.load(scratch, X + at)
+                    if softplus:
+                        v = simd.add(v, bias)
+                        small = simd.exp2(simd.mul(simd.magnitude(v), log2e))
+                        v = simd.add(simd.positive_part(v), simd.log1p_unit(small))
+                        simd.store(scratch, V + at, v)
+                    simd.store(scratch, U + at, simd.mul(v, xv))
+                    simd.store(scratch, Y + at, simd.mul(skip, xv))
+                if softplus:
+                    _store_tile(scratch, V, delta_BLD, row, D, 1, count, valid)
+                for n in range(N):
+                    a2 = simd.load(a2_ND, n * width + d)
+                    h = simd.load(scratch, H + n * WIDTH)
+                    if keep:
+                        simd.store(starts_BCND, ((b * chunks + c) * N + n) * width + d, h)
+                    for j in range(count):
+                        at, t = j * WIDTH, (b * L + t0 + j) * N + n
+                        e = simd.decay(simd.mul(simd.load(scratch, V + at), a2))
+                        h = simd.apply_decay(e, h, simd.mul(simd.load(scratch, U + at), simd.splat(b_BLN[t])))
+                        simd.store(scratch, Y + at, simd.fma(h, simd.splat(c_BLN[t]), simd.load(scratch, Y + at)))
+                    simd.store(scratch, H + n * WIDTH, simd.flush_tiny(h))
+                if gated:
+                    if keep:
+                        _store_tile(scratch, Y, inner_BLD, row, D, 1, count, valid)
+                    _load_tile(
+                        scratch, X, z, z_at[0] + b * z_at[1] + t0 * z_at[2] + d * z_at[3], z_at[2], z_at[3], count, valid
+                    )
+                    for j in range(count):
+                        at = j * WIDTH
+                        zv = simd.load(scratch, X + at)
+                        silu = simd.div(zv, simd.add(one, simd.exp2(simd.mul(zv, log2e))))
+                        simd.store(scratch, Y + at, simd.mul(simd.load(scratch, Y + at), silu))
+                _store_tile(scratch, Y, y_BLD, row, D, 1, count, valid)
+            for n in range(N):
+                simd.store(final_BND, (b * N + n) * width + d, simd.load(scratch, H + n * WIDTH))
+
+    return forward
+
+
+def make_backward(digest: int):
+    """The backward kernel; task = (sequence, group of lane blocks)."""
+
+    @jit
+    def backward(
+        first, last, groups, scratch, sizes, flags, x, x_at, z, z_at, gy, gy_at, dt, dt_at,
+        a2_ND, skip_D, b_BLN, c_BLN, delta_BLD, inner_BLD, starts_BCND, gfinal_BND, gdt, gdt_at,
+        gx_BLD, gz_BLD, ga_BND, gbias_BD, gskip_BD, gb_GBLN, gc_GBLN,
+    ):  # fmt: skip
+        digest  # noqa: B018
+        B, L, D, N = sizes
+        softplus, gated, _ = flags
+        width = -(-D // WIDTH) * WIDTH
+        blocks, chunks = width // WIDTH, -(-L // CHUNK)
+        X, V, U, G, S, R, E, Z, P = 0, _TILE, 2 * _TILE, 3 * _TILE, 4 * _TILE, 5 * _TILE, 6 * _TILE, 7 * _TILE, 8 * _TILE
+        H = 9 * _TILE
+        SB = H + (CHUNK + 1) * WIDTH
+        SC = SB + N * _TILE
+        GH = SC + N * _TILE
+        zero, one = simd.splat(np.float32(0.0)), simd.splat(np.float32(1.0))
+        log2e, ln2 = simd.splat(np.float32(-LOG2E)), simd.splat(np.float32(LN2))
+        for task in range(first, last):
+            b, group = task // groups, task % groups
+            k0, k1 = group * blocks // groups, (group + 1) * blocks // groups
+            for n in range(N):
+                for d in range(k0 * WIDTH, k1 * WIDTH, WIDTH):
+                    simd.store(scratch, GH + n * width + d, simd.load(gfinal_BND, (b * N + n) * width + d))
+            for c in range(chunks - 1, -1, -1):
+                t0 = c * CHUNK
+                count = min(CHUNK, L - t0)
+                for i in range(0, 2 * N * _TILE, WIDTH):
+                    simd.store(scratch, SB + i, zero)
+                for d in range(k0 * WIDTH, k1 * WIDTH, WIDTH):
+                    valid = min(WIDTH, D - d)
+                    row = (b * L + t0) * D + d
+                    _load_tile(
+                        scratch, X, x, x_at[0] + b * x_at[1] + t0 * x_at[2] + d * x_at[3], x_at[2], x_at[3], count, valid
+                    )
+                    _load_tile(
+                        scratch, G, gy, gy_at[0] + b * gy_at[1] + t0 * gy_at[2] + d * gy_at[3], gy_at[2], gy_at[3], count, valid
+                    )
+                    if softplus:
+                        _load_tile(scratch, V, delta_BLD, row, D, 1, count, valid)
+                    else:
+                        _load_tile(
+                            scratch, V, dt, dt_at[0] + b * dt_at[1] + t0 * dt_at[2] + d * dt_at[3], dt_at[2], dt_at[3], count, valid
+                        )
+                    if gated:
+                        _load_tile(
+                            scratch, Z, z, z_at[0] + b * z_at[1] + t0 * z_at[2] + d * z_at[3], z_at[2], z_at[3], count, valid
+                        )
+                        _load_tile(scratch, P, inner_BLD, row, D, 1, count, valid)
+                        for j in range(count):
+                            at = j * WIDTH
+                            zv, gv = simd.load(scratch, Z + at), simd.load(scratch, G + at)
+                            sigma = simd.div(one, simd.add(one, simd.exp2(simd.mul(zv, log2e))))
+                            silu = simd.mul(zv, sigma)
+                            slope = simd.fma(silu, simd.sub(one, sigma), sigma)
+                            simd.store(scratch, Z + at, simd.mul(simd.mul(gv, simd.load(scratch, P + at)), slope))
+                            simd.store(scratch, G + at, simd.mul(gv, silu))
+                        _store_tile(scratch, Z, gz_BLD, row, D, 1, count, valid)
+                    for j in range(count):
+                        at = j * WIDTH
+                        simd.store(scratch, U + at, simd.mul(simd.load(scratch, V + at), simd.load(scratch, X + at)))
+                        simd.store(scratch, S + at, zero)
+                        simd.store(scratch, R + at, zero)
+                    for n in range(N):
+                        a2 = simd.load(a2_ND, n * width + d)
+                        h = simd.load(starts_BCND, ((b * chunks + c) * N + n) * width + d)
+                        simd.store(scratch, H, h)
+                        first_row = (b * L + t0) * N + n
+                        for j in range(count):
+                            at = j * WIDTH
+                            e = simd.decay(simd.mul(simd.load(scratch, V + at), a2))
+                            simd.store(scratch, E + at, e)
+                            db = simd.mul(simd.load(scratch, U + at), simd.splat(b_BLN[first_row + j * N]))
+                            h = simd.apply_decay(e, h, db)
+                            simd.store(scratch, H + at + WIDTH, h)
+                        gh = simd.load(scratch, GH + n * width + d)
+                        ga = zero
+                        for j in range(count - 1, -1, -1):
+                            at, sb, sc = j * WIDTH, SB + n * _TILE + j * WIDTH, SC + n * _TILE + j * WIDTH
+                            gv = simd.load(scratch, G + at)
+                            gh = simd.fma(gv, simd.splat(c_BLN[first_row + j * N]), gh)
+                            simd.store(scratch, sc, simd.fma(gv, simd.load(scratch, H + at + WIDTH), simd.load(scratch, sc)))
+                            simd.store(scratch, sb, simd.fma(gh, simd.load(scratch, U + at), simd.load(scratch, sb)))
+                            bv = simd.splat(b_BLN[first_row + j * N])
+                            simd.store(scratch, S + at, simd.fma(gh, bv, simd.load(scratch, S + at)))
+                            gh = simd.apply_decay(simd.load(scratch, E + at), gh, zero)
+                            gx_h = simd.mul(gh, simd.load(scratch, H + at))
+                            simd.store(scratch, R + at, simd.fma(gx_h, a2, simd.load(scratch, R + at)))
+                            ga = simd.fma(gx_h, simd.load(scratch, V + at), ga)
+                        simd.store(scratch, GH + n * width + d, simd.flush_tiny(gh))
+                        at = (b * N + n) * width + d
+                        simd.store(ga_BND, at, simd.add(simd.load(ga_BND, at), ga))
+                    skip = simd.load(skip_D, d)
+                    gskip, gbias = simd.load(gskip_BD, b * width + d), simd.load(gbias_BD, b * width + d)
+                    for j in range(count):
+                        at = j * WIDTH
+                        s, v, xv = simd.load(scratch, S + at), simd.load(scratch, V + at), simd.load(scratch, X + at)
+                        gv = simd.load(scratch, G + at)
+                        gskip = simd.fma(gv, xv, gskip)
+                        gdelta = simd.fma(s, xv, simd.mul(simd.load(scratch, R + at), ln2))
+                        if softplus:  # d softplus(v)/dv = 1 - exp(-Δ)
+                            e = simd.decay(simd.mul(v, log2e))
+                            from_one = simd.sub(one, e)
+                            slope = simd.select_positive(e, from_one, simd.sub(zero, e))
+                            gdelta = simd.mul(gdelta, slope)
+                        gbias = simd.add(gbias, gdelta)
+                        simd.store(scratch, R + at, gdelta)
+                        simd.store(scratch, S + at, simd.fma(s, v, simd.mul(skip, gv)))
+                    simd.store(gskip_BD, b * width + d, gskip)
+                    simd.store(gbias_BD, b * width + d, gbias)
+                    _store_tile(scratch, S, gx_BLD, row, D, 1, count, valid)
+                    _store_tile(
+                        scratch, R, gdt, gdt_at[0] + b * gdt_at[1] + t0 * gdt_at[2] + d * gdt_at[3], gdt_at[2], gdt_at[3],
+                        count, valid,
+                    )  # fmt: skip
+                for j in range(count):
+                    for n in range(N):
+                        at = ((group * B + b) * L + t0 + j) * N + n
+                        gb_GBLN[at] = simd.total(simd.load(scratch, SB + n * _TILE + j * WIDTH))
+                        gc_GBLN[at] = simd.total(simd.load(scratch, SC + n * _TILE + j * WIDTH))
+            for n in range(N):
+                for d in range(k0 * WIDTH, k1 * WIDTH, WIDTH):
+                    simd.store(gfinal_BND, (b * N + n) * width + d, simd.load(scratch, GH + n * width + d))
+
+    return backward

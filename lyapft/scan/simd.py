@@ -1,0 +1,254 @@
+"""A 16-lane float32 vector for numba kernels, and the elementary functions that a scan needs on it.
+
+Numba has no vector type and allocates small arrays on the heap, where LLVM cannot keep them in registers. `lanes` is one LLVM
+`<16 x float>`: a register pair with AVX2, one register with AVX-512, four with NEON or SSE. All functions here are compiled into
+their caller. NaN and infinity in an operand reach the result. Numba's cache does not see this file: kernels put `DIGEST` in
+a closure variable, which is part of the key.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+WIDTH = 16
+DIGEST = int(hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:15], 16)
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+
+_VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
+_INTEGERS = ir.VectorType(ir.IntType(32), WIDTH)
+_FLOAT = ir.FloatType()
+
+
+class _Lanes(types.Type):
+    def __init__(self) -> None:
+        super().__init__(name=f"lanes_float32x{WIDTH}")
+
+
+lanes = _Lanes()
+
+
+@register_model(_Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type) -> None:
+        super().__init__(dmm, fe_type, _VECTOR)
+
+
+def _constant(value: float) -> ir.Constant:
+    return ir.Constant(_VECTOR, [value] * WIDTH)
+
+
+def _fma(builder, a, b, c):
+    function_type = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.fmuladd.v{WIDTH}f32")
+    return builder.call(function, [a, b, c])
+
+
+def _address(context, builder, array_type, array, index, vector_type=_VECTOR):
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), vector_type.as_pointer())
+
+
+@intrinsic
+def load(typingctx, array, index):
+    """The lanes at array[index : index + 16] of a flat contiguous float32 array (no bounds check)."""
+
+    def generate(context, builder, signature, args):
+        return builder.load(_address(context, builder, signature.args[0], *args), align=4)
+
+    return lanes(array, types.intp), generate
+
+
+@intrinsic
+def store(typingctx, array, index, value):
+    """array[index : index + 16] = value (no bounds check)."""
+
+    def generate(context, builder, signature, args):
+        builder.store(args[2], _address(context, builder, signature.args[0], args[0], args[1]), align=4)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, lanes), generate
+
+
+@intrinsic
+def splat(typingctx, scalar):
+    """All lanes equal to one float32."""
+
+    def generate(context, builder, signature, args):
+        single = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), args[0], ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(single, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_INTEGERS, [0] * WIDTH))
+
+    return lanes(types.float32), generate
+
+
+def _binary(name: str):
+    def typed(typingctx, a, b):
+        def generate(context, builder, signature, args):
+            return getattr(builder, name)(*args)
+
+        return lanes(lanes, lanes), generate
+
+    typed.__name__ = name
+    return intrinsic(typed)
+
+
+add, sub, mul, div = _binary("fadd"), _binary("fsub"), _binary("fmul"), _binary("fdiv")
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """a·b + c, with one rounding where the processor can."""
+
+    def generate(context, builder, signature, args):
+        return _fma(builder, *args)
+
+    return lanes(lanes, lanes, lanes), generate
+
+
+@intrinsic
+def flush_tiny(typingctx, value):
+    """value, but 0 where |value| < 1e-36: keeps a decaying state out of the slow subnormal numbers."""
+
+    def generate(context, builder, signature, args):
+        large = builder.fcmp_unordered(">=", _magnitude(builder, args[0]), _constant(1e-36))
+        return builder.select(large, args[0], _constant(0.0))
+
+    return lanes(lanes), generate
+
+
+@intrinsic
+def total(typingctx, value):
+    """Sum of the lanes by a fixed binary tree."""
+
+    def generate(context, builder, signature, args):
+        vector, half = args[0], WIDTH // 2
+        while half:
+            order = [(i + half) % WIDTH for i in range(WIDTH)]
+            swapped = builder.shuffle_vector(vector, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_INTEGERS, order))
+            vector, half = builder.fadd(vector, swapped), half // 2
+        return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(lanes), generate
+
+
+def _magnitude(builder, value):
+    bits = builder.and_(builder.bitcast(value, _INTEGERS), ir.Constant(_INTEGERS, [0x7FFFFFFF] * WIDTH))
+    return builder.bitcast(bits, _VECTOR)
+
+
+def _horner(builder, x, coefficients):
+    result = _constant(coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        result = _fma(builder, result, x, _constant(coefficient))
+    return result
+
+
+# (2^f - 1)/f on |f| <= 1/2: Chebyshev fit in float64, relative error 1.3e-8, so that 2^f - 1 keeps its digits as f -> 0.
+_EXP2 = (
+    0.6931471880293429,
+    0.2402265092234272,
+    0.05550357104252972,
+    0.009618056669887258,
+    0.0013390867351400178,
+    0.00015461447462985332,
+)
+# 2·atanh(s)/s as a polynomial in s² on s² <= 1/9: relative error 4e-9.
+_ATANH = (2.0000000078777496, 0.6666631593508041, 0.4002485372350835, 0.2796141883399917, 0.2817465726777882)
+_MAGIC = 12582912.0 + 127.0  # 1.5·2^23 rounds to an integer; + 127 leaves the biased exponent in the low bits
+
+
+def _exp2_parts(builder, x):
+    """Scale 2^r and u = 2^(x - r) - 1, r = round(x) held to [-126, 126]."""
+    x = builder.select(builder.fcmp_ordered("<", x, _constant(-126.0)), _constant(-126.0), x)
+    x = builder.select(builder.fcmp_ordered(">", x, _constant(126.0)), _constant(126.0), x)
+    shifted = builder.fadd(x, _constant(_MAGIC))
+    fraction = builder.fsub(x, builder.fsub(shifted, _constant(_MAGIC)))
+    bits = builder.shl(builder.bitcast(shifted, _INTEGERS), ir.Constant(_INTEGERS, [23] * WIDTH))
+    return x, builder.bitcast(bits, _VECTOR), builder.fmul(fraction, _horner(builder, fraction, _EXP2))
+
+
+@intrinsic
+def exp2(typingctx, x):
+    """2^x with relative error <= 2e-7; 2^-126 below -126, 2^126 above 126."""
+
+    def generate(context, builder, signature, args):
+        _, scale, u = _exp2_parts(builder, args[0])
+        return builder.fadd(scale, builder.fmul(scale, u))
+
+    return lanes(lanes), generate
+
+
+@intrinsic
+def decay(typingctx, x):
+    """2^x - 1 (which is <= 0) where -1/2 <= x <= 0, else 2^x (which is > 0).
+
+    A decay close to 1 rounds to float32 with an error that returns at every token and adds up over the memory of the state;
+    its distance from 1 does not. `apply_decay` reads the sign to know which of the two it was given.
+    """
+
+    def generate(context, builder, signature, args):
+        x, scale, u = _exp2_parts(builder, args[0])
+        close = builder.and_(
+            builder.fcmp_ordered(">=", x, _constant(-0.5)), builder.fcmp_ordered("<=", x, _constant(0.0))
+        )
+        return builder.select(close, u, builder.fadd(scale, builder.fmul(scale, u)))
+
+    return lanes(lanes), generate
+
+
+@intrinsic
+def log1p_unit(typingctx, t):
+    """log(1 + t) for 0 <= t <= 1, relative error <= 2e-7: 2·atanh(t/(2 + t))."""
+
+    def generate(context, builder, signature, args):
+        s = builder.fdiv(args[0], builder.fadd(args[0], _constant(2.0)))
+        return builder.fmul(s, _horner(builder, builder.fmul(s, s), _ATANH))
+
+    return lanes(lanes), generate
+
+
+@intrinsic
+def magnitude(typingctx, value):
+    """Absolute value."""
+
+    def generate(context, builder, signature, args):
+        return _magnitude(builder, args[0])
+
+    return lanes(lanes), generate
+
+
+@intrinsic
+def positive_part(typingctx, value):
+    """max(value, 0), NaN kept."""
+
+    def generate(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered("<", args[0], _constant(0.0)), _constant(0.0), args[0])
+
+    return lanes(lanes), generate
+
+
+@intrinsic
+def apply_decay(typingctx, e, state, increment):
+    """ā·state + increment for ā given by `decay`."""
+
+    def generate(context, builder, signature, args):
+        e, state, increment = args
+        kept = builder.select(builder.fcmp_ordered("<=", e, _constant(0.0)), state, _constant(0.0))
+        return builder.fadd(kept, _fma(builder, e, state, increment))
+
+    return lanes(lanes, lanes, lanes), generate
+
+
+@intrinsic
+def select_positive(typingctx, test, if_positive, otherwise):
+    """Lane by lane: if_positive where test > 0, else otherwise."""
+
+    def generate(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(">", args[0], _constant(0.0)), args[1], args[2])
+
+    return lanes(lanes, lanes, lanes), generate

@@ -1,0 +1,9 @@
+"""Few-shot multiple choice: tasks make queries, `evaluate` makes scores and keeps every item."""
+
+from lyapft.tasks.base import Query, Score, Task
+from lyapft.tasks.evaluation import context_faults, evaluate, faults
+from lyapft.tasks.mmlu import Mmlu
+from lyapft.tasks.skills import SkillsTask
+from lyapft.tasks.winogrande import Winogrande
+
+__all__ = ["Mmlu", "Query", "Score", "SkillsTask", "Task", "Winogrande", "context_faults", "evaluate", "faults"]

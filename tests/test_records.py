@@ -1,0 +1,99 @@
+"""Records: atomic, never overwritten once finished, and refused when they cannot be trusted."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from lyapft import records
+from lyapft.errors import InputError
+
+
+def a_record(status: str = "running", **more) -> dict:
+    return {"schema_version": records.SCHEMA_VERSION, "id": "0123456789ab", "status": status, **more}
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path):
+    record = a_record("ok", scores=[{"task": "t", "value": 1 / 3}], text="λ ≤ 0")
+    records.save(tmp_path / "cell", record)
+    assert records.load(tmp_path / "cell") == record
+    assert [path.name for path in (tmp_path / "cell").iterdir()] == ["record.json"]  # no temporary file stays
+
+
+@pytest.mark.parametrize("status", records.FINAL)
+def test_a_finished_record_is_never_overwritten(tmp_path, status):
+    records.save(tmp_path, a_record(status, value=1))
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        records.save(tmp_path, a_record("ok", value=2))
+    assert records.load(tmp_path)["value"] == 1
+
+
+@pytest.mark.parametrize("status", sorted(set(records.STATUSES) - set(records.FINAL)))
+def test_an_unfinished_record_gives_way(tmp_path, status):
+    records.save(tmp_path, a_record(status))
+    records.save(tmp_path, a_record("ok"))
+    assert records.load(tmp_path)["status"] == "ok"
+
+
+def test_numbers_that_json_cannot_hold_leave_the_old_record(tmp_path):
+    records.save(tmp_path, a_record())
+    with pytest.raises(ValueError, match="JSON compliant"):
+        records.save(tmp_path, a_record(loss=float("nan")))
+    assert records.load(tmp_path) == a_record()
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def half_a_write(path):
+        path.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        records.write_atomically(target, half_a_write)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a readable record"),
+        ("[]", "schema version None"),
+        (json.dumps({"schema_version": 99}), "schema version 99"),
+        ("\udcff", "not a readable record"),
+    ],
+)
+def test_a_record_that_cannot_be_trusted_is_refused(tmp_path, content, message):
+    (tmp_path / "record.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=message):
+        records.load(tmp_path)
+
+
+def test_missing_things_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"holds no record\.json"):
+        records.load(tmp_path)
+    with pytest.raises(InputError, match="is not a folder"):
+        records.load_study(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="holds no records"):
+        records.load_study(tmp_path)
+
+
+def test_a_cell_is_found_by_its_identity(tmp_path):
+    records.save(tmp_path / "mamba-bf16-0123456789ab", a_record())
+    assert records.find(tmp_path, "0123456789ab") == tmp_path / "mamba-bf16-0123456789ab"
+    assert records.find(tmp_path, "ffffffffffff") is None
+    assert [folder.name for folder, _ in records.load_study(tmp_path)] == ["mamba-bf16-0123456789ab"]
+
+
+def test_a_step_series_can_be_read_while_it_grows(tmp_path):
+    series = records.StepSeries(tmp_path / "steps.parquet")
+    series.flush()
+    assert not series.path.exists()
+    series.append({"step": 1, "loss": 2.5, "skipped": False})
+    series.flush()
+    series.append({"step": 2, "loss": 1.5, "skipped": True})
+    assert len(pd.read_parquet(series.path)) == 1
+    series.flush()
+    assert pd.read_parquet(series.path).to_dict("list") == {"step": [1, 2], "loss": [2.5, 1.5], "skipped": [False, True]}
