@@ -44,8 +44,10 @@ $(BIN)/python:
 $(VENV)/.runtime: requirements.lock pyproject.toml lyapft/__init__.py | $(BIN)/python
 	@echo "Setting up $(VENV) from requirements.lock (about 2 GB, some minutes, once)"
 	@$(INSTALL) "$$(grep '^setuptools==' requirements.lock)"
-	@$(INSTALL) -r requirements.lock
+	@$(INSTALL) --no-compile -r requirements.lock
 	@$(INSTALL) --no-deps --editable .
+	@# On every core, unlike pip. Some packages ship templates under .py names that do not compile: not an error.
+	@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime

@@ -10,7 +10,8 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import torch
+import transformers
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -32,6 +34,7 @@ from lyapft.environment import PeakMemory, describe, resolve_device, resolve_thr
 from lyapft.errors import InputError
 from lyapft.module import FineTuner, NonFiniteTrainingError
 from lyapft.peft import Liveness, LivenessError
+from lyapft.peft import faults as peft_faults
 from lyapft.probes import AdapterLiveness, LyapunovProbe, ProgressBar, StepRecorder
 from lyapft.records import Record
 
@@ -52,7 +55,8 @@ class Cell:
         science: the part that can change numbers, inputs by content.
         id: hash of `science`.
         folder: runs/STUDY/NAME-ID.
-        device: `cpu` or `cuda`; threads: CPU threads; kernel: what will run the recurrence.
+        device: `cpu` or `cuda`; threads: CPU threads.
+        source, task: where its examples come from, and what it is scored on; both read and checked.
         role: `cell` or `reference` (made because another cell needed it).
     """
 
@@ -62,6 +66,8 @@ class Cell:
     folder: Path
     device: str
     threads: int
+    source: data.Source
+    task: tasks.Task
     role: str
 
     @property
@@ -70,29 +76,56 @@ class Cell:
         return self.folder.parent
 
 
-def prepare(cfg: DictConfig, role: str = "cell") -> Cell:
+def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Cell:
     """Check a config and give it its identity; loads no weights.
 
+    Args:
+        cfg: a resolved config.
+        role: `cell` or `reference`.
+        like: a cell of the same data and task, whose input need not be read again.
     Raises:
         InputError: everything that is wrong with it, at once.
     """
     device, found = resolve_device(cfg.device)
-    found = config.faults(cfg) + found + backbone.faults(cfg.model) + precision.faults(cfg.precision, device)
-    found += data.faults(cfg.data) + tasks.faults(cfg.task) + recurrence.faults(cfg.kernel)
+    kernel = Checked(lambda: recurrence.resolve(cfg.kernel.name, cfg.kernel.require, device))
+    found = config.faults(cfg) + found + precision.faults(cfg.precision, device) + peft_faults(cfg.peft) + kernel.faults
+    model_faults = backbone.faults(cfg.model)
+    source = Checked(lambda: like.source if like else _readable(instantiate(cfg.data)))
+    task = Checked(lambda: like.task if like else instantiate(cfg.task))
+    found += model_faults + source.faults + (task.faults or ([] if like else tasks.faults(cfg.task)))
+    if not model_faults and (positions := backbone.max_positions(cfg.model)) and cfg.data.max_length > positions:
+        found.append(f"data.max_length={cfg.data.max_length} exceeds the {positions} positions of model {cfg.model.name}: lower it")
     if found:
         raise InputError("this cell cannot run:\n" + "\n".join(f"  - {fault}" for fault in found))
     threads = resolve_threads(cfg.threads)
-    fingerprints = {
-        "model": backbone.fingerprint(cfg.model),
-        "data": instantiate(cfg.data).fingerprint(),
-        "task": instantiate(cfg.task).fingerprint(),
-    }
-    science = config.science(cfg, fingerprints, threads, device, recurrence.resolve(cfg.kernel, device))
+    content = {"model": backbone.fingerprint(cfg.model), "data": source.value.fingerprint(), "task": task.value.fingerprint()}
+    science = config.science(cfg, content, threads, device, kernel.value)
     cell_id = config.identity(science)
     parts = [cfg.model.name, cfg.data.name, cfg.precision.name, cfg.peft.name, f"s{cfg.seed}"]
     parts += [f"r{cfg.replicate}"] if cfg.replicate else []
     folder = Path(cfg.runs) / cfg.study.name / "-".join([*parts, cell_id])
-    return Cell(cfg, science, cell_id, folder, device, threads, role)
+    return Cell(cfg, science, cell_id, folder, device, threads, source.value, task.value, role)
+
+
+class Checked:
+    """A value made by a function, or the faults that the function found instead."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.value: Any = None
+        self.faults: list[str] = []
+        try:
+            self.value = make()
+        except InputError as error:
+            self.faults = str(error).splitlines()
+        except InstantiationException as error:  # Hydra wraps what a constructor raised
+            if not isinstance(error.__cause__, InputError):
+                raise
+            self.faults = str(error.__cause__).splitlines()
+
+
+def _readable(source: data.Source) -> data.Source:
+    source.fingerprint()
+    return source
 
 
 def run(cfg: DictConfig) -> Record:
@@ -101,7 +134,8 @@ def run(cfg: DictConfig) -> Record:
     Raises:
         CellFailed: it did not finish; its record says why.
     """
-    log.info("lyapft cell: %s", ", ".join(HydraConfig.get().overrides.task) or "defaults")
+    _quiet_libraries()
+    log.info("cell: %s", ", ".join(HydraConfig.get().overrides.task) or "defaults")
     try:
         cell = prepare(cfg)
     except InputError as error:
@@ -170,7 +204,7 @@ def _counterparts(cell: Cell) -> dict[str, Record | None]:
     """Records of the two full-precision counterparts, made where they are missing; None is the cell itself."""
     found: dict[str, Record | None] = {}
     for name, twin in config.reference_configs(cell.config).items():
-        reference = prepare(twin, role="reference")
+        reference = prepare(twin, role="reference", like=cell)
         if reference.id == cell.id:
             found[name] = None
             continue
@@ -182,17 +216,13 @@ def _counterparts(cell: Cell) -> dict[str, Record | None]:
 def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
     """Build, fit, evaluate, save; fills the record as it goes."""
     cfg, started = cell.config, time.perf_counter()
-    source, task = instantiate(cfg.data), instantiate(cfg.task)
     with _clean_state(cell) as strategy:
-        memory = PeakMemory(cell.device)
         base = backbone.load(cfg.model)
         seam = recurrence.install(base.model, cfg.kernel.name, cfg.kernel.require)
         peft = instantiate(cfg.peft)
         peft.attach(base, seam)
-        dataset = data.build(source, base.tokenizer, cfg.data.max_length)
-        found = data.length_faults(cfg.data.max_length, base.max_positions)
-        found += tasks.context_faults(task, base.tokenizer, base.max_positions)
-        if found:
+        dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length)
+        if found := tasks.context_faults(cell.task, base.tokenizer, base.max_positions):
             raise InputError("; ".join(found))
         record |= {
             "model": {"name": cfg.model.name, "architecture": base.architecture, "hash": base.hash} | peft.parameters(),
@@ -201,6 +231,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
             "data": dataset.record(),
             "peft": peft.record(),
         }
+        memory = PeakMemory(base.model, cell.device)
         series, skipped = _fit(cell, base.model, seam, strategy, dataset, loggers)
         record["kernels"] = dict(seam.kernels)
         record["training"] = _training(series, skipped, config.learning_rate(cfg))
@@ -210,7 +241,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         scores, items = tasks.evaluate(
             base.model.to(cell.device),
             base.tokenizer,
-            task,
+            cell.task,
             batch_tokens=cfg.task.batch_tokens,
             autocast=strategy.autocast,
             trained_length=base.trained_length,
@@ -239,7 +270,7 @@ def _fit(
         if isinstance(probe, LyapunovProbe):
             probe.bind(seam)
     series = records.StepSeries(cell.folder / records.STEPS)
-    callbacks: list[Callback] = [AdapterLiveness(Liveness(model)), *probes, StepRecorder(series, settings.record_every_s)]
+    callbacks: list[Callback] = [AdapterLiveness(Liveness(model, steps=min(3, settings.steps))), *probes, StepRecorder(series, settings.record_every_s)]
     if settings.progress:
         callbacks.append(ProgressBar(_title(cell)))
     trainer = L.Trainer(
@@ -257,6 +288,7 @@ def _fit(
         log_every_n_steps=1,
     )
     model.train()
+    log.info("training %s: %d steps", _title(cell), settings.steps)
     loader = data.batches(dataset, settings.batch_size, settings.steps * settings.accumulate, cell.config.seed)
     try:
         trainer.fit(module, loader)
@@ -330,7 +362,7 @@ def _stub(cell: Cell) -> Record:
         "created": records.now(),
         "finished": None,
         "config": cell.science,
-        "paths": {group: cfg[group].path for group in ("model", "data", "task")},
+        "paths": {group: {k: cfg[group][k] for k in config.PATHS if k in cfg[group]} for group in ("model", "data", "task")},
         "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
         "choices": {group: cfg[group].name for group in ("model", "data", "task", "peft", "precision")},
         "seed": cfg.seed,
@@ -353,6 +385,16 @@ def _clean_state(cell: Cell) -> Iterator[precision.Precision]:
             yield strategy
     finally:
         torch.set_num_threads(threads)
+
+
+def _quiet_libraries() -> None:
+    """Only warnings of Lightning and transformers, and none about their own inner workings."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers")  # tokens are in memory already
+    warnings.filterwarnings("ignore", message=r".*lr_scheduler.step\(\)` before `optimizer.step")  # the first step was skipped
 
 
 @contextmanager

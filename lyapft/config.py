@@ -50,8 +50,10 @@ class TaskConfig:
     name: str = MISSING
     path: str | None = None
     shots: list[int] = field(default_factory=lambda: [0, 1, 3, 5])
-    limit: int | None = None  # items per task; null = all
+    limit: int | None = None  # items of each subset (subject, rule set); null = all
     batch_tokens: int = 8192  # padded tokens in one forward pass
+    max_bad_fraction: float = 0.01  # rows that cannot be scored (null fields, no blank) beyond this share stop the run
+    truncate: bool = False  # cut the left of contexts that do not fit the model's positions, as lm-eval does, not refuse
 
 
 @dataclass
@@ -107,6 +109,15 @@ class LoggerConfig:
 
 
 @dataclass
+class WandbLoggerConfig(LoggerConfig):
+    """A run on the Weights & Biases dashboard, or offline below the cell's folder."""
+
+    project: str = "lyapft"
+    entity: str | None = None  # user or team
+    mode: str | None = None  # online | offline | disabled; null = WANDB_MODE, else by whether there is a login
+
+
+@dataclass
 class StudyConfig:
     """The folder that a matrix, its references and its reruns share."""
 
@@ -159,6 +170,61 @@ class SkillsData(DataConfig):
     """Procedural episodes: short rules on letters, with exact answers."""
 
     _target_: str = "lyapft.data.Skills"
+    rules: list[str] = field(default_factory=lambda: ["rotate", "previous", "swap", "title"])
+    rows: int = 3072  # episodes, before they repeat
+    shots: list[int] = field(default_factory=lambda: [6])  # solved lines before the last, one of these numbers per episode
+    named_fraction: float = 0.0  # share of the episodes that name their rule
+    data_seed: int = 0  # draws the episodes; the cell's seed orders them
+
+
+@dataclass
+class MixtureData(DataConfig):
+    """What the shipped checkpoints were trained on, in a fixed order."""
+
+    _target_: str = "lyapft.data.Mixture"
+    rows: int = 72000  # examples; steps x batch size of them are one pass
+    rules: list[str] = field(default_factory=lambda: ["copy", "reverse", "next", "upper"])
+    shots: list[int] = field(default_factory=lambda: [6])
+    text_fraction: float = 0.05  # running text of the interpreter's documentation
+    pairs_fraction: float = 0.02  # questions and answers about the standard library
+    inferred_first: float = 0.7  # first half: share of the episodes whose rule has to be inferred
+    inferred_second: float = 0.9
+    data_seed: int = 0
+
+
+@dataclass
+class PydocData(DataConfig):
+    """The running interpreter's own documentation."""
+
+    _target_: str = "lyapft.data.Pydoc"
+    kind: str = "pairs"  # pairs | text
+
+
+@dataclass
+class TableData(DataConfig):
+    """Rows of a local file, or of a data set by its name."""
+
+    split: str = "train"  # of a data set by name
+
+
+@dataclass
+class SkillsTask(TaskConfig):
+    """Which rule do the lines follow? Rules that the cell trains, and rules that the base knows."""
+
+    _target_: str = "lyapft.tasks.SkillsTask"
+    new_rules: list[str] = field(default_factory=lambda: ["rotate", "previous", "swap", "title"])
+    old_rules: list[str] = field(default_factory=lambda: ["copy", "reverse", "next", "upper"])
+    items: int = 200  # queries per rule set
+    named: bool = False  # write the rule's name in each line instead of leaving it to be inferred
+    task_seed: int = 0  # draws the queries
+
+
+@dataclass
+class MmluTask(TaskConfig):
+    """Four lettered choices per question."""
+
+    _target_: str = "lyapft.tasks.Mmlu"
+    subjects: list[str] | None = None  # null = all that are there
 
 
 @dataclass
@@ -190,20 +256,20 @@ class LyapunovProbe(ProbeConfig):
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"model": ModelConfig},
-    "data": {"data": DataConfig, "skills": SkillsData},
-    "task": {"task": TaskConfig},
+    "data": {"data": DataConfig, "skills": SkillsData, "mixture": MixtureData, "pydoc": PydocData, "table": TableData},
+    "task": {"task": TaskConfig, "skills": SkillsTask, "mmlu": MmluTask},
     "peft": {"none": FullPeft, "lora": LoraPeft},
     "precision": {"precision": PrecisionConfig},
     "probe": {"lyapunov": LyapunovProbe},
     "trainer": {"trainer": TrainerConfig},
-    "logger": {"logger": LoggerConfig},
+    "logger": {"logger": LoggerConfig, "wandb": WandbLoggerConfig},
     "study": {"study": StudyConfig},
 }
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 NOT_SCIENCE = ("runs", "study", "logger", "probe", "reference", "device", "threads")  # cannot change a number by themselves
 NOT_SCIENCE_TRAINER = ("progress", "record_every_s")
-SECRET_WORDS = ("api_key", "token", "password", "secret")
+PATHS = ("path", "tokenizer")  # known by content instead
 
 
 def register() -> None:
@@ -301,8 +367,7 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], threads: int, device:
     kept["trainer"]["learning_rate"] = learning_rate(cfg)
     kept["model"].pop("learning_rate")
     for group, content in fingerprints.items():
-        kept[group].pop("path")
-        kept[group]["content"] = content
+        kept[group] = {key: value for key, value in kept[group].items() if key not in PATHS} | {"content": content}
     kept["kernel"]["resolved"] = kernel
     return kept | {"threads": threads, "device": device}
 

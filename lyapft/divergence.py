@@ -1,8 +1,8 @@
 """How far a cell's scores lie from those of its full-precision counterpart.
 
-Always paired: the same seed, data order, initial weights and items on both sides, so differences are taken score by score
-and item by item, never between averages of different items. Scores are fractions 0..1; divergences are percentage points.
-Everything here concerns one pair; intervals and tests over seeds take the `signed_points` of many pairs.
+Always paired: the same seed, data order, initial weights and items on both sides, so differences are taken score by
+score and item by item, never between averages of different items. Scores are fractions 0..1, divergences percentage
+points. Everything here concerns one pair; intervals and tests over seeds take the `signed_points` of many pairs.
 """
 
 import math
@@ -34,7 +34,7 @@ class ScoreDivergence:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Differences of all scores that a cell and its counterpart share; `unpaired` are those that only one of them has."""
+    """Differences of all scores that a cell and its counterpart share; `unpaired` are those that only one has."""
 
     per_score: tuple[ScoreDivergence, ...]
     unpaired: tuple[ScoreKey, ...] = ()
@@ -103,11 +103,39 @@ def _by_key(scores: Iterable[Mapping[str, Any]]) -> dict[ScoreKey, float]:
     return values
 
 
+def against_counterparts(
+    record: Mapping[str, Any], counterparts: Mapping[str, Mapping[str, Any] | None]
+) -> list[dict[str, Any]]:
+    """A record's divergence entries: one per counterpart, also where there is nothing to compare with.
+
+    Args:
+        record: of the cell, with its scores.
+        counterparts: by kind (`paper`, `precision_only`): the counterpart's record, or None where the cell is its own.
+    Returns:
+        Entries with status `ok`, `self`, or `missing` (the counterpart failed, or shares no score with the cell).
+    """
+    entries: list[dict[str, Any]] = []
+    for kind, counterpart in counterparts.items():
+        entry: dict[str, Any] = {"counterpart": kind, "reference_id": (counterpart or record)["id"]}
+        nothing: dict[str, Any] = {"mean_abs_points": None, "per_score": []}
+        if counterpart is None:
+            entry |= {"status": "self"} | nothing
+        elif (
+            counterpart["status"] != "ok"
+            or not _by_key(record["scores"]).keys() & _by_key(counterpart["scores"]).keys()
+        ):
+            entry |= {"status": "missing"} | nothing
+        else:
+            entry |= {"status": "ok"} | paired_divergence(record["scores"], counterpart["scores"]).as_record()
+        entries.append(entry)
+    return entries
+
+
 @dataclass(frozen=True)
 class Flips:
     """Items, present on both sides, whose chosen answer differs.
 
-    A score can stay the same while answers change in both directions, so this is far less noisy than the scores' difference.
+    A score can stay the same while answers change in both directions: this is far less noisy than its difference.
     """
 
     n: int  # items that both sides answered
@@ -131,7 +159,7 @@ def item_flips(items: pd.DataFrame, counterpart_items: pd.DataFrame) -> Flips:
         ValueError: a column is missing, an item appears twice on one side, or no item is on both.
     """
     ours, theirs = _checked_items(items), _checked_items(counterpart_items)
-    both = ours.join(theirs, how="inner", lsuffix="_cell", rsuffix="_counterpart")
+    both = ours.add_suffix("_cell").join(theirs.add_suffix("_counterpart"), how="inner")
     if both.empty:
         raise ValueError("the two item tables have no item in common")
     right, was_right = both["correct_cell"].astype(bool), both["correct_counterpart"].astype(bool)

@@ -1,5 +1,7 @@
 """What this machine is: device, threads, memory, versions."""
 
+import ctypes
+import gc
 import importlib.metadata
 import os
 import platform
@@ -9,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets", "numba", "numpy", "lyapft")
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -31,24 +34,26 @@ def resolve_threads(wanted: int | None) -> int:
 
 
 class PeakMemory:
-    """Peak memory above what the process held when this was made, in bytes.
+    """Peak memory of a training: the model's own bytes and whatever was held above them at the worst moment.
 
-    On CUDA: the allocator's peak. On Linux: the resident-set high-water mark, reset at the start. Elsewhere there is no way to
-    reset such a mark, and the peak is None. Memory that an earlier cell of the process freed but the C allocator kept is part of
-    the starting level, so the first cell of a process is the fairest.
+    On CUDA: the allocator's peak. On Linux: the resident-set high-water mark, reset at the start, after the C allocator has
+    given back what earlier cells of the process left. Elsewhere such a mark cannot be reset, and the peak is None.
 
     Attributes:
         source: where the number comes from, for the record.
     """
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, model: nn.Module, device: str) -> None:
+        """Start measuring; the model is built, the training has not begun."""
+        tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+        self.device, self._model_bytes, self._start = device, sum(tensors.values()), 0
         if device == "cuda":
             self.source = "torch.cuda.max_memory_allocated"
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
             return
         self.source = "resident set high-water mark (Linux)"
+        _return_free_memory()
         self._start = psutil.Process().memory_info().rss
         try:
             CLEAR_REFS.write_text("5")
@@ -56,13 +61,21 @@ class PeakMemory:
             self.source = "not available on this system"
 
     def peak_bytes(self) -> int | None:
-        """The peak since the start, above the level at the start."""
-        if self.device == "cuda":
+        """The peak since the start, in bytes."""
+        if self.device == "cuda":  # the model was moved there after the start, so it is in the peak
             return torch.cuda.max_memory_allocated() - self._start
         if not self.source.startswith("resident"):
             return None
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 - self._start
+        return max(0, int(line.split()[1]) * 1024 - self._start) + self._model_bytes
+
+
+def _return_free_memory() -> None:
+    """Give freed heap pages back to the system, where the C library can (glibc)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def describe(device: str, threads: int) -> dict[str, Any]:

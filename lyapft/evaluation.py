@@ -109,9 +109,7 @@ def _rebuild_config(record: Record) -> DictConfig:
     for group in ("model", "task", "peft", "precision"):
         values = science[group]
         values.pop("content", None)
-        if group in record["paths"]:
-            values["path"] = record["paths"][group]
-        nodes[group] = values
+        nodes[group] = values | record["paths"].get(group, {})
     nodes["kernel"] = asdict(config.KernelConfig(name=science["kernel"]["name"], require=science["kernel"]["require"]))
     return OmegaConf.create(nodes)
 

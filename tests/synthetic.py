@@ -1,7 +1,7 @@
 """Made-up studies that follow the record schema, for tests of whatever reads records.
 
-Numbers are drawn from a seeded generator and are consistent: scores are counts of the items table, divergences are their
-differences, margins are minus λ.
+Numbers are drawn from a seeded generator and are consistent: scores are counts of the items table, divergences are
+their differences, margins are minus λ.
 """
 
 import json
@@ -56,20 +56,46 @@ def record(
         "choices": {"model": model, "data": "skills", "task": "skills", "peft": peft, "precision": precision},
         "seed": seed,
         "replicate": replicate,
-        "model": {"name": model, "architecture": architecture(model), "hash": "0" * 64,
-                  "parameters_total": 230_000, "parameters_trainable": 230_000 if peft == "none" else 31_000},
-        "precision": {"requested": precision, "effective": precision, "emulated": precision in ("bf16", "fp16"), "ops": {}},
+        "model": {
+            "name": model,
+            "architecture": architecture(model),
+            "hash": "0" * 64,
+            "parameters_total": 230_000,
+            "parameters_trainable": 230_000 if peft == "none" else 31_000,
+        },
+        "precision": {
+            "requested": precision,
+            "effective": precision,
+            "emulated": precision in ("bf16", "fp16"),
+            "ops": {},
+        },
         "kernels": {RECURRENT[architecture(model)]: "cpu-numba"} if architecture(model) in RECURRENT else {},
         "recurrences_unknown": [],
-        "data": {"name": "skills", "hash": "1" * 64, "rows": 2880, "rows_dropped": 0, "rows_truncated": 0, "rows_bad": 0,
-                 "tokens": 150_000, "target_tokens": 30_000},
+        "data": {
+            "name": "skills",
+            "hash": "1" * 64,
+            "rows": 2880,
+            "rows_dropped": 0,
+            "rows_truncated": 0,
+            "rows_bad": 0,
+            "tokens": 150_000,
+            "target_tokens": 30_000,
+        },
         "peft": {"method": peft, "targets": [], "coverage": {}},
         "scores": [],
         "divergence": [],
-        "environment": {"python": "3.11.7", "torch": "2.13.0", "lyapft": "0.1.0", "platform": "Linux", "cpu": "made-up CPU",
-                        "threads": 2, "device": "cpu", "git_commit": None},
+        "environment": {
+            "python": "3.11.7",
+            "torch": "2.13.0",
+            "lyapft": "0.1.0",
+            "platform": "Linux",
+            "cpu": "made-up CPU",
+            "threads": 2,
+            "device": "cpu",
+            "git_commit": None,
+        },
         "files": {"steps": "steps.parquet", "items": "items.parquet"},
-    }  # fmt: skip
+    }
     if ran:
         result |= _results(result, rng, layers)
     return result
@@ -80,19 +106,36 @@ def _results(stub: dict[str, Any], rng: np.random.Generator, layers: int) -> dic
     family = RECURRENT.get(stub["model"]["architecture"])
     lambdas = [-0.02 * (1 + i) - 0.004 * rng.random() for i in range(layers)]
     per_layer = [
-        {"layer": f"backbone.layers.{i}.mixer", "family": family, "lambda_max": value, "margin": -value,
-         "norm_bound": value / 2} for i, value in enumerate(lambdas)
-    ]  # fmt: skip
+        {
+            "layer": f"backbone.layers.{i}.mixer",
+            "family": family,
+            "lambda_max": value,
+            "margin": -value,
+            "norm_bound": value / 2,
+        }
+        for i, value in enumerate(lambdas)
+    ]
     stable = {"lambda_max": max(lambdas), "margin": -max(lambdas), "norm_bound": max(lambdas) / 2, "layers": per_layer}
     fast = 1.4 if stub["choices"]["peft"] == "lora" else 1.0
     return {
-        "training": {"steps": 120, "loss_first": 2.31, "loss_last": 0.4, "loss_mean_last_10pct": 0.42 + 0.1 * rng.random(),
-                     "skipped_steps": 3 if stub["precision"]["requested"] == "fp16" else 0, "loss_scale_last": None,
-                     "learning_rate": 1e-3},
-        "cost": {"tokens_per_s": 18_000 * fast * (1 + 0.1 * rng.random()), "peak_bytes": int(4e8 / fast),
-                 "peak_bytes_per_token": 4e8 / fast / 1536, "wall_s": 14.0, "eval_wall_s": 5.0},
+        "training": {
+            "steps": 120,
+            "loss_first": 2.31,
+            "loss_last": 0.4,
+            "loss_mean_last_10pct": 0.42 + 0.1 * rng.random(),
+            "skipped_steps": 3 if stub["precision"]["requested"] == "fp16" else 0,
+            "loss_scale_last": None,
+            "learning_rate": 1e-3,
+        },
+        "cost": {
+            "tokens_per_s": 18_000 * fast * (1 + 0.1 * rng.random()),
+            "peak_bytes": int(4e8 / fast),
+            "peak_bytes_per_token": 4e8 / fast / 1536,
+            "wall_s": 14.0,
+            "eval_wall_s": 5.0,
+        },
         "stability": stable if family else {"not_applicable": "attention has no fixed-size recurrent state"},
-    }  # fmt: skip
+    }
 
 
 def steps(source: dict[str, Any], n: int = 120) -> pd.DataFrame:
@@ -128,8 +171,19 @@ def items(source: dict[str, Any], n: int = 64) -> pd.DataFrame:
             flip = own.random(n) < PRECISION_NOISE[choices["precision"]]
             for item in range(n):
                 correct = bool(right[item] ^ flip[item])
-                rows.append({"task": task, "subset": None, "item": f"q{item}", "shots": shots, "gold": 0,
-                             "choice": 0 if correct else 1, "correct": correct, "logprobs": [-1.0, -2.0], "nll_gold": 1.0})  # fmt: skip
+                rows.append(
+                    {
+                        "task": task,
+                        "subset": None,
+                        "item": f"q{item}",
+                        "shots": shots,
+                        "gold": 0,
+                        "choice": 0 if correct else 1,
+                        "correct": correct,
+                        "logprobs": [-1.0, -2.0],
+                        "nll_gold": 1.0,
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -147,15 +201,22 @@ def _divergence(cell: dict[str, Any], by_choice: dict[tuple[Any, ...], dict[str,
     """Both counterparts of a cell, as its record lists them."""
     entries = []
     for counterpart, peft in (("paper", "none"), ("precision_only", cell["choices"]["peft"])):
-        entry: dict[str, Any] = {"counterpart": counterpart, "reference_id": None, "status": "missing",
-                                 "mean_abs_points": None, "per_score": []}  # fmt: skip
+        entry: dict[str, Any] = {
+            "counterpart": counterpart,
+            "reference_id": None,
+            "status": "missing",
+            "mean_abs_points": None,
+            "per_score": [],
+        }
         reference = by_choice.get((cell["choices"]["model"], "fp32", peft, cell["seed"]))
         if reference is not None and reference["scores"]:
             entry["reference_id"] = reference["id"]
             entry["status"] = "self" if reference["id"] == cell["id"] else "ok"
         if entry["status"] == "ok":
             theirs = {(s["task"], s["shots"]): s["value"] for s in reference["scores"]}
-            signed = [(s["task"], s["shots"], 100 * (s["value"] - theirs[s["task"], s["shots"]])) for s in cell["scores"]]
+            signed = [
+                (s["task"], s["shots"], 100 * (s["value"] - theirs[s["task"], s["shots"]])) for s in cell["scores"]
+            ]
             entry["per_score"] = [
                 {"task": t, "shots": k, "signed_points": p, "abs_points": abs(p)} for t, k, p in signed
             ]
@@ -171,7 +232,9 @@ def study(folder: Path, records: list[dict[str, Any]], n_steps: int = 120, n_ite
         if "training" in cell and cell["status"] == "ok":
             tables[cell["id"]] = items(cell, n_items)
             cell["scores"] = scores(tables[cell["id"]])
-    by_choice = {(c["choices"]["model"], c["choices"]["precision"], c["choices"]["peft"], c["seed"]): c for c in records}
+    by_choice = {
+        (c["choices"]["model"], c["choices"]["precision"], c["choices"]["peft"], c["seed"]): c for c in records
+    }
     for cell in records:
         if cell["scores"]:
             cell["divergence"] = _divergence(cell, by_choice)

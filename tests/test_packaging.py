@@ -136,12 +136,13 @@ def test_imports_and_dependencies_are_the_same_set(project, root):
     runtime = requirements(project["project"]["dependencies"])
     extras = {name: requirements(lines) for name, lines in project["project"]["optional-dependencies"].items()}
     used = imported(product_sources(root))
-    assert used <= runtime.keys() | extras["cuda"].keys(), "imported but not declared"
-    assert runtime.keys() - used <= INDIRECT.keys(), "declared but never imported"
+    assert not used - runtime.keys() - extras["cuda"].keys(), "imported but not declared"
+    assert not runtime.keys() - used - INDIRECT.keys(), "declared but never imported"
     test_sources = [path for folder in ("tests", "benchmarks") for path in (root / folder).rglob("*.py")]
     used_in_tests = imported(test_sources) - {"packaging"}  # packaging comes with pytest itself
-    assert used_in_tests <= runtime.keys() | extras["dev"].keys() | extras["cuda"].keys(), "imported but not declared"
-    assert extras["dev"].keys() - used_in_tests <= COMMANDS, "declared but never used"
+    declared = runtime.keys() | extras["dev"].keys() | extras["cuda"].keys()
+    assert not used_in_tests - declared, "imported but not declared"
+    assert not extras["dev"].keys() - used_in_tests - COMMANDS, "declared but never used"
 
 
 def test_no_machine_path_or_registry_host_in_any_file(root):

@@ -1,4 +1,4 @@
-"""Load or build a backbone: a causal language model with its tokenizer, in float32, named by the content of its files."""
+"""Load or build a backbone: a causal language model and its tokenizer, in float32, named by its files' content."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ from lyapft.backbone.source import SCRATCH, STATE_SPACES, Source
 from lyapft.config import ModelConfig
 from lyapft.errors import InputError
 
-__all__ = ["Backbone", "faults", "fingerprint", "load", "max_positions"]
+__all__ = ["Backbone", "faults", "fingerprint", "load", "max_positions", "no_progress_bars"]
 log = logging.getLogger(__name__)
 
 
@@ -26,9 +26,11 @@ log = logging.getLogger(__name__)
 class Backbone:
     """A model that is ready to be fine-tuned.
 
-    `architecture` is transformers' model_type (mamba, mamba2, gpt_neox, llama, …), `hash` the fingerprint of its files,
-    `max_positions` the longest sequence in tokens that it accepts (None: no limit) and `trained_length` the length in tokens that
-    it was pretrained on, where its config says so.
+    Attributes:
+        architecture: transformers' model_type (mamba, mamba2, gpt_neox, llama, …).
+        hash: the fingerprint of its files.
+        max_positions: the longest sequence that it accepts, in tokens; None where there is no limit.
+        trained_length: the length in tokens that it was pretrained on, where its config says so.
     """
 
     model: PreTrainedModel
@@ -49,7 +51,7 @@ def faults(cfg: ModelConfig) -> list[str]:
 
 
 def fingerprint(cfg: ModelConfig) -> str:
-    """sha256 over the content of weights, config and tokenizer (never their path); for scratch over dimensions and tokenizer.
+    """sha256 over the content of weights, config and tokenizer, never their path; for scratch over dims and tokenizer.
 
     Raises:
         InputError: any of `faults`.
@@ -72,8 +74,8 @@ def load(cfg: ModelConfig) -> Backbone:
     Random weights come from torch's global generator: seed it first.
 
     Raises:
-        InputError: any of `faults`; weights that do not fit the config, or lack tensors; a tokenizer with more tokens than the
-            model has embeddings, or with neither a padding nor an end token.
+        InputError: any of `faults`; weights that do not fit the config, or lack tensors; a tokenizer with more tokens
+            than the model has embeddings, or with neither a padding nor an end token.
     """
     found = _source(cfg)
     tokenizer = _tokenizer(found, cfg)
@@ -83,11 +85,11 @@ def load(cfg: ModelConfig) -> Backbone:
         model = _from_state_spaces(found)
     else:
         model = _from_transformers(found, cfg)
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
-            f"the tokenizer in {found.tokenizer_folder} has {len(tokenizer)} tokens but model={cfg.name} embeds only {rows}: "
-            "they do not belong together"
+            f"the tokenizer in {found.tokenizer_folder} has {len(tokenizer)} tokens but model={cfg.name} embeds only "
+            f"{rows}: they do not belong together"
         )
     return Backbone(
         model=model,
@@ -135,7 +137,7 @@ def _from_scratch(found: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrain
 
 def _from_transformers(found: Source, cfg: ModelConfig) -> PreTrainedModel:
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
                 found.folder,
                 dtype=torch.float32,
@@ -196,7 +198,7 @@ def _check_names(found: Source, missing: list[str], unexpected: list[str]) -> No
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """transformers draws a bar while loading; leave its setting as it was."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()

@@ -1,8 +1,8 @@
 """Find the files that make a backbone, check them without reading a weight, and name them by content.
 
-A backbone comes from a folder, a Hugging Face hub name, a checkpoint that ships with lyapft, or from dimensions alone (scratch).
-Two layouts are known: transformers' own, and that of state-spaces/mamba (see `state_spaces.py`). Nothing here imports torch
-modules of a model; a fault is a sentence that says what is wrong, what was given and what to do.
+A backbone comes from a folder, a Hugging Face hub name, a checkpoint that ships with lyapft, or from dimensions only
+(scratch). Two layouts are known: transformers' own, and that of state-spaces/mamba (see `state_spaces.py`). A fault is
+a sentence that says what is wrong, what was given and what to do.
 """
 
 import functools
@@ -130,7 +130,7 @@ def _inspect_scratch(cfg: ModelConfig) -> tuple[Source | None, list[str]]:
     else:
         try:
             config = AutoConfig.for_model(**dims)
-        except Exception as error:  # each config class validates in its own way; whatever it says is the fault
+        except Exception as error:  # noqa: BLE001 - each config class validates in its own way
             faults.append(f"model.dims do not make a {kind} model: {error}")
         else:
             unknown = sorted(set(dims) - _fields(type(config)))
@@ -196,8 +196,9 @@ def _hub_folder(name: str, key: str, complete: Callable[[Path], bool]) -> Path:
     except Exception as error:  # the network fails in many ways, none of them a fault of this program
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{key}={name} is neither a folder here nor in the local Hugging Face cache, and could not be fetched from the hub "
-            f"({reason}). On a machine with a network run `hf download {name} --local-dir FOLDER`, then give {key}=FOLDER"
+            f"{key}={name} is neither a folder here nor in the local Hugging Face cache, and could not be "
+            f"fetched from the hub ({reason}). On a machine with a network run "
+            f"`hf download {name} --local-dir FOLDER`, then give {key}=FOLDER"
         ) from error
 
 
@@ -246,7 +247,8 @@ def _config_faults(config: Mapping[str, Any], folder: Path, cfg: ModelConfig) ->
     expected = plain_dims(cfg).get("model_type")
     if not faults and expected is not None and kind != expected:
         faults.append(
-            f"model={cfg.name} is a {expected} model, but {folder} holds a {kind} checkpoint: use model=hf model.path={folder}"
+            f"model={cfg.name} is a {expected} model, but {folder} holds a {kind} checkpoint: "
+            f"use model=hf model.path={folder}"
         )
     return faults
 
@@ -282,7 +284,7 @@ def _weight_fault(file: Path) -> str | None:
 
 
 def _tokenizer_folder(cfg: ModelConfig, folder: Path, layout: str) -> tuple[Path | None, list[str]]:
-    """Where the tokenizer lies: `model.tokenizer`, else beside the weights, else the one that state-spaces trained with."""
+    """Where the tokenizer lies: `model.tokenizer`, else beside the weights, else state-spaces' one."""
     name = cfg.tokenizer
     if name is None and layout == STATE_SPACES and not _has_tokenizer(folder):
         name = state_spaces.TOKENIZER

@@ -1,8 +1,9 @@
-"""Read checkpoints in the layout of state-spaces/mamba: their config.json and names, as transformers' Mamba and Mamba-2.
+"""Read checkpoints in the layout of state-spaces/mamba: their config.json and names, as transformers' Mamba, Mamba-2.
 
-The layout: config.json with d_model, n_layer, vocab_size (unpadded), ssm_cfg {layer: Mamba1 | Mamba2, …}, and one weight file whose
-names differ from transformers' only in `backbone.embedding`. No tokenizer comes with it.
-Source: github.com/state-spaces/mamba, models/config_mamba.py, models/mixer_seq_simple.py, modules/mamba_simple.py, modules/mamba2.py.
+The layout: config.json with d_model, n_layer, vocab_size (unpadded), ssm_cfg {layer: Mamba1 | Mamba2, …}, and one
+weight file whose names differ from transformers' only in `backbone.embedding`. No tokenizer comes with it.
+Source: github.com/state-spaces/mamba: models/config_mamba.py, models/mixer_seq_simple.py, modules/mamba_simple.py and
+modules/mamba2.py.
 """
 
 import math

@@ -1,6 +1,23 @@
 """Fine-tuning data: sources → examples → tokens → batches."""
 
+from lyapft.data.batches import TokenDataset, batches, build
 from lyapft.data.examples import Example, Segment, Source
+from lyapft.data.mixture import Mixture
+from lyapft.data.pydoc import Pydoc
 from lyapft.data.skills import Skills
+from lyapft.data.sources import Alpaca, Sharegpt, TextFile
 
-__all__ = ["Example", "Segment", "Skills", "Source"]
+__all__ = [
+    "Alpaca",
+    "Example",
+    "Mixture",
+    "Pydoc",
+    "Segment",
+    "Sharegpt",
+    "Skills",
+    "Source",
+    "TextFile",
+    "TokenDataset",
+    "batches",
+    "build",
+]

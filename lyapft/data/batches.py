@@ -82,8 +82,8 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
 def build(source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenDataset:
     """Tokenise a source into rows of at most `max_length` tokens.
 
-    A longer example loses its right end; one that keeps no target is dropped. Packed sources are joined and cut into full
-    blocks instead (the last one may be shorter). Every loss is counted.
+    A longer example loses its right end; one that keeps no target is dropped. Packed sources are joined and cut into
+    full blocks instead (the last one may be shorter). Every loss is counted.
 
     Raises:
         InputError: the tokenizer has no end-of-text token, or no row is left.
@@ -114,7 +114,7 @@ def build(source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
 
 def _tokenise(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
-    """Each example's tokens, segment by segment; what the tokenizer puts in front of a text stands in front of the example."""
+    """Each example's tokens, segment by segment, behind a begin-of-text token where the tokenizer adds one."""
     eos = tokenizer.eos_token_id
     prefix = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
     examples = iter(examples)
@@ -143,7 +143,7 @@ def _cut(tokenised: Iterable[Tokens], max_length: int, counts: dict[str, int]) -
 
 
 def _blocks(tokenised: Iterable[Tokens], max_length: int) -> Iterator[Tokens]:
-    """The examples as one stream, cut into blocks of `max_length` tokens; a last one of a single token teaches nothing."""
+    """The examples as one stream, in blocks of `max_length` tokens; a last one of a single token teaches nothing."""
     pairs = list(tokenised)
     if not pairs:
         return
@@ -185,4 +185,6 @@ def batches(dataset: TokenDataset, batch_size: int, steps: int, seed: int) -> Da
     """
     order = Order(len(dataset), batch_size, steps, seed, shuffle=not dataset.ordered)
     # a generator of its own, or the loader would draw from the global one and shift whatever is drawn after it
-    return DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(
+        dataset, batch_sampler=order, collate_fn=dataset.collate, generator=torch.Generator().manual_seed(seed)
+    )

@@ -1,4 +1,4 @@
-"""The diet of the shipped checkpoints: skill episodes with a curriculum, a little English, a few questions and answers."""
+"""The diet of the shipped checkpoints: skill episodes with a curriculum, a little English, some questions."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,8 @@ class Mixture:
         shots: solved lines before the last, one of these numbers per episode.
         text_fraction: share of the examples that are running text of the interpreter's documentation.
         pairs_fraction: share that are questions and answers about the standard library.
-        inferred_first, inferred_second: in the first and the second half, the share of the episodes whose rule has to be
-            inferred from the shots; the others name it.
+        inferred_first, inferred_second: in the first and the second half, the share of the episodes whose rule has to
+            be inferred from the shots; the others name it.
         data_seed: draws the examples.
     """
 
@@ -32,9 +32,9 @@ class Mixture:
     max_length: int = 64
     max_bad_fraction: float = 0.0
     limit: int | None = None
-    rows: int = 60_000
+    rows: int = 72_000
     rules: Sequence[str] = BASE_RULES
-    shots: Sequence[int] = (7,)
+    shots: Sequence[int] = (6,)
     text_fraction: float = 0.05
     pairs_fraction: float = 0.02
     inferred_first: float = 0.7

@@ -1,7 +1,7 @@
 """Real English without a download: the documentation that the running interpreter brings along.
 
-`pydoc_data.topics` (the language reference) and the standard library's docstrings, read from their sources with `ast`: nothing
-is imported or executed. The text differs between Python versions; its hash goes into the record.
+`pydoc_data.topics` (the language reference) and the standard library's docstrings, read from their sources with `ast`:
+nothing is imported or executed. The text differs between Python versions; its hash goes into the record.
 """
 
 import ast
@@ -16,7 +16,9 @@ from pathlib import Path
 from lyapft.data.examples import Example, Segment, digest
 from lyapft.errors import InputError
 
-SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__", "ensurepip", "encodings"}
+SKIPPED_FOLDERS = frozenset(
+    ["site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__", "ensurepip", "encodings"]
+)
 MIN_TEXT = 80  # characters; shorter docstrings are left out of the running text
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -97,7 +99,8 @@ def pairs() -> tuple[tuple[str, str], ...]:
 
 def pair_example(id: str, question: str, answer: str) -> Example:
     """A question and its answer, the loss on the answer."""
-    return Example(id, (Segment(f"Question: {question}\nAnswer:", target=False), Segment(f" {answer}", target=True, end=True)))
+    prompt = Segment(f"Question: {question}\nAnswer:", target=False)
+    return Example(id, (prompt, Segment(f" {answer}", target=True, end=True)))
 
 
 @dataclass
@@ -122,7 +125,9 @@ class Pydoc:
         if self.kind not in ("pairs", "text"):
             raise InputError(f"data.kind={self.kind} is unknown: use pairs or text")
         if self.path is not None:
-            raise InputError(f"data.path={self.path}: pydoc reads the running Python's own documentation; leave data.path out")
+            raise InputError(
+                f"data.path={self.path}: pydoc reads the running Python's own documentation; leave data.path out"
+            )
         self.packed = self.kind == "text"
 
     def examples(self) -> Iterator[Example]:

@@ -1,8 +1,8 @@
 """Procedural skills: same-length rules on three letters, taught and asked by examples in the prompt.
 
-An episode is a few solved lines and a query of the same rule, `a b c -> c b a`. The rule is to be inferred from the lines, or
-it is named in front of each (`reverse a b c -> c b a`). Answers are exact, all choices have the same length, and train and test
-inputs are disjoint: the split holds for the shots as it does for the queries.
+An episode is a few solved lines and a query of the same rule, `a b c -> c b a`. The rule is to be inferred from the
+lines, or it is named in front of each (`reverse a b c -> c b a`). Answers are exact, all choices have the same length,
+and train and test inputs are disjoint: the split holds for the shots as it does for the queries.
 """
 
 import hashlib
@@ -149,7 +149,9 @@ def query_set(
         *shots, query = (line(rule, x, named) for x in drawn)
         wrong = sorted({line(other, drawn[-1], named).answer for other in others} - {query.answer})
         if len(wrong) < choices - 1:
-            raise InputError(f"{choices} choices need {choices - 1} rules besides {rule}: {', '.join(others)} are too few")
+            raise InputError(
+                f"{choices} choices need {choices - 1} other rules than {rule}: {', '.join(others)} are too few"
+            )
         shown = [*rng.sample(wrong, choices - 1), query.answer]
         rng.shuffle(shown)
         queries.append(SkillQuery(i, rule, tuple(shots), query.prompt, tuple(shown), shown.index(query.answer)))
@@ -194,8 +196,8 @@ class Skills:
     max_bad_fraction: float = 0.0
     limit: int | None = None
     rules: Sequence[str] = NEW_RULES
-    rows: int = 4096
-    shots: Sequence[int] = (7,)
+    rows: int = 3072
+    shots: Sequence[int] = (6,)
     named_fraction: float = 0.0
     data_seed: int = 0
     packed: bool = field(default=False, init=False)
@@ -206,7 +208,9 @@ class Skills:
         check_rules(self.rules)
         faults = []
         if self.path is not None:
-            faults.append(f"data.path={self.path}: skills are made up, not read; leave data.path out or choose another data=")
+            faults.append(
+                f"data.path={self.path}: skills are made up, not read; leave data.path out or choose another data="
+            )
         if self.rows <= 0:
             faults.append(f"data.rows={self.rows} must be greater than 0")
         if not self.shots or min(self.shots) < 0:

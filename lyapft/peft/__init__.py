@@ -1,8 +1,10 @@
 """Which parameters of a backbone train: strategies, and the proof that what trains is alive.
 
-A strategy is attached once, saved as safetensors, restored on the same base weights, and merged into an ordinary model. LoRA
-follows Hu et al. 2021: W + (alpha / r) B A. Letters: V vocabulary, D hidden size, R rank.
+A strategy is attached once, saved as safetensors, loaded again onto the same base weights, and merged into an ordinary
+model. Letters: B batch, L tokens, V vocabulary, D hidden size, R rank.
 """
+
+from __future__ import annotations
 
 import contextlib
 import json
@@ -11,26 +13,35 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
+from hydra.utils import get_class
 from peft import LoraConfig
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer, LoraModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lyapft.backbone import Backbone
+from lyapft.backbone import Backbone, no_progress_bars
 from lyapft.errors import InputError
 from lyapft.peft.liveness import Liveness, LivenessError, listed
 from lyapft.peft.targets import leaf_counts, refuse_dead, resolve_targets, tied_head
-from lyapft.recurrence import Seam
 
-__all__ = ["FullFineTuning", "Liveness", "LivenessError", "Lora", "Strategy", "TiedHead", "adapted_layers"]
+if TYPE_CHECKING:
+    from lyapft.config import LoraPeft, PeftConfig
+    from lyapft.recurrence import Seam
+
+__all__ = ["FullFineTuning", "Liveness", "LivenessError", "Lora", "Strategy", "TiedHead", "adapted_layers", "faults"]
 
 ADAPTER = "default"  # peft's name of the one adapter that a model carries here
 ADAPTER_FOLDER, WEIGHTS_FOLDER = "adapter", "weights"  # inside the folder of a cell
+
+
+def faults(cfg: PeftConfig) -> list[str]:
+    """Everything wrong with the peft choice that can be known without a model; empty when all is well."""
+    return cast("type[Strategy]", get_class(cfg._target_)).faults(cfg)
 
 
 class Strategy(ABC):
@@ -39,6 +50,11 @@ class Strategy(ABC):
     def __init__(self, name: str) -> None:
         self.name = name
         self._backbone: Backbone | None = None
+
+    @classmethod
+    def faults(cls, cfg: PeftConfig) -> list[str]:
+        """What is wrong with a choice of this strategy's settings; nothing by default."""
+        return []
 
     @property
     def backbone(self) -> Backbone:
@@ -94,7 +110,8 @@ class FullFineTuning(Strategy):
     def save(self, folder: Path) -> str:
         """Write model and tokenizer in transformers' layout."""
         with _written_whole(folder / WEIGHTS_FOLDER) as partial:
-            self.backbone.model.save_pretrained(partial)
+            with no_progress_bars():
+                self.backbone.model.save_pretrained(partial)
             self.backbone.tokenizer.save_pretrained(partial)
         return f"{WEIGHTS_FOLDER}/"
 
@@ -105,9 +122,19 @@ class FullFineTuning(Strategy):
             InputError: a folder without those weights, or weights of another model.
         """
         model = self.backbone.model
-        files = sorted((folder / WEIGHTS_FOLDER).glob("*.safetensors"))
-        weights = {name: value for file in files for name, value in load_file(file).items()}
-        _copy_into(model, weights, {name for name, _ in model.named_parameters()}, folder / WEIGHTS_FOLDER)
+        where, kept = folder / WEIGHTS_FOLDER, {name for name, _ in model.named_parameters()}
+        try:
+            # by transformers itself: it may store a weight under another name than the model's
+            with no_progress_bars():
+                saved, info = type(model).from_pretrained(
+                    where, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+                )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{where} holds no weights of this model: {error}. Give the folder of a finished run"
+            ) from error
+        weights = {n: p for n, p in saved.named_parameters() if n not in info["missing_keys"]}
+        _copy_into(model, weights, kept, where)
 
     def merge(self) -> None:
         """Nothing to do: the model is an ordinary one already."""
@@ -120,15 +147,15 @@ class FullFineTuning(Strategy):
 class Lora(Strategy):
     """Low-rank adapters, W + (alpha / r) B A, on chosen modules.
 
-    Where the output matrix is tied to the embeddings, an adapter of the embeddings acts on both: the adapted model stays tied, so
-    a merged one is an ordinary tied model.
+    Where the output matrix is tied to the embeddings, an adapter of the embeddings acts on both: the adapted model
+    stays tied, so a merged one is an ordinary tied model.
 
     Args:
         r: rank, > 0.
         alpha: the update is multiplied by alpha / r.
         dropout: on the adapter's input, in [0, 1).
-        targets: `auto` (`sll` on Mamba and Mamba-2, `usual` elsewhere), `sll`, `usual`, a list of module names (a leaf such as
-            `in_proj`, or a dotted suffix) or a regular expression over full module names.
+        targets: `auto` (`sll` on Mamba and Mamba-2, `usual` elsewhere), `sll`, `usual`, a list of module names (a leaf
+            such as `in_proj`, or a dotted suffix) or a regular expression over full module names.
     Raises:
         InputError: from the constructor, a value out of range.
     Source: Hu et al. 2021; target sets of Mamba: Halloran et al. 2025.
@@ -143,14 +170,18 @@ class Lora(Strategy):
         targets: str | Sequence[str] = "auto",
     ) -> None:
         super().__init__(name)
-        wrong = [] if r > 0 else [f"peft.r={r} must be greater than 0"]
-        wrong += [] if alpha > 0 else [f"peft.alpha={alpha} must be greater than 0"]
-        wrong += [] if 0 <= dropout < 1 else [f"peft.dropout={dropout} must lie in [0, 1)"]
+        wrong = self._range_faults(r, alpha, dropout)
         if wrong:
             raise InputError("\n".join(wrong))
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.targets = targets if isinstance(targets, str) else list(targets)
         self._present: dict[str, int] = {}
+
+    @classmethod
+    def faults(cls, cfg: PeftConfig) -> list[str]:
+        """Values out of range."""
+        lora = cast("LoraPeft", cfg)
+        return cls._range_faults(lora.r, lora.alpha, lora.dropout)
 
     def attach(self, backbone: Backbone, seam: Seam) -> None:
         """Put adapters on the targets; everything else stops training.
@@ -158,8 +189,8 @@ class Lora(Strategy):
         A's initial values come from torch's global generator: seed it first.
 
         Raises:
-            InputError: a target that matches nothing, cannot be adapted, or would be dead because the model reads its weight
-                without calling it; dropout where the adapter acts on the weight.
+            InputError: a target that matches nothing, cannot be adapted, or would be dead because the model reads its
+                weight without calling it; dropout where the adapter acts on the weight.
         """
         model = backbone.model
         names = resolve_targets(model, self.targets)
@@ -220,7 +251,7 @@ class Lora(Strategy):
             if isinstance(module, TiedHead):
                 _replace(model, name, module.linear)
         for name, layer in adapted_layers(model):
-            layer.merge(safe_merge=True)  # type: ignore[operator]
+            layer.merge(safe_merge=True)
             _replace(model, name, layer.get_base_layer())
 
     def record(self) -> dict[str, Any]:
@@ -232,6 +263,12 @@ class Lora(Strategy):
         coverage = {leaf: {"adapted": adapted.get(leaf, 0), "present": n} for leaf, n in sorted(self._present.items())}
         settings = {"method": self.name, "r": self.r, "alpha": self.alpha, "dropout": self.dropout}
         return settings | {"targets": sorted(adapted), "coverage": coverage} | self.parameters()
+
+    @staticmethod
+    def _range_faults(r: int, alpha: float, dropout: float) -> list[str]:
+        wrong = [] if r > 0 else [f"peft.r={r} must be greater than 0"]
+        wrong += [] if alpha > 0 else [f"peft.alpha={alpha} must be greater than 0"]
+        return wrong + ([] if 0 <= dropout < 1 else [f"peft.dropout={dropout} must lie in [0, 1)"])
 
     def _adapter(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.backbone.model.named_parameters() if p.requires_grad}
@@ -248,7 +285,7 @@ class Lora(Strategy):
 
 
 class TiedHead(nn.Module):
-    """The output matrix of a model whose adapted embeddings are tied to it: h (W + ΔW)ᵀ with the embedding's own A and B.
+    """The output layer of a model whose adapted embeddings are tied to it: h (W + ΔW)ᵀ with their A and B.
 
     W_VD is the shared matrix and ΔW_VD = s (B_DR A_RV)ᵀ, so the product needs two thin ones: h Wᵀ + s (h B) A.
     """
@@ -261,7 +298,7 @@ class TiedHead(nn.Module):
     @property
     def weight(self) -> nn.Parameter:
         """The shared base matrix, V x D, without the update (models ask for its dtype)."""
-        return self.linear.weight
+        return cast(nn.Parameter, self.linear.weight)
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         """Logits, (..., D) -> (..., V)."""
@@ -281,8 +318,8 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 class _CheckedLoraModel(LoraModel):
     """peft's LoRA without its refusal of Mamba's out_proj and conv1d by name.
 
-    peft refuses them because fused kernels read their weights raw. `refuse_dead` has checked before, module by module, that the
-    seam makes each one live.
+    peft refuses them because fused kernels read their weights raw. `refuse_dead` has checked before, module by module,
+    that the seam makes each one live.
     """
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:

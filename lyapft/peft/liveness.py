@@ -13,10 +13,10 @@ class LivenessError(InputError):
 
 
 class Liveness:
-    """Proves that every trainable tensor gets a finite, non-zero gradient and moves; only reads, and stops when it has its proof.
+    """Proves that every trainable tensor gets a finite, non-zero gradient and moves; only reads, until it has proof.
 
-    A factor of a product whose other factor is exactly zero has a zero gradient by construction (LoRA's A while B is zero): such
-    a step is not counted against it.
+    A factor of a product whose other factor is exactly zero has a zero gradient by construction (LoRA's A while B is
+    zero): such a step is not counted against it.
 
     Args:
         model: with its trainable parameters chosen.
@@ -74,13 +74,15 @@ class Liveness:
         dead = [name for name in self._without_gradient if self._chances[name] >= self.steps]
         if dead:
             raise LivenessError(
-                f"{len(dead)} trainable tensors had no finite, non-zero gradient in {self.steps} steps: {listed(dead)}. "
+                f"{len(dead)} trainable tensors had no finite, non-zero gradient in {self.steps} steps: "
+                f"{listed(dead)}. "
                 "The model does not use them on this path: leave them out of peft.targets, or choose another kernel"
             )
         stuck = [name for name in self._still if name not in self._without_gradient]
         if stuck:
             raise LivenessError(
-                f"{len(stuck)} trainable tensors did not change in {step} steps though they have gradients: {listed(stuck)}. "
+                f"{len(stuck)} trainable tensors did not change in {step} steps though they have gradients: "
+                f"{listed(stuck)}. "
                 "The optimizer does not hold them, or its learning rate is too small to change a float32"
             )
 

@@ -1,14 +1,19 @@
 """Which modules an adapter goes on: named sets, lists and expressions, and the refusal of those that would be dead."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lyapft.errors import InputError
-from lyapft.recurrence import Seam
+
+if TYPE_CHECKING:
+    from lyapft.recurrence import Seam
 
 # The paper's sparse set (SLL): the linear layers around the recurrence, and the embeddings (Halloran et al. 2025).
 SLL = {
@@ -17,7 +22,7 @@ SLL = {
     "mamba2": ["in_proj", "out_proj", "embeddings"],
 }
 LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-USUAL = {name: LLAMA_LIKE for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3")}
+USUAL = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3"), LLAMA_LIKE)
 USUAL |= {
     "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -32,7 +37,7 @@ def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> lis
     """Full names of the modules that targets mean, in the model's order.
 
     Raises:
-        InputError: an unknown set, an invalid expression, a name that matched nothing or something that cannot be adapted.
+        InputError: an unknown set, an invalid expression, or a name that matched nothing that can be adapted.
     """
     modules = {name: m for name, m in model.named_modules() if isinstance(m, ADAPTABLE)}
     if isinstance(targets, str) and targets not in ("auto", "sll", "usual"):
@@ -75,14 +80,18 @@ def _matching_expression(expression: str, modules: Iterable[str]) -> list[str]:
     if not names:
         example = next(iter(modules), "none")
         raise InputError(
-            f"peft.targets={expression!r} matched no linear, embedding or convolution layer; the expression must match a full "
-            f"module name, such as {example!r}"
+            f"peft.targets={expression!r} matched no linear, embedding or convolution layer; it must match "
+            f"a full module name, such as {example!r}"
         )
     return names
 
 
 def refuse_dead(model: PreTrainedModel, names: list[str], seam: Seam, dropout: float) -> None:
-    """Refuse modules whose adapter would never act, and dropout where an adapter acts on the weight and not on an input."""
+    """Refuse modules whose adapter would never act, and dropout where an adapter acts on the weight.
+
+    Raises:
+        InputError: naming every such module and why.
+    """
     mixers = {layer.name: layer.family for layer in seam.layers}
     head, kinds = tied_head(model), set(SLL)
     wrong = []
@@ -112,11 +121,12 @@ def tied_head(model: PreTrainedModel) -> str | None:
 
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """Full name of a module of the model."""
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def leaf_counts(model: nn.Module) -> dict[str, int]:
-    """How many layers that could be adapted the model has, by the last part of their names; knows nothing of targets."""
+    """How many layers the model has that could be adapted, by the last part of their names."""
     counts: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, ADAPTABLE):

@@ -9,14 +9,14 @@ from lyapft import records
 from lyapft.errors import InputError
 from lyapft.report.cells import load_study
 from lyapft.report.page import render
-from lyapft.report.tables import summary_table
+from lyapft.report.summary import summary_table
 
-__all__ = ["DEFAULT_NAME", "summary_table", "write_report"]
+__all__ = ["DEFAULT_NAME", "summary_table", "write"]
 
 DEFAULT_NAME = "report.html"
 
 
-def write_report(study: Path, output: Path | None = None) -> Path:
+def write(study: Path, output: Path | None = None) -> Path:
     """Write the page of a study and return where it is; works at any moment of the study.
 
     Args:
@@ -30,11 +30,11 @@ def write_report(study: Path, output: Path | None = None) -> Path:
     if target.is_dir():
         raise InputError(f"{target} is a folder: give the file to write, such as {target / DEFAULT_NAME}")
     try:
-        records.write_atomically(target, lambda path: _write(path, page))
+        records.write_atomically(target, lambda path: _write_text(path, page))
     except OSError as error:
         raise InputError(f"{target} cannot be written ({error.strerror}): give another place with --output") from None
     return target
 
 
-def _write(path: Path, page: str) -> None:
+def _write_text(path: Path, page: str) -> None:
     path.write_text(page, encoding="utf-8")

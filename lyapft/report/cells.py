@@ -13,18 +13,18 @@ from lyapft.errors import InputError
 from lyapft.records import Record
 
 COUNTERPARTS = {
-    "paper": "full-precision, all weights",  # the paper's reference
-    "precision_only": "full-precision, same peft",
+    "paper": "full-precision fine-tuning of all weights",  # the paper's reference
+    "precision_only": "full-precision fine-tuning with the same peft",
 }
-UNFINISHED = ("running",)
+COUNTERPARTS_SHORT = {"paper": "fp32 full", "precision_only": "fp32 same peft"}
 
 
 @dataclass(frozen=True)
 class Cell:
     """One record with what lies beside it in its folder.
 
-    `kind` names what a cell is apart from its seed; cells of one kind are the seeds of one bar. `facet` is the panel it shares
-    with the cells that differ from it in precision and peft only.
+    `kind` names what a cell is apart from its seed; cells of one kind are the seeds of one bar. `facet` is the panel
+    that it shares with the cells that differ from it in precision and peft only.
     """
 
     record: Record
@@ -97,7 +97,7 @@ def _own_overrides(record: Record) -> tuple[str, ...]:
 
 
 def kinds(all_records: Sequence[Record]) -> list[str]:
-    """Names of the cells apart from their seeds: facet, precision and peft, then overrides where some cell lacks them."""
+    """Names of the cells apart from their seeds: facet, precision, peft, and overrides that some cell lacks."""
     groups = facet_groups(all_records)
     own = [_own_overrides(record) for record in all_records]
     shared = set.intersection(*(set(overrides) for overrides in own)) if own else set()
@@ -112,7 +112,9 @@ def kinds(all_records: Sequence[Record]) -> list[str]:
 
 def labels(all_records: Sequence[Record]) -> list[str]:
     """One short, unique name per record: its kind and seed, with the identity added where two would be alike."""
-    names = [f"{kind} · s{record.get('seed', '?')}" for kind, record in zip(kinds(all_records), all_records, strict=True)]
+    names = [
+        f"{kind} · s{record.get('seed', '?')}" for kind, record in zip(kinds(all_records), all_records, strict=True)
+    ]
     unique = {name for name in names if names.count(name) == 1}
     ids = [str(record.get("id", "?"))[:6] for record in all_records]
     return [name if name in unique else f"{name} · {ident}" for name, ident in zip(names, ids, strict=True)]
@@ -122,7 +124,15 @@ def _order(record: Record) -> tuple[Any, ...]:
     """References first within a panel, then by precision, peft and seed."""
     models = [choice(record, group) for group in ("model", "data", "task")]
     precision, peft = choice(record, "precision"), choice(record, "peft")
-    return *models, precision != "fp32", precision, peft != "none", peft, record.get("seed", 0), record.get("replicate", 0)
+    return (
+        *models,
+        precision != "fp32",
+        precision,
+        peft != "none",
+        peft,
+        record.get("seed", 0),
+        record.get("replicate", 0),
+    )
 
 
 def ordered(all_records: Sequence[Record]) -> list[Record]:

@@ -3,14 +3,12 @@
 Letters: B batch, L tokens, D channels, N states. All tensors are float32 on the CPU.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from lyapft.scan import selective_scan_cpu as kernels
 from lyapft.scan import threads
 from lyapft.scan.compiled import Kernel
+from lyapft.scan.layout import channel_groups, dense, flat, lanes_last, padded, view
 from lyapft.scan.simd import LOG2E, WIDTH
 
 _forward = Kernel("selective scan, forward", kernels.make_forward, kernels.FORWARD_SIGNATURE)
@@ -19,41 +17,18 @@ _EMPTY = torch.zeros(1)
 _NO_VIEW = (0, 0, 0, 0)
 
 
-def flat(tensor: Tensor) -> Any:
-    """The whole storage behind a tensor as a flat numpy array: a view, whatever the strides."""
-    length = tensor.untyped_storage().nbytes() // tensor.element_size()
-    return tensor.detach().as_strided((length,), (1,), 0).numpy()
-
-
-def view(tensor: Tensor) -> tuple[int, ...]:
-    """Offset and strides that address a three-dimensional tensor in `flat`."""
-    return (tensor.storage_offset(), *tensor.stride())
-
-
-def _lanes_last(tensor: Tensor, width: int) -> Tensor:
-    """Contiguous copy whose last dimension is zero-padded to whole lane blocks."""
-    result = torch.zeros(*tensor.shape[:-1], width)
-    result[..., : tensor.shape[-1]] = tensor.detach()
-    return result
-
-
-def _groups(batch: int, blocks: int) -> int:
-    """Channel groups per sequence: enough tasks for many cores, at least eight blocks each. No function of the thread count."""
-    return max(1, min(blocks // 8, -(-32 // batch)))
-
-
 class FusedSelectiveScan(torch.autograd.Function):
     """y = (scan(x, Δ, A, B, C) + skip·x)·silu(z), Δ = softplus(dt + bias) or dt; returns (y, last state, Δ)."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, bias, skip, z, initial, softplus):  # type: ignore[no-untyped-def]
         batch, length, channels = x.shape
-        states, width = A.shape[1], kernels.padded(channels)
+        states, width = A.shape[1], padded(channels)
         B, C = B.contiguous(), C.contiguous()
-        a2 = _lanes_last(A.t() * LOG2E, width)
-        bias_D = torch.zeros(width) if bias is None else _lanes_last(bias, width)
-        skip_D = torch.zeros(width) if skip is None else _lanes_last(skip, width)
-        start = torch.zeros(batch, states, width) if initial is None else _lanes_last(initial.transpose(1, 2), width)
+        a2 = lanes_last(A.t() * LOG2E, width)
+        bias_D = torch.zeros(width) if bias is None else lanes_last(bias, width)
+        skip_D = torch.zeros(width) if skip is None else lanes_last(skip, width)
+        start = torch.zeros(batch, states, width) if initial is None else lanes_last(initial.transpose(1, 2), width)
         keep = any(ctx.needs_input_grad)
         y, final = torch.empty(batch, length, channels), torch.empty(batch, states, width)
         delta = torch.empty_like(y) if softplus else _EMPTY
@@ -62,8 +37,9 @@ class FusedSelectiveScan(torch.autograd.Function):
         starts = torch.empty(batch, chunks, states, width) if keep else _EMPTY
         flags = (softplus, z is not None, keep)
         sizes = (batch, length, channels, states)
-        tasks = batch * (width // WIDTH)
-        scratch = torch.empty(threads.worker_count(tasks), kernels.forward_scratch(states))
+        groups = channel_groups(batch, width // WIDTH)
+        tasks = batch * groups
+        scratch = torch.empty(threads.worker_count(tasks), kernels.forward_scratch(channels, states))
         gate, gate_at = (flat(_EMPTY), _NO_VIEW) if z is None else (flat(z), view(z))
         arguments = [flat(x), view(x), flat(dt), view(dt), gate, gate_at]
         arguments += [flat(t) for t in (bias_D, a2, skip_D, start)] + [flat(B.detach()), flat(C.detach())]
@@ -71,7 +47,7 @@ class FusedSelectiveScan(torch.autograd.Function):
         assert not any(offsets), "contiguous copies start at 0"
         arguments += [flat(t) for t in (y, delta, inner, starts, final)]
         run_forward = _forward.prepare()
-        threads.run(tasks, lambda i, j, w: run_forward(i, j, scratch[w].numpy(), sizes, flags, *arguments))
+        threads.run(tasks, lambda i, j, w: run_forward(i, j, groups, scratch[w].numpy(), sizes, flags, *arguments))
         ctx.save_for_backward(x, dt, B, C, z, a2, skip_D, delta, inner, starts)
         ctx.flags, ctx.sizes = flags, sizes
         ctx.given = bias is not None, skip is not None, initial is not None
@@ -85,11 +61,11 @@ class FusedSelectiveScan(torch.autograd.Function):
     def backward(ctx, gy, glast, _):  # type: ignore[no-untyped-def]
         x, dt, B, C, z, a2, skip_D, delta, inner, starts = ctx.saved_tensors
         batch, length, channels, states = ctx.sizes
-        width = kernels.padded(channels)
-        groups = _groups(batch, width // WIDTH)
-        ghost = torch.zeros(batch, states, width) if glast is None else _lanes_last(glast.transpose(1, 2), width)
+        width = padded(channels)
+        groups = channel_groups(batch, width // WIDTH)
+        ghost = torch.zeros(batch, states, width) if glast is None else lanes_last(glast.transpose(1, 2), width)
         gx = torch.empty(batch, length, channels)
-        gdt = torch.empty_strided(dt.shape, dt.stride()) if _dense(dt) else torch.empty(dt.shape)
+        gdt = torch.empty_strided(dt.shape, dt.stride()) if dense(dt) else torch.empty(dt.shape)
         gz = torch.empty_like(gx) if z is not None else None
         ga, gbias, gskip = torch.zeros(batch, states, width), torch.zeros(batch, width), torch.zeros(batch, width)
         gb, gc = torch.empty(groups, batch, length, states), torch.empty(groups, batch, length, states)
@@ -110,12 +86,3 @@ class FusedSelectiveScan(torch.autograd.Function):
             None,
         )  # fmt: skip
 
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size if size > 1 else 1
-    return True

@@ -14,31 +14,27 @@ import numpy as np
 from numba import types
 
 from lyapft.scan import simd
-from lyapft.scan.compiled import helper, jit
+from lyapft.scan.compiled import jit
+from lyapft.scan.layout import FLAT, VIEW, padded
 from lyapft.scan.simd import LN2, LOG2E, WIDTH
+from lyapft.scan.tiles import ROWS, load_tile, store_tile
+from lyapft.scan.tiles import at as at_view
 
-CHUNK = 16
+CHUNK = ROWS
 _TILE = CHUNK * WIDTH
-FLAT = types.float32[::1]
-VIEW = types.UniTuple(types.int64, 4)  # offset, and the strides of batch, token, channel
 _SIZES = types.UniTuple(types.int64, 4)  # B, L, D, N
 _FLAGS = types.UniTuple(types.boolean, 3)  # softplus, gate, keep what backward needs
 FORWARD_SIGNATURE = types.void(
-    *[types.int64] * 2, FLAT, _SIZES, _FLAGS, *[FLAT, VIEW] * 3, *[FLAT] * 11
+    *[types.int64] * 3, FLAT, _SIZES, _FLAGS, *[FLAT, VIEW] * 3, *[FLAT] * 11
 )
 BACKWARD_SIGNATURE = types.void(
     *[types.int64] * 3, FLAT, _SIZES, _FLAGS, *[FLAT, VIEW] * 4, *[FLAT] * 8, FLAT, VIEW, *[FLAT] * 7
 )
 
 
-def padded(channels: int) -> int:
-    """Channels rounded up to whole lane blocks."""
-    return -(-channels // WIDTH) * WIDTH
-
-
-def forward_scratch(states: int) -> int:
+def forward_scratch(channels: int, states: int) -> int:
     """float32 numbers of scratch memory that one worker of the forward pass needs."""
-    return 4 * _TILE + states * WIDTH
+    return 4 * _TILE + states * padded(channels)
 
 
 def backward_scratch(channels: int, states: int) -> int:
@@ -46,34 +42,12 @@ def backward_scratch(channels: int, states: int) -> int:
     return 9 * _TILE + (CHUNK + 1) * WIDTH + 2 * states * _TILE + states * padded(channels)
 
 
-@helper
-def _load_tile(target, at, source, base, token_stride, channel_stride, count, valid):
-    if channel_stride == 1 and valid == WIDTH:
-        for j in range(count):
-            simd.store(target, at + j * WIDTH, simd.load(source, base + j * token_stride))
-        return
-    for w in range(WIDTH):
-        for j in range(count):
-            target[at + j * WIDTH + w] = source[base + j * token_stride + w * channel_stride] if w < valid else 0.0
-
-
-@helper
-def _store_tile(source, at, target, base, token_stride, channel_stride, count, valid):
-    if channel_stride == 1 and valid == WIDTH:
-        for j in range(count):
-            simd.store(target, base + j * token_stride, simd.load(source, at + j * WIDTH))
-        return
-    for w in range(valid):
-        for j in range(count):
-            target[base + j * token_stride + w * channel_stride] = source[at + j * WIDTH + w]
-
-
 def make_forward(digest: int):
     """The forward kernel; `digest` ties its cache entry to the vector code."""
 
     @jit
     def forward(
-        first, last, scratch, sizes, flags, x, x_at, dt, dt_at, z, z_at,
+        first, last, groups, scratch, sizes, flags, x, x_at, dt, dt_at, z, z_at,
         bias_D, a2_ND, skip_D, initial_BND, b_BLN, c_BLN, y_BLD, delta_BLD, inner_BLD, starts_BCND, final_BND,
     ):  # fmt: skip
         digest  # noqa: B018
@@ -84,56 +58,57 @@ def make_forward(digest: int):
         X, V, U, Y, H = 0, _TILE, 2 * _TILE, 3 * _TILE, 4 * _TILE
         one, log2e = simd.splat(np.float32(1.0)), simd.splat(np.float32(-LOG2E))
         for task in range(first, last):
-            b, d = task // blocks, (task % blocks) * WIDTH
-            valid = min(WIDTH, D - d)
-            bias, skip = simd.load(bias_D, d), simd.load(skip_D, d)
+            b, group = task // groups, task % groups
+            d0, d1 = group * blocks // groups * WIDTH, (group + 1) * blocks // groups * WIDTH
             for n in range(N):
-                simd.store(scratch, H + n * WIDTH, simd.load(initial_BND, (b * N + n) * width + d))
+                for d in range(d0, d1, WIDTH):
+                    simd.store(scratch, H + n * width + d, simd.load(initial_BND, (b * N + n) * width + d))
             for c in range(chunks):
                 t0 = c * CHUNK
                 count = min(CHUNK, L - t0)
-                row = (b * L + t0) * D + d
-                _load_tile(scratch, X, x, x_at[0] + b * x_at[1] + t0 * x_at[2] + d * x_at[3], x_at[2], x_at[3], count, valid)
-                _load_tile(
-                    scratch, V, dt, dt_at[0] + b * dt_at[1] + t0 * dt_at[2] + d * dt_at[3], dt_at[2], dt_at[3], count, valid
-                )
-                for j in range(count):
-                    at = j * WIDTH
-                    v, xv = simd.load(scratch, V + at), simd.load(scratch, X + at)
-                    if softplus:
-                        v = simd.add(v, bias)
-                        small = simd.exp2(simd.mul(simd.magnitude(v), log2e))
-                        v = simd.add(simd.positive_part(v), simd.log1p_unit(small))
-                        simd.store(scratch, V + at, v)
-                    simd.store(scratch, U + at, simd.mul(v, xv))
-                    simd.store(scratch, Y + at, simd.mul(skip, xv))
-                if softplus:
-                    _store_tile(scratch, V, delta_BLD, row, D, 1, count, valid)
-                for n in range(N):
-                    a2 = simd.load(a2_ND, n * width + d)
-                    h = simd.load(scratch, H + n * WIDTH)
-                    if keep:
-                        simd.store(starts_BCND, ((b * chunks + c) * N + n) * width + d, h)
-                    for j in range(count):
-                        at, t = j * WIDTH, (b * L + t0 + j) * N + n
-                        e = simd.decay(simd.mul(simd.load(scratch, V + at), a2))
-                        h = simd.apply_decay(e, h, simd.mul(simd.load(scratch, U + at), simd.splat(b_BLN[t])))
-                        simd.store(scratch, Y + at, simd.fma(h, simd.splat(c_BLN[t]), simd.load(scratch, Y + at)))
-                    simd.store(scratch, H + n * WIDTH, simd.flush_tiny(h))
-                if gated:
-                    if keep:
-                        _store_tile(scratch, Y, inner_BLD, row, D, 1, count, valid)
-                    _load_tile(
-                        scratch, X, z, z_at[0] + b * z_at[1] + t0 * z_at[2] + d * z_at[3], z_at[2], z_at[3], count, valid
-                    )
+                for d in range(d0, d1, WIDTH):
+                    valid = min(WIDTH, D - d)
+                    bias, skip = simd.load(bias_D, d), simd.load(skip_D, d)
+                    row = (b * L + t0) * D + d
+                    load_tile(scratch, X, x, at_view(x_at, b, t0, d), x_at[2], x_at[3], count, valid)
+                    load_tile(scratch, V, dt, at_view(dt_at, b, t0, d), dt_at[2], dt_at[3], count, valid)
                     for j in range(count):
                         at = j * WIDTH
-                        zv = simd.load(scratch, X + at)
-                        silu = simd.div(zv, simd.add(one, simd.exp2(simd.mul(zv, log2e))))
-                        simd.store(scratch, Y + at, simd.mul(simd.load(scratch, Y + at), silu))
-                _store_tile(scratch, Y, y_BLD, row, D, 1, count, valid)
+                        v, xv = simd.load(scratch, V + at), simd.load(scratch, X + at)
+                        if softplus:
+                            v = simd.add(v, bias)
+                            small = simd.exp2(simd.mul(simd.magnitude(v), log2e))
+                            v = simd.add(simd.positive_part(v), simd.log1p_unit(small))
+                            simd.store(scratch, V + at, v)
+                        simd.store(scratch, U + at, simd.mul(v, xv))
+                        simd.store(scratch, Y + at, simd.mul(skip, xv))
+                    if softplus:
+                        store_tile(scratch, V, delta_BLD, row, D, 1, count, valid)
+                    for n in range(N):
+                        a2 = simd.load(a2_ND, n * width + d)
+                        h = simd.load(scratch, H + n * width + d)
+                        if keep:
+                            simd.store(starts_BCND, ((b * chunks + c) * N + n) * width + d, h)
+                        first_row = (b * L + t0) * N + n
+                        for j in range(count):
+                            at, t = j * WIDTH, first_row + j * N
+                            e = simd.decay(simd.mul(simd.load(scratch, V + at), a2))
+                            h = simd.apply_decay(e, h, simd.mul(simd.load(scratch, U + at), simd.splat(b_BLN[t])))
+                            simd.store(scratch, Y + at, simd.fma(h, simd.splat(c_BLN[t]), simd.load(scratch, Y + at)))
+                        simd.store(scratch, H + n * width + d, simd.flush_tiny(h))
+                    if gated:
+                        if keep:
+                            store_tile(scratch, Y, inner_BLD, row, D, 1, count, valid)
+                        load_tile(scratch, X, z, at_view(z_at, b, t0, d), z_at[2], z_at[3], count, valid)
+                        for j in range(count):
+                            at = j * WIDTH
+                            zv = simd.load(scratch, X + at)
+                            silu = simd.div(zv, simd.add(one, simd.exp2(simd.mul(zv, log2e))))
+                            simd.store(scratch, Y + at, simd.mul(simd.load(scratch, Y + at), silu))
+                    store_tile(scratch, Y, y_BLD, row, D, 1, count, valid)
             for n in range(N):
-                simd.store(final_BND, (b * N + n) * width + d, simd.load(scratch, H + n * WIDTH))
+                for d in range(d0, d1, WIDTH):
+                    simd.store(final_BND, (b * N + n) * width + d, simd.load(scratch, H + n * width + d))
 
     return forward
 
@@ -173,23 +148,15 @@ def make_backward(digest: int):
                 for d in range(k0 * WIDTH, k1 * WIDTH, WIDTH):
                     valid = min(WIDTH, D - d)
                     row = (b * L + t0) * D + d
-                    _load_tile(
-                        scratch, X, x, x_at[0] + b * x_at[1] + t0 * x_at[2] + d * x_at[3], x_at[2], x_at[3], count, valid
-                    )
-                    _load_tile(
-                        scratch, G, gy, gy_at[0] + b * gy_at[1] + t0 * gy_at[2] + d * gy_at[3], gy_at[2], gy_at[3], count, valid
-                    )
+                    load_tile(scratch, X, x, at_view(x_at, b, t0, d), x_at[2], x_at[3], count, valid)
+                    load_tile(scratch, G, gy, at_view(gy_at, b, t0, d), gy_at[2], gy_at[3], count, valid)
                     if softplus:
-                        _load_tile(scratch, V, delta_BLD, row, D, 1, count, valid)
+                        load_tile(scratch, V, delta_BLD, row, D, 1, count, valid)
                     else:
-                        _load_tile(
-                            scratch, V, dt, dt_at[0] + b * dt_at[1] + t0 * dt_at[2] + d * dt_at[3], dt_at[2], dt_at[3], count, valid
-                        )
+                        load_tile(scratch, V, dt, at_view(dt_at, b, t0, d), dt_at[2], dt_at[3], count, valid)
                     if gated:
-                        _load_tile(
-                            scratch, Z, z, z_at[0] + b * z_at[1] + t0 * z_at[2] + d * z_at[3], z_at[2], z_at[3], count, valid
-                        )
-                        _load_tile(scratch, P, inner_BLD, row, D, 1, count, valid)
+                        load_tile(scratch, Z, z, at_view(z_at, b, t0, d), z_at[2], z_at[3], count, valid)
+                        load_tile(scratch, P, inner_BLD, row, D, 1, count, valid)
                         for j in range(count):
                             at = j * WIDTH
                             zv, gv = simd.load(scratch, Z + at), simd.load(scratch, G + at)
@@ -198,7 +165,7 @@ def make_backward(digest: int):
                             slope = simd.fma(silu, simd.sub(one, sigma), sigma)
                             simd.store(scratch, Z + at, simd.mul(simd.mul(gv, simd.load(scratch, P + at)), slope))
                             simd.store(scratch, G + at, simd.mul(gv, silu))
-                        _store_tile(scratch, Z, gz_BLD, row, D, 1, count, valid)
+                        store_tile(scratch, Z, gz_BLD, row, D, 1, count, valid)
                     for j in range(count):
                         at = j * WIDTH
                         simd.store(scratch, U + at, simd.mul(simd.load(scratch, V + at), simd.load(scratch, X + at)))
@@ -251,11 +218,8 @@ def make_backward(digest: int):
                         simd.store(scratch, S + at, simd.fma(s, v, simd.mul(skip, gv)))
                     simd.store(gskip_BD, b * width + d, gskip)
                     simd.store(gbias_BD, b * width + d, gbias)
-                    _store_tile(scratch, S, gx_BLD, row, D, 1, count, valid)
-                    _store_tile(
-                        scratch, R, gdt, gdt_at[0] + b * gdt_at[1] + t0 * gdt_at[2] + d * gdt_at[3], gdt_at[2], gdt_at[3],
-                        count, valid,
-                    )  # fmt: skip
+                    store_tile(scratch, S, gx_BLD, row, D, 1, count, valid)
+                    store_tile(scratch, R, gdt, at_view(gdt_at, b, t0, d), gdt_at[2], gdt_at[3], count, valid)
                 for j in range(count):
                     for n in range(N):
                         at = ((group * B + b) * L + t0 + j) * N + n

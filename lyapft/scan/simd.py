@@ -2,8 +2,8 @@
 
 Numba has no vector type and allocates small arrays on the heap, where LLVM cannot keep them in registers. `lanes` is one LLVM
 `<16 x float>`: a register pair with AVX2, one register with AVX-512, four with NEON or SSE. All functions here are compiled into
-their caller. NaN and infinity in an operand reach the result. Numba's cache does not see this file: kernels put `DIGEST` in
-a closure variable, which is part of the key.
+their caller. NaN and infinity in an operand reach the result. Numba's cache of a kernel does not see a change in this file or in
+`tiles.py`: kernels hold `DIGEST` in a closure variable, which is part of the key.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 WIDTH = 16
-DIGEST = int(hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:15], 16)
+_SOURCES = [Path(__file__), Path(__file__).with_name("tiles.py")]
+DIGEST = int(hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:15], 16)
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
@@ -84,6 +85,36 @@ def splat(typingctx, scalar):
         return builder.shuffle_vector(single, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_INTEGERS, [0] * WIDTH))
 
     return lanes(types.float32), generate
+
+
+def _transposed(builder, rows):
+    """The 16 x 16 transpose by exchanging ever larger blocks of pairs of rows (Eklundh 1972)."""
+    for step in (1, 2, 4, 8):
+        low = [lane if not lane & step else WIDTH + lane - step for lane in range(WIDTH)]
+        high = [lane + step if not lane & step else WIDTH + lane for lane in range(WIDTH)]
+        for i in (i for i in range(WIDTH) if not i & step):
+            pair = rows[i], rows[i + step]
+            rows[i] = builder.shuffle_vector(*pair, ir.Constant(_INTEGERS, low))
+            rows[i + step] = builder.shuffle_vector(*pair, ir.Constant(_INTEGERS, high))
+    return rows
+
+
+@intrinsic
+def copy_transposed(typingctx, target, at, target_step, source, base, source_step):
+    """target[at + i·target_step + w] = source[base + w·source_step + i] for i, w < 16 (no bounds check)."""
+
+    def generate(context, builder, signature, args):
+        target, at, target_step, source, base, source_step = args
+        rows = []
+        for _ in range(WIDTH):
+            rows.append(builder.load(_address(context, builder, signature.args[3], source, base), align=4))
+            base = builder.add(base, source_step)
+        for row in _transposed(builder, rows):
+            builder.store(row, _address(context, builder, signature.args[0], target, at), align=4)
+            at = builder.add(at, target_step)
+        return context.get_dummy_value()
+
+    return types.none(target, types.intp, types.intp, source, types.intp, types.intp), generate
 
 
 def _binary(name: str):

@@ -55,6 +55,7 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> list[range]:
     return cuts
 
 
+@torch.no_grad()
 def log_likelihoods(
     model: nn.Module,
     pairs: Sequence[Pair],
@@ -99,7 +100,6 @@ def progress_bar(total: int, title: str, show: bool) -> tqdm:
     return tqdm(total=total, desc=title, unit=" choices", leave=False, disable=not show)
 
 
-@torch.no_grad()
 def _forward(model: nn.Module, rows: Sequence[Ids], first: int, autocast: Autocast) -> tuple[Tensor, int]:
     """Logits of the right-padded rows from position `first` on, and the position that the first of them stands for."""
     length, device = len(rows[0]), next(model.parameters()).device

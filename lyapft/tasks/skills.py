@@ -49,10 +49,11 @@ class SkillsTask(Task):
 
     @cached_property
     def _queries(self) -> dict[str, list[SkillQuery]]:
-        sets = {f"{self.name}_new": self.new_rules, f"{self.name}_old": self.old_rules}
+        # Different seeds: with one, both sets would ask about the same letters.
+        sets = {"new": (self.new_rules, 2 * self.task_seed), "old": (self.old_rules, 2 * self.task_seed + 1)}
         drawn = {
-            name: query_set(rules, self.items, MAX_SHOTS, self.task_seed, named=self.named)
-            for name, rules in sets.items()
+            f"{self.name}_{name}": query_set(rules, self.items, MAX_SHOTS, seed, named=self.named)
+            for name, (rules, seed) in sets.items()
             if rules
         }
         return {name: queries[: self.limit] for name, queries in drawn.items()}

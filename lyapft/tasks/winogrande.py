@@ -41,7 +41,8 @@ class Winogrande(Task):
 
     Both options are put in the blank, and the one after which the rest of the sentence is likelier is chosen. There is
     one split, so shots come from the file that is scored: `first_n` without the scored row. lm-eval's own default draws
-    from the training split at random; to compare, run it with `test_split = fewshot_split = validation` and `sampler: first_n`.
+    from the training split at random; to compare, run it with `sampler: first_n` and both `test_split` and
+    `fewshot_split` set to the one split.
 
     Args:
         path: the file; None loads the validation split of `allenai/winogrande` by name.

@@ -1,0 +1,116 @@
+"""How long one training step takes (forward, backward, AdamW), against what a user would otherwise run.
+
+    python benchmarks/train_step.py [--only recurrence] [--threads N] [--repeats 7] [--slow-repeats 2]
+
+Every variant takes the same steps on the same batch, in turn within one process, so that a change in the machine's load meets all
+alike. Prints a table of medians; the last line is one JSON object of ratios.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+
+from lyapft.recurrence import install
+
+VOCABULARY, HIDDEN, LAYERS, BATCH, LENGTH = 4096, 256, 4, 8, 128
+
+
+def mamba(**options: bool) -> MambaForCausalLM:
+    """Four layers of Mamba, 16 states per channel."""
+    torch.manual_seed(0)
+    dims = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "state_size": 16}
+    return MambaForCausalLM(MambaConfig(**dims, **options)).train()
+
+
+def mamba2() -> Mamba2ForCausalLM:
+    """Four layers of Mamba-2: 8 heads of 64, 128 states, one group, as in its published checkpoints."""
+    torch.manual_seed(0)
+    dims = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "state_size": 128}
+    return Mamba2ForCausalLM(Mamba2Config(**dims, head_dim=64, num_heads=8, n_groups=1)).train()
+
+
+def routed(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with its recurrence on lyapft's kernels."""
+    install(model, kernel="auto")
+    return model
+
+
+def training_step(model: torch.nn.Module) -> Callable[[], float]:
+    """A function that takes one step and returns its loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    input_ids = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+
+    def step() -> float:
+        loss = model(input_ids=input_ids, labels=input_ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def interleaved(steps: dict[str, Callable[[], float]], repeats: dict[str, int]) -> dict[str, float]:
+    """Median seconds per step of each variant, taken in turn, after one step that is not counted."""
+    first = {name: step() for name, step in steps.items()}
+    lowest, highest = min(first.values()), max(first.values())
+    if highest - lowest > 1e-4 * abs(lowest):
+        raise RuntimeError(f"the variants do not compute the same loss: {first}")
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(max(repeats.values())):
+        for name, step in steps.items():
+            if turn < repeats[name]:
+                start = time.perf_counter()
+                step()
+                times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, seconds in medians.items():
+        print(f"{name:28s} {seconds * 1e3:10.1f} ms  (n = {len(times[name])}, fastest {min(times[name]) * 1e3:.1f} ms)")
+    return medians
+
+
+def recurrence(options: argparse.Namespace) -> dict[str, float]:
+    """Times faster than transformers' own paths and than mambapy's."""
+    mamba_1 = {
+        "mamba, lyapft": training_step(routed(mamba())),
+        "mamba, mambapy": training_step(mamba(use_mambapy=True)),
+        "mamba, transformers default": training_step(mamba()),
+    }
+    repeats = dict.fromkeys(mamba_1, options.repeats) | {"mamba, transformers default": options.slow_repeats}
+    seconds = interleaved(mamba_1, repeats)
+    mamba_2 = {"mamba2, lyapft": training_step(routed(mamba2())), "mamba2, transformers": training_step(mamba2())}
+    seconds |= interleaved(mamba_2, dict.fromkeys(mamba_2, options.repeats))
+    return {
+        "mamba_vs_transformers_default": seconds["mamba, transformers default"] / seconds["mamba, lyapft"],
+        "mamba_vs_mambapy": seconds["mamba, mambapy"] / seconds["mamba, lyapft"],
+        "mamba2_vs_transformers": seconds["mamba2, transformers"] / seconds["mamba2, lyapft"],
+    }
+
+
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {"recurrence": recurrence}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=sorted(MEASUREMENTS), action="append", help="run these measurements only")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each variant")
+    parser.add_argument("--slow-repeats", type=int, default=2, help="timed steps of transformers' default Mamba (20 s each)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    print(f"torch {torch.__version__}, {options.threads} threads")
+    ratios: dict[str, float] = {}
+    for name in options.only or MEASUREMENTS:
+        ratios |= MEASUREMENTS[name](options)
+    print(json.dumps({name: round(value, 3) for name, value in ratios.items()}))
+
+
+if __name__ == "__main__":
+    main()

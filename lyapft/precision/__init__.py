@@ -1,0 +1,8 @@
+"""Number formats of a cell: which ones run where, and the Lightning plugin that trains in them."""
+
+from lyapft.precision.emulation import emulated_half
+from lyapft.precision.hardware import has_half_arithmetic
+from lyapft.precision.plugins import FullPlugin, MixedPlugin
+from lyapft.precision.strategy import Precision, build, faults
+
+__all__ = ["FullPlugin", "MixedPlugin", "Precision", "build", "emulated_half", "faults", "has_half_arithmetic"]

@@ -1,0 +1,68 @@
+"""Lightning precision plugins that say whether the last update was skipped and what the loss scale is."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.plugins.precision import Precision as LightningPrecision
+
+from lyapft.precision import emulation
+
+
+class FullPlugin(LightningPrecision):
+    """Float32 throughout; never scales, never skips."""
+
+    precision = "32-true"
+    last_step_skipped: bool = False
+    loss_scale: float | None = None
+
+
+class MixedPlugin(MixedPrecision):
+    """torch.autocast over float32 weights, and for float16 a GradScaler, on any device.
+
+    Lightning's `precision="16-mixed"` trains in bf16 on a CPU; the plugin given as an object does not. Around one step Lightning
+    scales the loss, unscales the gradients, clips them, and lets the scaler withhold the update if one is not finite.
+
+    Args:
+        dtype: torch.bfloat16 or torch.float16.
+        device_type: "cpu" or "cuda".
+        init_scale: first loss scale (float16).
+        growth_interval: updates without overflow before the scale doubles (float16).
+        emulated: half matmuls are emulated; training outside `emulated_half` is then refused.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, device_type: str, *, init_scale: float, growth_interval: int, emulated: bool
+    ) -> None:
+        scaler = None
+        if dtype == torch.float16:
+            scaler = torch.amp.GradScaler(device_type, init_scale=init_scale, growth_interval=growth_interval)
+        super().__init__("16-mixed" if dtype == torch.float16 else "bf16-mixed", device_type, scaler)
+        self.emulated = emulated
+        self.last_step_skipped = False
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The scale that the next loss is multiplied by; None where losses are not scaled."""
+        return None if self.scaler is None else float(self.scaler.get_scale())
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """One update, or none: a scale that shrank is GradScaler's public sign that it withheld this one."""
+        before = self.loss_scale
+        output = super().optimizer_step(optimizer, model, closure, **kwargs)
+        after = self.loss_scale
+        self.last_step_skipped = before is not None and after is not None and (after < before or after == 0.0)
+        return output
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:  # type: ignore[override]
+        """Autocast for one forward pass."""
+        if self.emulated and not emulation.is_active():
+            raise RuntimeError("half matmuls are recorded as emulated: run this plugin inside `with build(...)`")
+        with super().forward_context():
+            yield

@@ -1,0 +1,151 @@
+"""How the figures of a report look: one encoding throughout.
+
+Colour and marker are the precision, dash and hatching the peft, a panel is a model. So a figure reads in black and
+white, and a study of many cells adds panels and thin lines, never more colours.
+"""
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lyapft.report.cells import Cell, choice
+
+# Okabe and Ito's palette: distinct under the common colour-vision deficiencies.
+PRECISION_STYLES = {
+    "fp32": ("#000000", "circle"),
+    "bf16": ("#0072B2", "square"),
+    "fp16": ("#D55E00", "triangle-up"),
+    "tf32": ("#009E73", "star"),
+}
+SPARE_STYLES = [("#CC79A7", "diamond"), ("#E69F00", "cross"), ("#56B4E9", "x")]
+PEFT_STYLES = {"none": ("solid", ""), "lora": ("dash", "/")}  # line dash, bar hatching
+SPARE_PEFT_STYLES = [("dot", "x"), ("dashdot", "."), ("longdash", "+")]
+
+CURVE_POINTS = 400  # a longer series is drawn as the means of this many bins
+PANEL_HEIGHT = 270  # pixels
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the cells of one (precision, peft) are drawn."""
+
+    name: str
+    colour: str
+    marker: str
+    dash: str
+    hatch: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its heading and the sentence below it."""
+
+    title: str
+    drawing: go.Figure
+    reading: str
+
+
+def styles(cells: Sequence[Cell]) -> dict[tuple[str, str], Style]:
+    """A style per (precision, peft) of the study; choices beyond the known ones take the spare styles in turn."""
+    keys = list(dict.fromkeys(style_key(cell) for cell in cells))
+    colours, dashes = dict(PRECISION_STYLES), dict(PEFT_STYLES)
+    for precision, peft in keys:
+        if precision not in colours:
+            colours[precision] = SPARE_STYLES[len(colours) % len(SPARE_STYLES)]
+        if peft not in dashes:
+            dashes[peft] = SPARE_PEFT_STYLES[len(dashes) % len(SPARE_PEFT_STYLES)]
+    return {
+        (precision, peft): Style(html.escape(f"{precision} · {peft}"), *colours[precision], *dashes[peft])
+        for precision, peft in keys
+    }
+
+
+def style_key(cell: Cell) -> tuple[str, str]:
+    """What decides a cell's style."""
+    return choice(cell.record, "precision"), choice(cell.record, "peft")
+
+
+def thin(x: Sequence[float], y: pd.Series, points: int = CURVE_POINTS) -> tuple[list[float], list[float | None]]:
+    """Means of at most `points` bins of neighbouring steps; a bin without a finite number is a gap."""
+    frame = pd.DataFrame({"x": list(x), "y": y.astype(float).to_list()})
+    frame["y"] = frame["y"].where(frame["y"].abs() < math.inf)
+    bins = frame.groupby(frame.index // max(math.ceil(len(frame) / points), 1)).mean()
+    return bins["x"].tolist(), [None if math.isnan(value) else value for value in bins["y"]]
+
+
+class Panels:
+    """A grid of panels that share one legend."""
+
+    def __init__(self, rows: int, columns: int, titles: Sequence[str], legend: Iterable[Style] = ()) -> None:
+        self.rows = rows
+        gap = min(0.5 / rows, 70 / (rows * PANEL_HEIGHT))
+        self.figure = make_subplots(
+            rows,
+            columns,
+            subplot_titles=[html.escape(title) for title in titles],
+            vertical_spacing=gap,
+            horizontal_spacing=0.09,
+        )
+        self.figure.update_layout(height=rows * PANEL_HEIGHT + 110)
+        for style in legend:
+            self.figure.add_scatter(
+                x=[None],
+                y=[None],
+                name=style.name,
+                legendgroup=style.name,
+                mode="lines+markers",
+                line={"color": style.colour, "dash": style.dash},
+                marker={"symbol": style.marker, "size": 7},
+            )
+
+    def line(
+        self, row: int, column: int, cell: Cell, style: Style, point: str = "step %{x:.0f}", **trace: object
+    ) -> None:
+        """One cell's line, in its style, paler if it did not end well; `point` says on hovering where on x it is."""
+        self.figure.add_scatter(
+            row=row,
+            col=column,
+            name=style.name,
+            legendgroup=style.name,
+            showlegend=False,
+            line={"color": style.colour, "dash": style.dash, "width": 1.8},
+            marker={"symbol": style.marker, "size": 7, "color": style.colour, "maxdisplayed": 9},
+            opacity=0.9 if cell.ok else 0.45,
+            hovertemplate=f"{html.escape(cell.label)} ({cell.record['status']})<br>{point}: %{{y:.4g}}<extra></extra>",
+            mode="lines+markers",
+            **trace,
+        )
+
+    def dress(self, x_title: str, y_titles: Sequence[str]) -> go.Figure:
+        """Axis titles: x below the last row, y beside the panels of the first columns."""
+        for column, title in enumerate(y_titles, start=1):
+            self.figure.update_yaxes(title_text=title, col=column)
+        self.figure.update_xaxes(title_text=x_title, row=self.rows)
+        return plain(self.figure)
+
+
+def plain(figure: go.Figure) -> go.Figure:
+    """The common look: white, thin grid, legend above, nothing that needs colour to be read."""
+    figure.update_layout(
+        template="plotly_white",
+        margin={"l": 70, "r": 20, "t": 66, "b": 50},
+        hovermode="closest",
+        font={"family": "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", "size": 13, "color": "#1a1a1a"},
+        legend={"orientation": "h", "yref": "container", "y": 1, "yanchor": "top", "x": 0, "xanchor": "left"},
+    )
+    figure.update_xaxes(showline=True, linecolor="#777", ticks="outside", gridcolor="#e6e6e6", zeroline=False)
+    figure.update_yaxes(showline=True, linecolor="#777", ticks="outside", gridcolor="#e6e6e6", zeroline=False)
+    figure.update_xaxes(title_font_size=13, title_standoff=8)
+    figure.update_yaxes(title_font_size=13, title_standoff=8)
+    figure.update_annotations(font_size=13)
+    return figure
+
+
+def facets_of(cells: Sequence[Cell]) -> list[str]:
+    """Panels of these cells, in order."""
+    return list(dict.fromkeys(cell.facet for cell in cells))

@@ -1,0 +1,135 @@
+"""Scores equal lm-eval's to the item: its own harness, its own task files, pointed at the same local rows."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lyapft import tasks
+from lyapft.tasks.base import Task
+from tests.test_tasks import FIXTURES, byte_tokenizer, random_model
+from tests.tolerances import TOL
+
+lm_eval = pytest.importorskip("lm_eval", reason="the oracle of this file; it comes with the development extra")
+
+from lm_eval.api.task import ConfigurableTask  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
+
+TASKS = Path(lm_eval.__file__).parent / "tasks"
+
+
+def harness_task(yaml: str, splits: dict[str, list[dict[str, Any]]], **changes: Any) -> ConfigurableTask:
+    """A task of lm-eval from its own file, its rows replaced by local ones."""
+    rows = {name: datasets.Dataset.from_list(split) for name, split in splits.items()}
+    return ConfigurableTask(config=load_yaml(TASKS / yaml) | {"custom_dataset": lambda **_: rows} | changes)
+
+
+def mmlu_of_harness(folder: Path) -> list[ConfigurableTask]:
+    """One task per subject, with the columns of the hub's data set; read by other code than the product's."""
+
+    def rows(file: Path) -> list[dict[str, Any]]:
+        table = pd.read_csv(file, header=None, dtype=str, keep_default_na=False)
+        return [
+            {"question": r[0], "choices": list(r[1:5]), "answer": "ABCD".index(r[5])} for r in table.values.tolist()
+        ]
+
+    subjects = sorted(file.name.removesuffix("_test.csv") for file in (folder / "test").iterdir())
+    return [
+        harness_task(
+            f"mmlu/default/mmlu_{name}.yaml",
+            {split: rows(folder / split / f"{name}_{split}.csv") for split in ("dev", "test")},
+        )
+        for name in subjects
+    ]
+
+
+def winogrande_of_harness(file: Path) -> list[ConfigurableTask]:
+    """The one split is scored and shown, the scored row left out by lm-eval's own sampler."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    one_split = {"training_split": None, "validation_split": None, "test_split": "rows", "fewshot_split": "rows"}
+    changes = one_split | {"fewshot_config": {"sampler": "first_n"}}
+    return [harness_task("winogrande/default.yaml", {"rows": rows}, **changes)]
+
+
+def harness_items(
+    lm: HFLM, made: list[ConfigurableTask], shots: int, limit: int | None
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """lm-eval's likelihoods per choice and its `acc` of every item, and its own summary."""
+    found = lm_eval.simple_evaluate(
+        lm,
+        tasks=made,
+        num_fewshot=shots,
+        limit=limit,
+        bootstrap_iters=1,
+        task_manager=TaskManager(include_defaults=False),
+    )
+    items = [
+        {
+            "subset": name.removeprefix("mmlu_"),
+            "item": sample["doc_id"],
+            "logprobs": [float(answer[0]) for answer in sample["filtered_resps"]],
+            "correct": bool(sample["acc"]),
+        }
+        for name, samples in found["samples"].items()
+        for sample in samples
+    ]
+    return pd.DataFrame(items), found["results"]
+
+
+def assert_equal_to_the_item(
+    model: torch.nn.Module, tokenizer: Any, task: Task, made: Callable[[], list[ConfigurableTask]], max_positions: int
+) -> None:
+    """Every likelihood within the tolerance; every choice and verdict the same, and so the score and its error."""
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=max_positions, backend="causal")
+    scores, items = tasks.evaluate(model, tokenizer, task, max_positions=max_positions, progress=False)
+    for score in scores:
+        theirs, summary = harness_items(lm, made(), score.shots, task.limit)
+        both = items[items.shots == score.shots].merge(theirs, on=["subset", "item"], validate="one_to_one")
+        assert len(both) == score.n == len(theirs)
+        expected = np.stack(both.logprobs_y)
+        np.testing.assert_allclose(np.stack(both.logprobs_x), expected, **TOL[torch.float32])
+        assert both.choice.tolist() == expected.argmax(1).tolist()
+        assert both.correct_x.tolist() == both.correct_y.tolist()
+        if len(summary) == 1:
+            (only,) = summary.values()
+            assert score.value == pytest.approx(only["acc,none"])
+            assert score.stderr == pytest.approx(only["acc_stderr,none"])
+
+
+def task_and_oracle(
+    name: str, mmlu: Path, winogrande: Path, **options: Any
+) -> tuple[Task, Callable[[], list[ConfigurableTask]]]:
+    if name == "mmlu":
+        return tasks.Mmlu("mmlu", str(mmlu), [0, 5], **options), lambda: mmlu_of_harness(mmlu)
+    return tasks.Winogrande("winogrande", str(winogrande), [0, 5], **options), lambda: winogrande_of_harness(winogrande)
+
+
+@pytest.mark.parametrize("name", ["mmlu", "winogrande"])
+@pytest.mark.parametrize(("architecture", "bos"), [("llama", False), ("gpt2", True), ("mamba", True)])
+def test_fixtures_score_as_in_lm_eval(name: str, architecture: str, bos: bool) -> None:
+    task, oracle = task_and_oracle(name, FIXTURES / "mmlu", FIXTURES / "winogrande.jsonl")
+    assert_equal_to_the_item(random_model(architecture), byte_tokenizer(bos), task, oracle, 4096)
+
+
+@pytest.mark.parametrize("name", ["mmlu", "winogrande"])
+def test_contexts_that_do_not_fit_are_cut_as_in_lm_eval(name: str) -> None:
+    task, oracle = task_and_oracle(name, FIXTURES / "mmlu", FIXTURES / "winogrande.jsonl", truncate=True)
+    assert_equal_to_the_item(random_model("gpt2"), byte_tokenizer(), task, oracle, 64)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("mmlu", 10), ("winogrande", 150)])
+def test_published_rows_score_as_in_lm_eval(name: str, limit: int, shared_data: Path) -> None:
+    mmlu, winogrande = shared_data / "mmlu", shared_data / "winogrande" / "winogrande_xl_validation.jsonl"
+    task, oracle = task_and_oracle(name, mmlu, winogrande, limit=limit)
+    text = winogrande.read_text(encoding="utf-8")[:200_000]
+    tokenizer = byte_tokenizer(texts=(text,), vocabulary=2000)
+    model = random_model("llama", vocab_size=2000, max_position_embeddings=8192)
+    assert_equal_to_the_item(model, tokenizer, task, oracle, 8192)
