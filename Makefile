@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 # pip builds the few source packages with the locked setuptools, not with the newest one.
 INSTALL := $(PIP) install --no-build-isolation
 
-.PHONY: help train test check format hooks lock clean
+.PHONY: help train test check format hooks clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -55,18 +55,6 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
 	@$(INSTALL) -r requirements.lock -r requirements-dev.lock
 	@touch $@
 
-# The newest versions that pyproject.toml admits. Left out: local version labels and what a CUDA build of torch pins by itself.
-FREEZE = $(VENV)-lock/bin/python -m pip list --format=freeze --exclude lyapft --exclude pip | \
-  sed 's/+[a-z0-9.]*$$//' | grep -viE '^(nvidia|cuda|triton)'
-lock: ## resolve both lock files again
-	@rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
-	@$(VENV)-lock/bin/python -m pip --disable-pip-version-check -qq install .
-	@{ echo "# Runtime, every package exact. Made by 'make lock' with $$($(PYTHON) -V)."; $(FREEZE); } > requirements.lock
-	@$(VENV)-lock/bin/python -m pip --disable-pip-version-check -qq install -c requirements.lock ".[dev]"
-	@{ echo "# Checks and tests, on top of requirements.lock. Made by 'make lock' with $$($(PYTHON) -V)."; \
-	   $(FREEZE) | grep -vxFf requirements.lock; } > requirements-dev.lock
-	@rm -rf $(VENV)-lock
-
 clean: ## remove the environment and caches; runs/ stays
-	@rm -rf $(VENV) $(VENV)-lock build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

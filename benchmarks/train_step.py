@@ -14,8 +14,17 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
+from lyapft import precision
+from lyapft.config import PrecisionConfig
 from lyapft.recurrence import install
 
 VOCABULARY, HIDDEN, LAYERS, BATCH, LENGTH = 4096, 256, 4, 8, 128
@@ -56,11 +65,13 @@ def training_step(model: torch.nn.Module) -> Callable[[], float]:
     return step
 
 
-def interleaved(steps: dict[str, Callable[[], float]], repeats: dict[str, int]) -> dict[str, float]:
+def interleaved(
+    steps: dict[str, Callable[[], float]], repeats: dict[str, int], rtol: float = 1e-4
+) -> dict[str, float]:
     """Median seconds per step of each variant, taken in turn, after one step that is not counted."""
     first = {name: step() for name, step in steps.items()}
     lowest, highest = min(first.values()), max(first.values())
-    if highest - lowest > 1e-4 * abs(lowest):
+    if highest - lowest > rtol * abs(lowest):
         raise RuntimeError(f"the variants do not compute the same loss: {first}")
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(max(repeats.values())):
@@ -93,7 +104,55 @@ def recurrence(options: argparse.Namespace) -> dict[str, float]:
     }
 
 
-MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {"recurrence": recurrence}
+def tiny(family: str) -> torch.nn.Module:
+    """A model of the size of the shipped checkpoints: d = 96, two layers, vocabulary 1024."""
+    torch.manual_seed(0)
+    dims = {"vocab_size": 1024, "hidden_size": 96, "num_hidden_layers": 2}
+    if family == "mamba":
+        return routed(MambaForCausalLM(MambaConfig(**dims, state_size=8)).train())
+    if family == "mamba2":
+        heads = {"num_heads": 8, "head_dim": 24, "state_size": 16, "n_groups": 1}
+        return routed(Mamba2ForCausalLM(Mamba2Config(**dims, **heads)).train())
+    return LlamaForCausalLM(LlamaConfig(**dims, num_attention_heads=4, intermediate_size=256)).train()
+
+
+def mixed_step(family: str, name: str) -> Callable[[], float]:
+    """A function that takes one step in the format `name`, scaled where that format needs it, and returns its loss."""
+    model = tiny(family)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    input_ids = torch.randint(1024, (24, 64), generator=torch.Generator().manual_seed(1))
+    strategy = precision.build(PrecisionConfig(name=name, init_scale=1024.0), "cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=name == "fp16")
+
+    def step() -> float:
+        with strategy:
+            with strategy.autocast():
+                loss = model(input_ids=input_ids, labels=input_ids).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def half_formats(options: argparse.Namespace) -> dict[str, float]:
+    """Times the time of a float32 step on tiny models, per family; `bf16_vs_fp32`, `fp16_vs_fp32` are the worst."""
+    ratios: dict[str, float] = {}
+    for family in ("mamba", "mamba2", "llama"):
+        steps = {f"{family}, {name}": mixed_step(family, name) for name in ("fp32", "bf16", "fp16")}
+        seconds = interleaved(steps, dict.fromkeys(steps, 3 * options.repeats), rtol=1e-2)
+        for name in ("bf16", "fp16"):
+            ratio = ratios[f"{family}_{name}_vs_fp32"] = seconds[f"{family}, {name}"] / seconds[f"{family}, fp32"]
+            ratios[f"{name}_vs_fp32"] = max(ratio, ratios.get(f"{name}_vs_fp32", 0.0))
+    return ratios
+
+
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
+    "recurrence": recurrence,
+    "half_formats": half_formats,
+}
 
 
 def main() -> None:

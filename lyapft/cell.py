@@ -1,7 +1,7 @@
 """One cell: validate, build, fit, evaluate, record, compare with its full-precision counterparts.
 
-Everything that can be wrong with the input is found before a weight is loaded. A cell that finished is never run again; one that
-failed or was interrupted leaves its record and is run again by the same command.
+Everything that can be wrong with the input is found before a weight is loaded. A cell that finished is never run
+again; one that failed or was interrupted leaves its record and is run again by the same command.
 """
 
 import errno
@@ -27,7 +27,7 @@ from hydra.errors import CompactHydraException, InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lyapft import backbone, config, dashboard, data, divergence, precision, records, recurrence, tasks
 from lyapft.environment import PeakMemory, describe, resolve_device, resolve_threads
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 WARM_UP_STEPS = 5  # left out of tokens/s: caches, allocators and compilation settle
 
 
-class CellFailed(CompactHydraException):  # noqa: N818  (Hydra prints its message without a traceback)
+class CellFailed(CompactHydraException):
     """A cell did not finish; the message says why, its record and log keep the details."""
 
 
@@ -94,11 +94,18 @@ def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Ce
     task = Checked(lambda: like.task if like else instantiate(cfg.task))
     found += model_faults + source.faults + (task.faults or ([] if like else tasks.faults(cfg.task)))
     if not model_faults and (positions := backbone.max_positions(cfg.model)) and cfg.data.max_length > positions:
-        found.append(f"data.max_length={cfg.data.max_length} exceeds the {positions} positions of model {cfg.model.name}: lower it")
+        found.append(
+            f"data.max_length={cfg.data.max_length} exceeds the {positions} positions of model={cfg.model.name}: "
+            "lower it"
+        )
     if found:
         raise InputError("this cell cannot run:\n" + "\n".join(f"  - {fault}" for fault in found))
     threads = resolve_threads(cfg.threads)
-    content = {"model": backbone.fingerprint(cfg.model), "data": source.value.fingerprint(), "task": task.value.fingerprint()}
+    content = {
+        "model": backbone.fingerprint(cfg.model),
+        "data": source.value.fingerprint(),
+        "task": task.value.fingerprint(),
+    }
     science = config.science(cfg, content, threads, device, kernel.value)
     cell_id = config.identity(science)
     parts = [cfg.model.name, cfg.data.name, cfg.precision.name, cfg.peft.name, f"s{cfg.seed}"]
@@ -134,7 +141,6 @@ def run(cfg: DictConfig) -> Record:
     Raises:
         CellFailed: it did not finish; its record says why.
     """
-    _quiet_libraries()
     log.info("cell: %s", ", ".join(HydraConfig.get().overrides.task) or "defaults")
     try:
         cell = prepare(cfg)
@@ -142,7 +148,9 @@ def run(cfg: DictConfig) -> Record:
         raise CellFailed(str(error)) from None
     record = ensure(cell)
     if record["status"] != "ok":
-        raise CellFailed(f"{cell.folder.name}: {record['status']}: {record['error']['message']} (see {cell.folder / records.LOG})")
+        raise CellFailed(
+            f"{cell.folder.name}: {record['status']}: {record['error']['message']} (see {cell.folder / records.LOG})"
+        )
     return record
 
 
@@ -194,7 +202,9 @@ def _run_and_record(cell: Cell) -> Record:
 
 
 def _failed(record: Record, status: str, error: BaseException, message: str | None = None) -> None:
-    text = message or (_disk_message(error, Path()) if isinstance(error, OSError) else str(error)) or type(error).__name__
+    text = (
+        message or (_disk_message(error, Path()) if isinstance(error, OSError) else str(error)) or type(error).__name__
+    )
     record |= {"status": status, "error": {"type": type(error).__name__, "message": text}}
     log.error("%s: %s: %s", record["name"], status, text)
     log.debug("%s", "".join(traceback.format_exception(error)))
@@ -270,7 +280,11 @@ def _fit(
         if isinstance(probe, LyapunovProbe):
             probe.bind(seam)
     series = records.StepSeries(cell.folder / records.STEPS)
-    callbacks: list[Callback] = [AdapterLiveness(Liveness(model, steps=min(3, settings.steps))), *probes, StepRecorder(series, settings.record_every_s)]
+    callbacks: list[Callback] = [
+        AdapterLiveness(Liveness(model, steps=min(3, settings.steps))),
+        *probes,
+        StepRecorder(series, settings.record_every_s),
+    ]
     if settings.progress:
         callbacks.append(ProgressBar(_title(cell)))
     trainer = L.Trainer(
@@ -341,7 +355,11 @@ def _stability(series: pd.DataFrame, seam: recurrence.Seam) -> dict[str, Any]:
 
     def worst(suffix: str) -> dict[str, float]:
         lambda_max = float(series[f"lambda_max{suffix}"].max())
-        return {"lambda_max": lambda_max, "margin": -lambda_max, "norm_bound": float(series[f"norm_bound{suffix}"].max())}
+        return {
+            "lambda_max": lambda_max,
+            "margin": -lambda_max,
+            "norm_bound": float(series[f"norm_bound{suffix}"].max()),
+        }
 
     measured = [layer for layer in seam.layers if f"lambda_max/{layer.name}" in series]
     layers = [{"layer": layer.name, "family": layer.family} | worst(f"/{layer.name}") for layer in measured]
@@ -362,7 +380,9 @@ def _stub(cell: Cell) -> Record:
         "created": records.now(),
         "finished": None,
         "config": cell.science,
-        "paths": {group: {k: cfg[group][k] for k in config.PATHS if k in cfg[group]} for group in ("model", "data", "task")},
+        "paths": {
+            group: {k: cfg[group][k] for k in config.PATHS if k in cfg[group]} for group in ("model", "data", "task")
+        },
         "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
         "choices": {group: cfg[group].name for group in ("model", "data", "task", "peft", "precision")},
         "seed": cfg.seed,
@@ -376,12 +396,13 @@ def _stub(cell: Cell) -> Record:
 
 @contextmanager
 def _clean_state(cell: Cell) -> Iterator[precision.Precision]:
-    """Seeds, threads, precision flags as this cell wants them; all put back afterwards, so that cells share a process."""
+    """Seeds, threads, precision flags as this cell wants them; put back afterwards, so that cells share a process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(cell.threads)
     L.seed_everything(cell.config.seed, workers=True, verbose=False)
     try:
-        with precision.build(cell.config.precision, cell.device) as strategy:
+        with warnings.catch_warnings(), precision.build(cell.config.precision, cell.device) as strategy:
+            _quiet_libraries()
             yield strategy
     finally:
         torch.set_num_threads(threads)
@@ -394,7 +415,9 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     warnings.filterwarnings("ignore", message=r".*does not have many workers")  # tokens are in memory already
-    warnings.filterwarnings("ignore", message=r".*lr_scheduler.step\(\)` before `optimizer.step")  # the first step was skipped
+    warnings.filterwarnings(
+        "ignore", message=r".*lr_scheduler.step\(\)` before `optimizer.step"
+    )  # the first step was skipped
 
 
 @contextmanager
@@ -419,7 +442,9 @@ def _out_of_memory(error: Exception) -> bool:
 def _disk_message(error: OSError, folder: Path) -> str:
     where = error.filename or folder
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left for {where}: free some or set runs=FOLDER to another disk; the same command then continues"
+        return (
+            f"no space left for {where}: free some or set runs=FOLDER to another disk; the same command then continues"
+        )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{where} cannot be written ({os.strerror(error.errno)}): set runs=FOLDER to a folder of your own"
     return f"{where}: {error.strerror or error}"

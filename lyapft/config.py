@@ -1,8 +1,9 @@
 """Typed schema of a cell, cross-field validation and cell identity.
 
-Nothing here imports torch: `train.py --help` and shell completion stay quick. One dataclass per group of `conf/`; a choice that
-needs more fields than its group has a subclass. Every class is stored in Hydra's ConfigStore under `schema/<group>/<name>`,
-and the YAML files of `conf/` extend it, so a misspelt key or a wrong type is refused before anything runs.
+Nothing here imports torch: `train.py --help` and shell completion stay quick. One dataclass per group of `conf/`; a
+choice that needs more fields than its group has a subclass. Every class is stored in Hydra's ConfigStore under
+`schema/<group>/<name>`, and the YAML files of `conf/` extend it, so a misspelt key or a wrong type is refused before
+anything runs.
 """
 
 import hashlib
@@ -53,7 +54,9 @@ class TaskConfig:
     limit: int | None = None  # items of each subset (subject, rule set); null = all
     batch_tokens: int = 8192  # padded tokens in one forward pass
     max_bad_fraction: float = 0.01  # rows that cannot be scored (null fields, no blank) beyond this share stop the run
-    truncate: bool = False  # cut the left of contexts that do not fit the model's positions, as lm-eval does, not refuse
+    truncate: bool = (
+        False  # cut the left of contexts that do not fit the model's positions, as lm-eval does, not refuse
+    )
 
 
 @dataclass
@@ -96,7 +99,7 @@ class TrainerConfig:
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     grad_clip: float = 1.0  # largest gradient norm
-    max_nonfinite: int = 10  # consecutive steps without a finite gradient (not counting the loss scaler's first search) before the cell ends
+    max_nonfinite: int = 10  # steps in a row without a finite gradient before the cell ends; fp16: see the loss scale
     progress: bool = True
     record_every_s: float = 30.0  # how often the step series is written while training
 
@@ -172,7 +175,9 @@ class SkillsData(DataConfig):
     _target_: str = "lyapft.data.Skills"
     rules: list[str] = field(default_factory=lambda: ["rotate", "previous", "swap", "title"])
     rows: int = 3072  # episodes, before they repeat
-    shots: list[int] = field(default_factory=lambda: [6])  # solved lines before the last, one of these numbers per episode
+    shots: list[int] = field(
+        default_factory=lambda: [6]
+    )  # solved lines before the last, one of these numbers per episode
     named_fraction: float = 0.0  # share of the episodes that name their rule
     data_seed: int = 0  # draws the episodes; the cell's seed orders them
 
@@ -267,7 +272,15 @@ SCHEMAS: dict[str, dict[str, type]] = {
 }
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
-NOT_SCIENCE = ("runs", "study", "logger", "probe", "reference", "device", "threads")  # cannot change a number by themselves
+NOT_SCIENCE = (
+    "runs",
+    "study",
+    "logger",
+    "probe",
+    "reference",
+    "device",
+    "threads",
+)  # cannot change a number by themselves
 NOT_SCIENCE_TRAINER = ("progress", "record_every_s")
 PATHS = ("path", "tokenizer")  # known by content instead
 
@@ -333,14 +346,18 @@ def faults(cfg: DictConfig) -> list[str]:
         "device": (cfg.device, ("auto", "cpu", "cuda")),
         "model.init": (cfg.model.init, ("pretrained", "scratch")),
     }
-    found += [f"{k}={v} is unknown: use one of {', '.join(known)}" for k, (v, known) in choices.items() if v not in known]
+    found += [
+        f"{k}={v} is unknown: use one of {', '.join(known)}" for k, (v, known) in choices.items() if v not in known
+    ]
     for key in ("warmup", "hold", "final_lr"):
         if not 0 <= cfg.trainer[key] <= 1:
             found.append(f"trainer.{key}={cfg.trainer[key]} must lie between 0 and 1")
     if len(cfg.trainer.betas) != 2 or not all(0 <= b < 1 for b in cfg.trainer.betas):
         found.append(f"trainer.betas={list(cfg.trainer.betas)} must be two numbers in [0, 1)")
     if not cfg.task.shots or any(s < 0 for s in cfg.task.shots) or len(set(cfg.task.shots)) != len(cfg.task.shots):
-        found.append(f"task.shots={list(cfg.task.shots)} must be one or more different numbers, none negative: task.shots=[0,5]")
+        found.append(
+            f"task.shots={list(cfg.task.shots)} must be one or more different numbers, none negative: task.shots=[0,5]"
+        )
     if cfg.trainer.learning_rate is None and cfg.peft.name not in cfg.model.learning_rate:
         known = ", ".join(cfg.model.learning_rate) or "none"
         found.append(
@@ -381,8 +398,9 @@ def identity(science_part: dict[str, Any]) -> str:
 def reference_configs(cfg: DictConfig) -> dict[str, DictConfig]:
     """The two full-precision counterparts of a cell (THEORY: divergence of a fine-tuning cell).
 
-    `paper`: full precision, every weight trained. `precision_only`: full precision, the same peft. Same seed, data order and
-    initial weights; each with the learning rate tuned for its own (architecture, peft) unless the cell sets a shared one.
+    `paper`: full precision, every weight trained. `precision_only`: full precision, the same peft. Same seed, data
+    order and initial weights; each with the learning rate tuned for its own (architecture, peft) unless the cell sets
+    a shared one.
     """
     counterparts = {}
     for role, peft in (("paper", load_choice("peft", "none")), ("precision_only", cfg.peft)):

@@ -18,6 +18,17 @@ ITEM_KEYS = ["task", "subset", "item", "shots"]
 ScoreKey = tuple[str, int]  # (task, shots)
 
 
+def is_spike(points: float, threshold_points: float = SPIKE_POINTS) -> bool:
+    """Whether a difference exceeds the threshold, in either direction.
+
+    The difference of two fractions carries rounding: one answer of a hundred may be 1.0000000000000009 points.
+
+    >>> is_spike(100 * (0.53 - 0.52)), is_spike(-1.25)
+    (False, True)
+    """
+    return abs(points) > threshold_points + 1e-9
+
+
 @dataclass(frozen=True)
 class ScoreDivergence:
     """Difference of one score, cell minus counterpart, in percentage points."""
@@ -51,7 +62,7 @@ class Divergence:
 
     def spikes(self, threshold_points: float = SPIKE_POINTS) -> tuple[ScoreDivergence, ...]:
         """Scores whose difference exceeds the threshold (points, exclusive), in the order of `per_score`."""
-        return tuple(score for score in self.per_score if score.abs_points > threshold_points)
+        return tuple(score for score in self.per_score if is_spike(score.signed_points, threshold_points))
 
     def as_record(self) -> dict[str, Any]:
         """The two fields of a record's divergence entry that numbers fill."""
@@ -178,7 +189,8 @@ def _checked_items(items: pd.DataFrame) -> pd.DataFrame:
     if missing:
         raise ValueError(f"the item table lacks the columns {missing}")
     # An absent subset is None in one table and NaN in another, and neither equals itself in an index join.
-    keyed = items.assign(subset=items["subset"].fillna("")).set_index(ITEM_KEYS)[["choice", "correct"]]
+    subset = items["subset"].astype(object).where(items["subset"].notna(), "")
+    keyed = items.assign(subset=subset).set_index(ITEM_KEYS)[["choice", "correct"]]
     if not keyed.index.is_unique:
         twice = keyed.index[keyed.index.duplicated()][0]
         raise ValueError(f"item {dict(zip(ITEM_KEYS, twice, strict=True))} appears twice")

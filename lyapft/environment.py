@@ -36,8 +36,9 @@ def resolve_threads(wanted: int | None) -> int:
 class PeakMemory:
     """Peak memory of a training: the model's own bytes and whatever was held above them at the worst moment.
 
-    On CUDA: the allocator's peak. On Linux: the resident-set high-water mark, reset at the start, after the C allocator has
-    given back what earlier cells of the process left. Elsewhere such a mark cannot be reset, and the peak is None.
+    On CUDA: the allocator's peak. On Linux: the resident-set high-water mark, reset at the start, after the C
+    allocator has given back what earlier cells of the process left. Elsewhere such a mark cannot be reset, and the
+    peak is None.
 
     Attributes:
         source: where the number comes from, for the record.
@@ -80,7 +81,7 @@ def _return_free_memory() -> None:
 
 def describe(device: str, threads: int) -> dict[str, Any]:
     """Versions and hardware, for the record. No host names, no paths."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -102,14 +103,21 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _git_commit() -> str | None:
     """The commit of the checkout that lyapft runs from, if it runs from one."""
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

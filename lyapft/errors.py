@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """Bad input. The message names what is wrong, where, what was given and what to do; it is shown without a traceback."""
+    """Bad input: the message names what is wrong, where, what was given and what to do; shown without a traceback."""

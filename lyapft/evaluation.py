@@ -56,7 +56,12 @@ def _run(cfg: DictConfig) -> None:
 
 def _score(cfg: DictConfig, folder: Path, record: Record, cell: DictConfig, task_node: DictConfig, device: str) -> None:
     task = instantiate(task_node)
-    science = {"run": record["id"], "task": _plain(task_node) | {"path": None}, "content": task.fingerprint(), "device": device}
+    science = {
+        "run": record["id"],
+        "task": _plain(task_node) | {"path": None},
+        "content": task.fingerprint(),
+        "device": device,
+    }
     threads = resolve_threads(cfg.threads)
     identity = config.identity(science | {"threads": threads})
     target = folder / FOLDER / f"{identity}.json"
@@ -122,6 +127,7 @@ def _table(scores: list[dict[str, Any]]) -> str:
     width = max(len(row["task"]) for row in scores)
     lines = [f"{'task':<{width}}  shots  score    n  stderr"]
     lines += [
-        f"{row['task']:<{width}}  {row['shots']:>5}  {row['value']:.3f}  {row['n']:>4}  {row['stderr']:.3f}" for row in scores
+        f"{row['task']:<{width}}  {row['shots']:>5}  {row['value']:.3f}  {row['n']:>4}  {row['stderr']:.3f}"
+        for row in scores
     ]
     return "\n".join(lines)

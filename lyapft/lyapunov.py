@@ -1,11 +1,11 @@
 """Stability of linear recurrences from their log-Jacobians.
 
-Letters: B batch, L tokens, D channels, N states per channel, H heads. λ in nats per token, computed in log space in float32 or
-better. Nothing here knows a model or a trainer.
+Letters: B batch, L tokens, D channels, N states per channel, H heads. λ in nats per token, computed in log space in
+float32 or better. Nothing here knows a model or a trainer.
 
-For both families the state decays channel by channel, x_t = exp(Δ_t A) x_{t-1} + …, so the product of Jacobians is diagonal and
-its exponents are exact, and only each channel's slowest state (the largest A) can set a maximum. That is why nothing here has
-to hold a (B, L, D, N) tensor.
+For both families the state decays channel by channel, x_t = exp(Δ_t A) x_{t-1} + …, so the product of Jacobians is
+diagonal and its exponents are exact, and only each channel's slowest state (the largest A) can set a maximum. That is
+why nothing here has to hold a (B, L, D, N) tensor.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from torch import Tensor
 def selective_scan_exponents(delta_BLD: Tensor, A_DN: Tensor, mask_BL: Tensor) -> Tensor:
     """Finite-time Lyapunov exponents of a Mamba-1 state, one per channel and state.
 
-    The one-step Jacobian is diagonal, ∂x_t/∂x_{t-1} = exp(Δ_t A), so λ_{b,d,n} = A_{d,n} · mean_t Δ_{b,t,d}, the mean over real
-    tokens only.
+    The one-step Jacobian is diagonal, ∂x_t/∂x_{t-1} = exp(Δ_t A), so λ_{b,d,n} = A_{d,n} · mean_t Δ_{b,t,d}, the mean
+    over real tokens only.
 
     Args:
         delta_BLD: step sizes after softplus, ≥ 0.

@@ -16,7 +16,8 @@ IGNORED = -100  # label of a token that carries no loss
 
 
 class NonFiniteTrainingError(RuntimeError):
-    """Training met non-finite losses or gradients for too many steps in a row; `status` names the outcome for the record."""
+    """Training met non-finite losses or gradients for too many steps in a row; `status` names the outcome for the
+    record."""
 
     def __init__(self, message: str, status: str) -> None:
         super().__init__(message)
@@ -39,8 +40,8 @@ def response_loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
 def schedule_factor(step: int, settings: DictConfig) -> float:
     """The share of the learning rate at an optimizer step.
 
-    Linear warm-up over `warmup` · steps, then `constant`, `linear`, `cosine`, or `hold_then_decay` (constant until `hold` · steps,
-    then linear), the last three ending at `final_lr`.
+    Linear warm-up over `warmup` · steps, then `constant`, `linear`, `cosine`, or `hold_then_decay` (constant until
+    `hold` · steps, then linear), the last three ending at `final_lr`.
 
     Args:
         step: updates done so far, from 0.
@@ -61,8 +62,8 @@ class FineTuner(L.LightningModule):
     """One backbone in training.
 
     Attributes:
-        observed: numbers of the present step, written by this module and by probes, read by the step recorder. Cleared at the
-            start of every optimizer step.
+        observed: numbers of the present step, written by this module and by probes, read by the step recorder.
+            Cleared at the start of every optimizer step.
         skipped_steps: optimizer steps whose update was withheld, by the loss scaler or by the guard.
     """
 
@@ -100,8 +101,8 @@ class FineTuner(L.LightningModule):
     ) -> None:
         """Clip by the global norm; withhold the update if the loss or a gradient is not finite.
 
-        Gradients arrive unscaled. Under a GradScaler a non-finite gradient is the scaler's to skip; without one the gradients
-        are dropped here, so that no weight and no moment of the optimizer is touched.
+        Gradients arrive unscaled. Under a GradScaler a non-finite gradient is the scaler's to skip; without one the
+        gradients are dropped here, so that no weight and no moment of the optimizer is touched.
         """
         trainable = [p for p in self.model.parameters() if p.grad is not None]
         norm = float(nn.utils.clip_grad_norm_(trainable, self.settings.grad_clip))
@@ -112,8 +113,8 @@ class FineTuner(L.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One optimizer step, counted as skipped where the update was withheld."""
-        self.observed["learning_rate"] = self.optimizers().optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
         super().optimizer_step(*args, **kwargs)
+        self.observed["learning_rate"] = self.optimizers().optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
         plugin = self.trainer.precision_plugin
         self._step_skipped = self._step_skipped or bool(getattr(plugin, "last_step_skipped", False))
         scale = self._scaler_state()
@@ -123,7 +124,7 @@ class FineTuner(L.LightningModule):
         self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if self._step_skipped else 0
         self._stop_if_hopeless(scale)
 
-    def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any | None) -> None:  # type: ignore[override]
+    def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any | None) -> None:
         """Advance the schedule, unless the update was withheld."""
         if not self._step_skipped:
             scheduler.step()
@@ -155,7 +156,7 @@ class FineTuner(L.LightningModule):
         if scale is None and self._nonfinite_in_a_row >= self.settings.max_nonfinite:
             raise NonFiniteTrainingError(
                 f"step {step}: {self._nonfinite_in_a_row} steps in a row had a non-finite loss or gradient "
-                f"(loss {self.observed['loss']}, gradient norm {self.observed['grad_norm']}); no weight was updated by them. "
+                f"(loss {self.observed['loss']}, gradient norm {self.observed['grad_norm']}); none changed a weight. "
                 "Use a smaller learning rate or precision=fp32",
                 "nonfinite",
             )

@@ -1,7 +1,8 @@
 """Callbacks that observe a training run and never change it.
 
-`LyapunovProbe` measures the recurrent state, `AdapterLiveness` proves that every trainable tensor learns, `StepRecorder` writes
-the step series, `ProgressBar` shows it. Probes leave their numbers in `FineTuner.observed`; no mathematics lives here.
+`LyapunovProbe` measures the recurrent state, `AdapterLiveness` proves that every trainable tensor learns,
+`StepRecorder` writes the step series, `ProgressBar` shows it. Probes leave their numbers in `FineTuner.observed`; no
+mathematics lives here.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
 
 
 class LyapunovProbe(Callback):
-    """λ_max, norm bound and margin of every recurrent layer at every step, from the Δ that the forward pass already has.
+    """λ_max, norm bound and margin of every recurrent layer at every step, from the Δ of the forward pass.
 
-    The tap keeps a detached reference per layer until the end of the micro-batch; a recomputation under gradient checkpointing
-    replaces it by the same values. Over the micro-batches of one optimizer step, and over layers, the maximum is reported.
+    The tap keeps a detached reference per layer until the end of the micro-batch; a recomputation under gradient
+    checkpointing replaces it by the same values. Over the micro-batches of one optimizer step, and over layers, the
+    maximum is reported.
     """
 
     def __init__(self, every: int = 1, per_layer: bool = True) -> None:
@@ -47,7 +49,9 @@ class LyapunovProbe(Callback):
         """Observe the recurrence of this model."""
         self._seam = seam
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Open the tap on the steps that are measured."""
         if self._seam is None or not self._seam.layers:
             return
@@ -119,7 +123,9 @@ class StepRecorder(Callback):
         self._started = self._flushed = time.perf_counter()
         self._last_step = 0
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Start the step's clock."""
         if batch_idx % cast("FineTuner", pl_module).settings.accumulate == 0:
             self._started = time.perf_counter()
@@ -177,7 +183,9 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.initial = 0
         self.train_progress_bar.set_description(self.title)
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         """What the bar shows beside its count."""
         observed = cast("FineTuner", pl_module).observed
         shown: dict[str, int | str | float | dict[str, float]] = {"loss": f"{observed.get('loss', float('nan')):.3f}"}

@@ -1,12 +1,13 @@
 """Schemas and atomic input/output of records, step series and per-item scores.
 
-A run folder holds `record.json` (what happened), `steps.parquet` (one row per step), `items.parquet` (one row per scored item),
-`cell.log` and the trained tensors as safetensors. A finished record is never overwritten.
+A run folder holds `record.json` (what happened), `steps.parquet` (one row per step), `items.parquet` (one row per
+scored item), `cell.log` and the trained tensors as safetensors. A finished record is never overwritten.
 """
 
 import json
+import logging
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ STATUSES = ("ok", "nonfinite", "loss_scale_underflow", "oom", "interrupted", "fa
 FINAL = ("ok", "nonfinite", "loss_scale_underflow")  # outcomes of the cell itself: running it again would say the same
 
 Record = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 def now() -> str:
@@ -35,9 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     A reader sees the old file or the new one, never half of either.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
         with temporary.open("rb") as file:
@@ -80,7 +80,9 @@ def load(folder: Path) -> Record:
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {RECORD}: give the folder of a run, runs/STUDY/CELL") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a readable record ({error}): delete the folder and run the cell again") from None
+        raise InputError(
+            f"{path} is not a readable record ({error}): delete the folder and run the cell again"
+        ) from None
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(f"{path} has schema version {version!r}; this lyapft reads {SCHEMA_VERSION}")
@@ -93,17 +95,22 @@ def find(study: Path, cell_id: str) -> Path | None:
 
 
 def load_study(study: Path) -> list[tuple[Path, Record]]:
-    """Every record of a study with its folder, by folder name.
+    """Every record of a study with its folder, by folder name; one that cannot be read is named in a warning.
 
     Raises:
-        InputError: the folder is missing, holds no record, or holds one that cannot be read.
+        InputError: the folder is missing or holds no record that can be read.
     """
     if not study.is_dir():
         raise InputError(f"{study} is not a folder: give the folder of a study, runs/STUDY")
-    folders = sorted(path.parent for path in study.glob(f"*/{RECORD}"))
-    if not folders:
+    found = []
+    for path in sorted(study.glob(f"*/{RECORD}")):
+        try:
+            found.append((path.parent, load(path.parent)))
+        except InputError as error:
+            log.warning("%s", error)
+    if not found:
         raise InputError(f"{study} holds no records (*/{RECORD}): run `python train.py` first, or give runs/STUDY")
-    return [(folder, load(folder)) for folder in folders]
+    return found
 
 
 class StepSeries:

@@ -58,6 +58,12 @@ def test_a_spike_is_more_than_the_threshold_in_either_direction() -> None:
     assert [s.shots for s in found.spikes(2.0)] == [3]
 
 
+def test_one_answer_of_a_hundred_is_no_spike_however_it_rounds() -> None:
+    found = [paired_divergence([score("t", 0, (k + 1) / 100)], [score("t", 0, k / 100)]) for k in range(100)]
+    assert any(d.mean_abs_points > 1.0 for d in found), "rounding does exceed the threshold"
+    assert [d.spikes() for d in found] == [()] * 100
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "message"),
     [

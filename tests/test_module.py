@@ -20,7 +20,9 @@ from lyapft.module import FineTuner, NonFiniteTrainingError, response_loss, sche
 
 
 def trainer_settings(**more):
-    return OmegaConf.structured(TrainerConfig(**{"steps": 6, "batch_size": 2, "warmup": 0.0, "schedule": "linear", **more}))
+    return OmegaConf.structured(
+        TrainerConfig(**{"steps": 6, "batch_size": 2, "warmup": 0.0, "schedule": "linear", **more})
+    )
 
 
 class Bigram(nn.Module):
@@ -45,7 +47,9 @@ class Weights(Callback):
     def on_train_batch_end(self, trainer, pl_module, *_):
         state = trainer.optimizers[0].state_dict()["state"]
         moments = [v.clone() for s in state.values() for v in s.values()]
-        self.seen.append((pl_module.model.table.weight.detach().clone(), trainer.optimizers[0].param_groups[0]["lr"], moments))
+        self.seen.append(
+            (pl_module.model.table.weight.detach().clone(), trainer.optimizers[0].param_groups[0]["lr"], moments)
+        )
 
 
 def fit(module, batches, **more):
@@ -144,7 +148,7 @@ def test_under_a_scaler_the_schedule_waits_and_an_endless_search_ends():
     assert seen[0][1] == seen[1][1] > seen[2][1]
     assert module.skipped_steps == 1
     module = FineTuner(Bigram(), trainer_settings(), learning_rate=0.1)
-    with pytest.raises(NonFiniteTrainingError, match="loss scale fell to 0.5") as caught:
+    with pytest.raises(NonFiniteTrainingError, match=r"loss scale fell to 0\.5") as caught:
         fit(module, [batch(i, poisoned=True) for i in range(6)], plugins=[CountingScaler()])
     assert caught.value.status == "loss_scale_underflow"
 

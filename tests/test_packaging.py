@@ -104,10 +104,8 @@ def test_every_dependency_is_locked_at_a_version_it_admits(project, runtime_lock
     dev = requirements(project["project"]["optional-dependencies"]["dev"])
     for wanted, lock in ((runtime, runtime_lock), (dev, dev_lock)):
         for name, requirement in wanted.items():
-            assert name in lock, f"{name} is not locked: make lock"
-            assert lock[name] in requirement.specifier, (
-                f"{requirement} does not admit the locked {lock[name]}: make lock"
-            )
+            assert name in lock, f"{name} is not locked"
+            assert lock[name] in requirement.specifier, f"{requirement} does not admit the locked {lock[name]}"
 
 
 def test_lock_is_closed_under_the_requirements_of_what_it_locks(runtime_lock, dev_lock):
@@ -126,7 +124,7 @@ def test_lock_is_closed_under_the_requirements_of_what_it_locks(runtime_lock, de
                     needed = canonicalize_name(requirement.name)
                     if re.match(r"nvidia|cuda|triton", needed):
                         continue  # a CUDA build of torch pins these by itself
-                    assert needed in lock, f"{name} requires {requirement}: make lock"
+                    assert needed in lock, f"{name} requires {requirement}: lock it"
                     assert requirement.specifier.contains(lock[needed], prereleases=True), (
                         f"{name} requires {requirement}"
                     )

@@ -80,6 +80,20 @@ def test_missing_things_are_named(tmp_path):
         records.load_study(tmp_path)
 
 
+def test_one_unreadable_record_hides_no_other(tmp_path, caplog):
+    records.save(tmp_path / "good", a_record("ok"))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "record.json").write_text("{")
+    assert [folder.name for folder, _ in records.load_study(tmp_path)] == ["good"]
+    assert "not a readable record" in caplog.text
+
+
+def test_files_get_the_permissions_of_the_user(tmp_path):
+    (tmp_path / "plain").touch()
+    records.save(tmp_path, a_record())
+    assert (tmp_path / "record.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_cell_is_found_by_its_identity(tmp_path):
     records.save(tmp_path / "mamba-bf16-0123456789ab", a_record())
     assert records.find(tmp_path, "0123456789ab") == tmp_path / "mamba-bf16-0123456789ab"
@@ -96,4 +110,8 @@ def test_a_step_series_can_be_read_while_it_grows(tmp_path):
     series.append({"step": 2, "loss": 1.5, "skipped": True})
     assert len(pd.read_parquet(series.path)) == 1
     series.flush()
-    assert pd.read_parquet(series.path).to_dict("list") == {"step": [1, 2], "loss": [2.5, 1.5], "skipped": [False, True]}
+    assert pd.read_parquet(series.path).to_dict("list") == {
+        "step": [1, 2],
+        "loss": [2.5, 1.5],
+        "skipped": [False, True],
+    }

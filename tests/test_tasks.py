@@ -286,15 +286,14 @@ def test_every_forward_pass_runs_inside_the_given_precision(tokenizer: Any) -> N
 
 def test_mmlu_asks_as_published() -> None:
     first = tasks.Mmlu("mmlu", MMLU, [1]).queries(1)[0]
-    assert (
-        first.contexts
-        == (
-            "The following are multiple choice questions (with answers) about astronomy.\n\n"
-            "Which of these bodies gives off its own light?\n"
-            "A. A moon\nB. A star\nC. A comet\nD. An asteroid\nAnswer: B\n\nWhat does a light year measure?\nA. Time\nB. Distance\nC. Brightness\nD. Mass\nAnswer:",
-        )
-        * 4
+    expected = (
+        "The following are multiple choice questions (with answers) about astronomy.\n\n"
+        "Which of these bodies gives off its own light?\n"
+        "A. A moon\nB. A star\nC. A comet\nD. An asteroid\nAnswer: B\n\n"
+        "What does a light year measure?\n"
+        "A. Time\nB. Distance\nC. Brightness\nD. Mass\nAnswer:"
     )
+    assert first.contexts == (expected,) * 4
     assert (first.continuations, first.gold, first.subset) == ((" A", " B", " C", " D"), 1, "astronomy")
 
 

@@ -128,7 +128,7 @@ def _not_string(row: Row, column: str) -> str | None:
 
 
 class Alpaca(Table):
-    """Instructions with a response, `{instruction, input, output}`; the input may be empty, the loss is on the output."""
+    """Instructions, `{instruction, input, output}`: the input may be empty, the loss is on the output."""
 
     columns = ("instruction", "input", "output")
 

@@ -2,9 +2,9 @@
 
     S = scale Q Kᵀ + mask,  P = softmax(S),  O = P V
 
-Q, K, V and the incoming gradient are half. As in the flash kernels, S stays in float32, P and dS are operands of a matmul
-and so are rounded to half, all sums run in float32 and O, dQ, dK, dV are rounded once. Signatures are those of torch's
-`aten::_scaled_dot_product_flash_attention_for_cpu` and its backward.
+Q, K, V and the incoming gradient are half. As in the flash kernels, S stays in float32, P and dS are operands of a
+matmul and so are rounded to half, all sums run in float32 and O, dQ, dK, dV are rounded once. Signatures are those of
+torch's `aten::_scaled_dot_product_flash_attention_for_cpu` and its backward.
 Letters: B batch, H query heads, G key heads (G divides H), L queries, S keys, D head dim.
 Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2, with one block of keys.
 """
@@ -110,7 +110,8 @@ def _scores(
 ) -> Tensor:
     """log₂e · S for a block of queries, in workspace slot 3.
 
-    Base 2, because exp at −∞ (a masked key) leaves the vectorised path of MKL and takes a hundred times as long; exp2 does not.
+    Base 2, because exp at −∞ (a masked key) leaves the vectorised path of MKL and takes sixty times as long; exp2
+    does not.
     """
     B, H, S, _ = key.shape
     scores = _matmul(query[:, :, rows], key.mT, workspace.empty(3, (B, H, rows.stop - rows.start, S)))

@@ -1,10 +1,10 @@
-"""Half matmuls on a CPU without half arithmetic: operands rounded to half, products accumulated in float32, rounded once.
+"""Half matmuls on a CPU without half arithmetic: operands rounded to half, summed in float32, rounded once.
 
-That is what a tensor core does. torch's own half kernels give the same numbers on such a CPU, to one unit in the last place,
-but take 7 to 19 times as long as float32. While `emulated_half` is open, the CPU kernels of the matmul ops look at the dtype
-of their operands: half ones are widened (exactly), multiplied in float32 and the result is rounded to half, once, with
-overflow to infinity (float16) and gradual underflow; every other dtype goes to torch's kernel untouched. The override sits
-below autograd and autocast, so it serves forward and backward, mixed precision and half parameters alike.
+That is what a tensor core does. torch's own half kernels give the same numbers on such a CPU, to one unit in the last
+place, but take 7 to 19 times as long as float32. While `emulated_half` is open, the CPU kernels of the matmul ops look
+at the dtype of their operands: half ones are widened (exactly), multiplied in float32 and the result is rounded to half
+once, overflow to infinity (float16) and gradual underflow included; every other dtype goes to torch's kernel untouched.
+The override sits below autograd and autocast: it serves forward and backward, mixed precision and half parameters.
 Not covered: the `out=` and in-place variants, which neither autograd nor transformers calls.
 """
 
@@ -66,7 +66,7 @@ def emulated_half() -> Iterator[None]:
             _open -= 1
             if _open == 0:
                 # Deleting the library is the public way and does this, but only once nothing refers to it any more.
-                _library._destroy()  # type: ignore[no-untyped-call]
+                _library._destroy()
                 _library = None
 
 

@@ -23,8 +23,9 @@ class FullPlugin(LightningPrecision):
 class MixedPlugin(MixedPrecision):
     """torch.autocast over float32 weights, and for float16 a GradScaler, on any device.
 
-    Lightning's `precision="16-mixed"` trains in bf16 on a CPU; the plugin given as an object does not. Around one step Lightning
-    scales the loss, unscales the gradients, clips them, and lets the scaler withhold the update if one is not finite.
+    Lightning's `precision="16-mixed"` trains in bf16 on a CPU; the plugin given as an object does not. Around one step
+    Lightning scales the loss, unscales the gradients, clips them, and lets the scaler withhold the update if one is
+    not finite.
 
     Args:
         dtype: torch.bfloat16 or torch.float16.
@@ -60,7 +61,7 @@ class MixedPlugin(MixedPrecision):
         return output
 
     @contextmanager
-    def forward_context(self) -> Iterator[None]:  # type: ignore[override]
+    def forward_context(self) -> Iterator[None]:
         """Autocast for one forward pass."""
         if self.emulated and not emulation.is_active():
             raise RuntimeError("half matmuls are recorded as emulated: run this plugin inside `with build(...)`")

@@ -37,7 +37,8 @@ def faults(cfg: Settings, device_type: str) -> list[str]:
         found.append(f"precision.emulate={cfg.emulate} is unknown: use one of {', '.join(EMULATE)}")
     if cfg.emulate == "always" and device_type != "cpu":
         found.append(
-            f"precision.emulate=always is for CPUs; this run is on {device_type}. Use device=cpu or precision.emulate=auto"
+            f"precision.emulate=always is for CPUs; this run is on {device_type}. "
+            "Use device=cpu or precision.emulate=auto"
         )
     if not 1.0 <= cfg.init_scale <= 2.0**32:
         found.append(f"precision.init_scale={cfg.init_scale:g} must lie between 1 and 2^32: use 65536")
@@ -103,10 +104,7 @@ class Precision:
             yield
 
     def record(self) -> dict[str, Any]:
-        """Formats per op class: where values are stored, what is multiplied, what sums run in, what comes out.
-
-        `effective` is what ran: the format itself, or `<format>, emulated`'s second half as the flag `emulated`.
-        """
+        """Formats per op class: how values are stored, what is multiplied, what sums run in, what comes out."""
         return {
             "requested": self.name,
             "effective": self.name,
@@ -142,7 +140,7 @@ def _formats(name: str, device_type: str, emulated: bool) -> dict[str, dict[str,
         product["accumulation"] = "float32" if known else "chosen by torch's CPU kernels"
         as_inputs = f"{half} where an input is, else float32"
         follows = {"storage": as_inputs, "operands": as_inputs, "accumulation": "float32", "result": as_inputs}
-        normalised = FLOAT32 if device_type == "cuda" else follows  # autocast's list for CUDA has them, that for CPUs not
+        normalised = FLOAT32 if device_type == "cuda" else follows  # autocast's float32 list has them on CUDA only
     return {
         "matmul": product,
         "conv": product,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from lyapft.divergence import SPIKE_POINTS
+from lyapft.divergence import SPIKE_POINTS, is_spike
 from lyapft.records import Record
 from lyapft.report.cells import COUNTERPARTS, COUNTERPARTS_SHORT, Study, choice, divergence_entry, read
 from lyapft.report.tables import ABSENT, NOT_APPLICABLE, Column
@@ -113,7 +113,7 @@ def divergence_columns(study: Study, threshold_points: float = SPIKE_POINTS) -> 
     def text(value: float | None) -> str:
         if value is None:
             return ABSENT
-        mark = "" if abs(value) <= threshold_points else ("▲ " if value > 0 else "▼ ")
+        mark = "" if not is_spike(value, threshold_points) else ("▲ " if value > 0 else "▼ ")
         return mark + (number(value, "+.2f") if value else "0.00")
 
     columns = [Column("", "cell", [cell.label for cell, *_ in pairs], numeric=False)]

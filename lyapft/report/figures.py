@@ -62,7 +62,7 @@ STABILITY_READING = (
 def _line_columns(cell: Cell) -> dict[str, str]:
     """Panels of a cell's λ lines and the end of their column names: each layer, or only the model's largest."""
     layers = layer_names(cell)
-    return {"largest of all layers": ""} if len(layers) > LINE_LAYERS else {layer: f"/{layer}" for layer in layers}
+    return {"whole model": ""} if len(layers) > LINE_LAYERS else {layer: f"/{layer}" for layer in layers}
 
 
 def _stability_lines(study: Study, cells: Sequence[Cell]) -> Figure:
@@ -264,7 +264,7 @@ def _draw_bar(drawing: go.Figure, column: int, bar: _Bar) -> None:
         mode="markers",
         row=1,
         col=column,
-        marker={"symbol": f"{style.marker}-open", "size": 8, "color": "#444", "line": {"width": 1.4}},
+        marker={"symbol": style.marker, "size": 8, "color": "#fff", "line": {"width": 1.3, "color": "#222"}},
         hovertemplate="%{x:.3f} points<extra></extra>",
     )
 
@@ -300,13 +300,14 @@ def points_per_answer(study: Study) -> float:
 def _divergence_reading(study: Study) -> str:
     several = len({cell.record.get("seed") for cell in study.cells}) > 1
     one, many = (
-        "open marks: its n scores; one seed: no interval",
-        "open marks: the seeds' means; no interval is computed",
+        "white marks: its n scores; one seed: no interval",
+        "white marks: the seeds' means; no interval is computed",
     )
     grain = f"one answer is worth up to {points_per_answer(study):.2f} points"
+    marks = many if several else one
     return (
-        f"A long bar names a cell to look at ({many if several else one}; {grain}); it is no finding by itself, because an "
-        "absolute difference is above 0 even under pure noise: judge it beside reruns."
+        f"A long bar names a cell to look at ({marks}; {grain}); it is no finding by itself, because "
+        "an absolute difference is above 0 even under pure noise: judge it beside reruns."
     )
 
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from plotly.offline import get_plotlyjs
 
-from lyapft.divergence import SPIKE_POINTS
+from lyapft.divergence import SPIKE_POINTS, is_spike
 from lyapft.report import columns, figures
 from lyapft.report.cells import COUNTERPARTS, Study, choice, divergence_entry, read
 from lyapft.report.drawing import Figure
@@ -118,7 +118,7 @@ def _divergence_line(study: Study, counterpart: str) -> str:
         return ""
     cell, entry = max(pairs, key=lambda pair: float(pair[1]["mean_abs_points"]))
     scores = [score for _, one in pairs for score in one["per_score"]]
-    spikes = sum(score["abs_points"] > SPIKE_POINTS for score in scores)
+    spikes = sum(is_spike(score["signed_points"]) for score in scores)
     seeds = {pair[0].record.get("seed") for pair in pairs}
     honest = " One seed: no interval, noise is not ruled out." if len(seeds) == 1 else ""
     return (

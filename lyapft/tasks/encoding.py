@@ -54,7 +54,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str
         groups[bos is None or not text.startswith(bos)].append(text)
     ids: dict[str, tuple[int, ...]] = {}
     for special, group in groups.items():
-        encoded = tokenizer(group, add_special_tokens=special, verbose=False)["input_ids"] if group else []
+        encoded = (
+            tokenizer(group, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+            if group
+            else []
+        )
         ids |= dict(zip(group, map(tuple, encoded), strict=True))
     return ids
 

@@ -46,15 +46,19 @@ def context_faults(
     if max_positions is None:
         return found
     for task in _several(tasks):
-        lengths = {shots: _longest(task, shots, tokenizer) for shots in ([] if task.truncate else sorted(task.shots))}
-        if over := {shots: n for shots, n in lengths.items() if n > max_positions}:
-            fitting = [shots for shots in lengths if shots not in over]
-            found.append(
-                f"task.shots={task.shots}: with {', '.join(map(str, over))} shots the longest query of {task.name} has "
-                f"{max(over.values())} tokens, the model has {max_positions} positions. "
-                + (f"Use task.shots={fitting}" if fitting else "Use a model with more positions")
-                + " or task.truncate=true, which cuts the left as lm-eval does."
-            )
+        most = max(task.shots)
+        # A shot only lengthens a query, so where the most of them fit, nothing else needs to be measured.
+        if task.truncate or _longest(task, most, tokenizer) <= max_positions:
+            continue
+        lengths = {shots: _longest(task, shots, tokenizer) for shots in sorted(task.shots)}
+        over = {shots: n for shots, n in lengths.items() if n > max_positions}
+        fitting = [shots for shots in lengths if shots not in over]
+        found.append(
+            f"task.shots={task.shots}: with {', '.join(map(str, over))} shots the longest query of {task.name} has "
+            f"{max(over.values())} tokens, the model has {max_positions} positions. "
+            + (f"Use task.shots={fitting}" if fitting else "Use a model with more positions")
+            + " or task.truncate=true, which cuts the left as lm-eval does."
+        )
     return found
 
 

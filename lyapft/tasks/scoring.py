@@ -1,11 +1,13 @@
 """Log-likelihoods of continuations from as few and as full forward passes as possible.
 
-Letters: R rows of a batch, L tokens, V vocabulary.
+Letters: R rows of a batch, L tokens, V vocabulary, M scored tokens of a batch.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -83,15 +85,16 @@ def log_likelihoods(
     starts = [len(ids) - len(pair.continuation) for ids, pair in zip(inputs, pairs, strict=True)]
     values = [0.0] * len(pairs)
     for batch in batches([len(row) for row in rows], batch_tokens):
-        first = min(starts[i] for row in batch for i in members[row])
+        own = [(i, position) for position, row in enumerate(batch) for i in members[row]]
+        first = min(starts[i] for i, _ in own)
         logits_RLV, offset = _forward(model, rows[batch.start : batch.stop], first, autocast)
-        for position, row in enumerate(batch):
-            begin = min(starts[i] for i in members[row])
-            log_p_LV = logits_RLV[position, begin - offset : len(rows[row]) - offset].float().log_softmax(-1)
-            for i in members[row]:
-                values[i] = _sum_of(log_p_LV[starts[i] - begin :], pairs[i].continuation)
+        # One entry per continuation token: (row of the batch, position in its logits, token).
+        wanted = [(r, starts[i] - offset + k, t) for i, r in own for k, t in enumerate(pairs[i].continuation)]
+        log_p = iter(_token_log_p(logits_RLV, torch.tensor(wanted, device=logits_RLV.device)))
+        for i, _ in own:
+            values[i] = math.fsum(islice(log_p, len(pairs[i].continuation)))
         if progress is not None:
-            progress(sum(len(members[row]) for row in batch))
+            progress(len(own))
     return values
 
 
@@ -117,6 +120,10 @@ def _keeps_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
-def _sum_of(log_p_LV: Tensor, continuation: Ids) -> float:
-    tokens = torch.tensor(continuation, device=log_p_LV.device)
-    return float(log_p_LV[: len(continuation)].gather(1, tokens[:, None]).double().sum())
+def _token_log_p(logits_RLV: Tensor, wanted_M3: Tensor, chunk: int = 512) -> list[float]:
+    """ln p of each wanted (row, position, token); in chunks, so that a large vocabulary needs little memory."""
+    log_p: list[float] = []
+    for row, position, token in (part.unbind(1) for part in wanted_M3.split(chunk)):
+        log_p_MV = logits_RLV[row, position].float().log_softmax(-1)
+        log_p += log_p_MV.gather(1, token[:, None]).squeeze(1).tolist()
+    return log_p

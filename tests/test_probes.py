@@ -1,0 +1,150 @@
+"""Probes against numbers captured without the seam, and the proof that they see the path that runs."""
+
+import types
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+
+from lyapft import lyapunov, recurrence
+from lyapft.config import TrainerConfig
+from lyapft.probes import AdapterLiveness, LyapunovProbe, StepRecorder
+from lyapft.records import StepSeries
+from tests.tolerances import TOL
+
+MAMBA = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)
+MAMBA2 = Mamba2Config(
+    vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=8, head_dim=8, num_heads=4, n_groups=1, chunk_size=8
+)
+
+
+def a_batch(rows: int = 3, length: int = 9):
+    mask = torch.arange(length) < torch.tensor([[length], [length - 4], [2]])[:rows]
+    return {"input_ids": torch.randint(1, 50, (rows, length)), "attention_mask": mask.long()}
+
+
+def a_module(accumulate: int = 1):
+    settings = OmegaConf.structured(TrainerConfig(steps=4, accumulate=accumulate))
+    return types.SimpleNamespace(observed={}, settings=settings, device=torch.device("cpu"), skipped_steps=0)
+
+
+def step_sizes_of_stock(model, batch, monkeypatch):
+    """(Δ, A) per layer, read off transformers' own functions by wrapping them in their module."""
+    import transformers.models.mamba.modeling_mamba as mamba
+    import transformers.models.mamba2.modeling_mamba2 as mamba2
+
+    kept = []
+
+    def keep(name, module, bias_name, limit):
+        stock = getattr(module, name)
+
+        def wrapped(x, dt, A, *args, **kwargs):
+            bias = kwargs[bias_name]
+            rows = dt.transpose(1, 2) if name == "mamba_selective_scan" else dt
+            kept.append((torch.nn.functional.softplus(rows + bias).clamp(*kwargs.get(limit, (0.0, torch.inf))), A))
+            return stock(x, dt, A, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, wrapped)
+
+    keep("mamba_selective_scan", mamba, "delta_bias", "none")
+    keep("mamba2_chunk_scan", mamba2, "dt_bias", "dt_limit")
+    with torch.no_grad():
+        model(**batch)
+    return kept
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: MambaForCausalLM(MAMBA), lambda: Mamba2ForCausalLM(MAMBA2)], ids=["mamba", "mamba2"]
+)
+def test_numbers_equal_those_from_the_stock_model(build, monkeypatch):
+    model, batch, module = build(), a_batch(), a_module()
+    expected = [
+        lyapunov.stability(delta, A, batch["attention_mask"])
+        for delta, A in step_sizes_of_stock(model, batch, monkeypatch)
+    ]
+    seam, probe = recurrence.install(model), LyapunovProbe()
+    probe.bind(seam)
+    trainer = types.SimpleNamespace(global_step=0)
+    probe.on_train_batch_start(trainer, module, batch, 0)
+    model.train()(**batch)
+    probe.on_train_batch_end(trainer, module, None, batch, 0)
+    assert len(expected) == 2
+    for layer, one in zip(seam.layers, expected, strict=True):
+        rel = 10 * TOL[torch.float32]["rtol"]  # two layers of another scan's rounding lie before the second Δ
+        assert module.observed[f"lambda_max/{layer.name}"] == pytest.approx(one.lambda_max, rel=rel)
+        assert module.observed[f"norm_bound/{layer.name}"] == pytest.approx(one.norm_bound, rel=rel)
+        assert module.observed[f"margin/{layer.name}"] == -module.observed[f"lambda_max/{layer.name}"]
+    assert module.observed["lambda_max"] == max(module.observed[f"lambda_max/{layer.name}"] for layer in seam.layers)
+    assert module.observed["margin"] == -module.observed["lambda_max"]
+
+
+def test_micro_batches_report_their_worst_and_every_skips_steps():
+    model, module = MambaForCausalLM(MAMBA), a_module(accumulate=2)
+    seam, probe = recurrence.install(model), LyapunovProbe(every=2, per_layer=False)
+    probe.bind(seam)
+    singles = []
+    for index in range(2):
+        batch = a_batch()
+        for target in (a_module(), module):
+            trainer = types.SimpleNamespace(global_step=0)
+            first = index if target is module else 0
+            probe_here = probe if target is module else LyapunovProbe(per_layer=False)
+            probe_here.bind(seam)
+            probe_here.on_train_batch_start(trainer, target, batch, first)
+            model(**batch)
+            probe_here.on_train_batch_end(trainer, target, None, batch, first)
+            if target is not module:
+                singles.append(target.observed["lambda_max"])
+    assert module.observed["lambda_max"] == max(singles)
+    assert set(module.observed) == {"lambda_max", "norm_bound", "margin"}
+    module.observed.clear()
+    trainer = types.SimpleNamespace(global_step=1)
+    probe.on_train_batch_start(trainer, module, batch, 0)
+    model(**batch)
+    probe.on_train_batch_end(trainer, module, None, batch, 0)
+    assert module.observed == {}
+
+
+def test_gradient_checkpointing_is_counted_once():
+    model, batch = MambaForCausalLM(MAMBA).train(), a_batch()
+    model.activation_checkpointing_enable()
+    seam, calls = recurrence.install(model), []
+    seam.tap = lambda layer, delta, A: calls.append(layer.name)
+    model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+    assert calls == [layer.name for layer in seam.layers]
+
+
+def test_a_model_without_recurrence_is_left_alone():
+    probe, module = LyapunovProbe(), a_module()
+    probe.bind(recurrence.install(torch.nn.Linear(2, 2)))
+    trainer = types.SimpleNamespace(global_step=0)
+    probe.on_train_batch_start(trainer, module, {}, 0)
+    probe.on_train_batch_end(trainer, module, None, {}, 0)
+    assert module.observed == {}
+
+
+def test_liveness_counts_only_steps_that_were_taken():
+    seen = []
+    liveness = types.SimpleNamespace(observe_gradients=lambda: seen.append("look"), verdict=seen.append)
+    callback, module = AdapterLiveness(liveness), a_module()
+    module.skipped_steps = 2
+    callback.on_before_optimizer_step(None, module, None)
+    callback.on_train_batch_end(types.SimpleNamespace(global_step=5), module, None, None, 0)
+    assert seen == ["look", 3]
+
+
+def test_the_recorder_writes_one_row_a_step_and_feeds_the_loggers(tmp_path):
+    logged = []
+    logger = types.SimpleNamespace(log_metrics=lambda metrics, step: logged.append((step, metrics["loss"])))
+    series = StepSeries(tmp_path / "steps.parquet")
+    recorder, module = StepRecorder(series, flush_every_s=0.0), a_module(accumulate=2)
+    for index, step in enumerate((0, 1, 1, 2)):  # global_step moves on every second micro-batch
+        module.observed = {"loss": float(index), "tokens": 10}
+        trainer = types.SimpleNamespace(global_step=step, loggers=[logger])
+        recorder.on_train_batch_start(trainer, module, None, index)
+        recorder.on_train_batch_end(trainer, module, None, None, index)
+    assert [row["step"] for row in series.rows] == [1, 2]
+    assert logged == [(1, 1.0), (2, 3.0)]
+    assert series.path.exists()
+    assert all(row["tokens_per_s"] == pytest.approx(row["tokens"] / row["step_s"]) for row in series.rows)
