@@ -255,6 +255,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
             batch_tokens=cfg.task.batch_tokens,
             autocast=strategy.autocast,
             trained_length=base.trained_length,
+            max_positions=base.max_positions,
             progress=cfg.trainer.progress,
         )
         record["scores"] = [score.as_dict() for score in scores]

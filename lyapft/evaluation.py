@@ -86,6 +86,7 @@ def _score(cfg: DictConfig, folder: Path, record: Record, cell: DictConfig, task
             batch_tokens=task_node.batch_tokens,
             autocast=strategy.autocast,
             trained_length=base.trained_length,
+            max_positions=base.max_positions,
             progress=cfg.progress,
         )
     rows = [score.as_dict() for score in scores]

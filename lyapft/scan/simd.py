@@ -194,8 +194,8 @@ _MAGIC = 12582912.0 + 127.0  # 1.5·2^23 rounds to an integer; + 127 leaves the 
 
 
 def _exp2_parts(builder, x):
-    """Scale 2^r and u = 2^(x - r) - 1, r = round(x) held to [-126, 126]."""
-    x = builder.select(builder.fcmp_ordered("<", x, _constant(-126.0)), _constant(-126.0), x)
+    """x held to [-127, 126], scale 2^r, and u = 2^(x - r) - 1 for r = round(x); the bits of 2^-127 are those of 0."""
+    x = builder.select(builder.fcmp_ordered("<", x, _constant(-127.0)), _constant(-127.0), x)
     x = builder.select(builder.fcmp_ordered(">", x, _constant(126.0)), _constant(126.0), x)
     shifted = builder.fadd(x, _constant(_MAGIC))
     fraction = builder.fsub(x, builder.fsub(shifted, _constant(_MAGIC)))
@@ -205,7 +205,7 @@ def _exp2_parts(builder, x):
 
 @intrinsic
 def exp2(typingctx, x):
-    """2^x with relative error <= 2e-7; 2^-126 below -126, 2^126 above 126."""
+    """2^x with relative error <= 2e-7; 0 below -126.5, 2^126 above 126."""
 
     def generate(context, builder, signature, args):
         _, scale, u = _exp2_parts(builder, args[0])
@@ -216,10 +216,10 @@ def exp2(typingctx, x):
 
 @intrinsic
 def decay(typingctx, x):
-    """2^x - 1 (which is <= 0) where -1/2 <= x <= 0, else 2^x (which is > 0).
+    """2^x - 1, sign bit set, where -1/2 <= x <= 0; else 2^x, sign bit clear. `where_close` tells the two apart.
 
     A decay close to 1 rounds to float32 with an error that returns at every token and adds up over the memory of the state;
-    its distance from 1 does not. `apply_decay` reads the sign to know which of the two it was given.
+    its distance from 1 does not.
     """
 
     def generate(context, builder, signature, args):
@@ -227,7 +227,9 @@ def decay(typingctx, x):
         close = builder.and_(
             builder.fcmp_ordered(">=", x, _constant(-0.5)), builder.fcmp_ordered("<=", x, _constant(0.0))
         )
-        return builder.select(close, u, builder.fadd(scale, builder.fmul(scale, u)))
+        sign = ir.Constant(_INTEGERS, [0x80000000] * WIDTH)
+        negative = builder.bitcast(builder.or_(builder.bitcast(u, _INTEGERS), sign), _VECTOR)
+        return builder.select(close, negative, builder.fadd(scale, builder.fmul(scale, u)))
 
     return lanes(lanes), generate
 
@@ -264,22 +266,11 @@ def positive_part(typingctx, value):
 
 
 @intrinsic
-def apply_decay(typingctx, e, state, increment):
-    """ā·state + increment for ā given by `decay`."""
+def where_close(typingctx, e, if_close, otherwise):
+    """Lane by lane: if_close where `decay` gave 2^x - 1, otherwise where it gave 2^x."""
 
     def generate(context, builder, signature, args):
-        e, state, increment = args
-        kept = builder.select(builder.fcmp_ordered("<=", e, _constant(0.0)), state, _constant(0.0))
-        return builder.fadd(kept, _fma(builder, e, state, increment))
-
-    return lanes(lanes, lanes, lanes), generate
-
-
-@intrinsic
-def select_positive(typingctx, test, if_positive, otherwise):
-    """Lane by lane: if_positive where test > 0, else otherwise."""
-
-    def generate(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered(">", args[0], _constant(0.0)), args[1], args[2])
+        signs = builder.bitcast(args[0], _INTEGERS)
+        return builder.select(builder.icmp_signed("<", signs, ir.Constant(_INTEGERS, [0] * WIDTH)), args[1], args[2])
 
     return lanes(lanes, lanes, lanes), generate

@@ -1,0 +1,250 @@
+"""What a person types, and gets: exit codes, messages without tracebacks, sweeps that go on, Ctrl-C."""
+
+import errno
+import json
+import logging
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lyapft import cell, records, study
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "trainer.steps=3",
+    "trainer.batch_size=4",
+    "trainer.progress=false",
+    "data.limit=32",
+    "task.limit=8",
+    "task.shots=[0]",
+    "threads=1",
+)
+
+
+@pytest.fixture
+def typed(monkeypatch, capfd, tmp_path):
+    """Runs `python train.py …` (or evaluate.py) in this process; returns exit code and everything printed."""
+    monkeypatch.chdir(tmp_path)
+    handlers = list(logging.getLogger().handlers)
+
+    def run(*arguments: str, name: str = "train") -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        monkeypatch.setattr(study.StudyFolder, "current", None)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+        logging.getLogger().handlers[:] = handlers
+        printed = capfd.readouterr()
+        return stop.value.code, printed.out + printed.err
+
+    return run
+
+
+def alpaca(path: Path, rows: list) -> str:
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def row(**more):
+    return {"instruction": "Add.", "input": "1 2", "output": "3", **more}
+
+
+BAD = {
+    "missing file": (["data=alpaca", "data.path=none.json"], ["none.json"]),
+    "no path": (["data=alpaca"], ["data.path"]),
+    "unknown choice": (["peft=lorra"], ["lorra", "lora"]),
+    "misspelt key": (["trainer.stepz=5"], ["stepz"]),
+    "wrong type": (["trainer.steps=many"], ["trainer.steps", "many"]),
+    "zero steps": (["trainer.steps=0"], ["trainer.steps=0"]),
+    "negative batch": (["trainer.batch_size=-1"], ["trainer.batch_size=-1"]),
+    "zero length": (["data.max_length=0"], ["data.max_length=0"]),
+    "beyond positions": (["model=llama_tiny", "data.max_length=99999"], ["99999", "4096"]),
+    "too many shots": (["task.shots=[0,99]"], ["99"]),
+    "tf32 on a CPU": (["precision=tf32", "device=cpu"], ["tf32", "fp32"]),
+    "fp8 on a CPU": (["precision=fp8"], ["fp8", "bf16"]),
+    "no model folder": (["model=hf", "model.path=no/model"], ["no/model"]),
+    "no task folder": (["task=mmlu", "task.path=no/mmlu"], ["no/mmlu"]),
+    "unknown kernel": (["kernel.name=fast"], ["kernel.name", "fast"]),
+    "unknown target": (["peft.targets=[q_proj]"], ["q_proj", "in_proj"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_a_message(typed, case, tmp_path):
+    overrides, parts = BAD[case]
+    started = time.perf_counter()
+    code, printed = typed(*SMALL, *overrides)
+    assert code == 1
+    assert "Traceback" not in printed
+    for part in parts:
+        assert part in printed
+    assert time.perf_counter() - started < 30
+
+
+FILES = {
+    "empty file": ("", ["a.json", "empty"]),
+    "invalid JSON": ('[{"instruction": "a", "input": "", "output": "b"},\n{"instruction": }]', ["a.json", "line 2"]),
+    "wrong columns": (json.dumps([{"question": "a", "answer": "b"}] * 3), ["instruction", "question"]),
+    "null fields": (
+        json.dumps([row(), row(output=None), row(instruction=7)]),
+        ["2 of 3 rows", "row 2", "max_bad_fraction"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_bad_files_are_named_with_what_to_do(typed, case, tmp_path):
+    content, parts = FILES[case]
+    (tmp_path / "a.json").write_text(content)
+    code, printed = typed(*SMALL, "data=alpaca", "data.path=a.json")
+    assert code == 1
+    assert "Traceback" not in printed
+    for part in parts:
+        assert part in printed
+
+
+def test_a_checkpoint_folder_without_weights_is_named(typed, tmp_path):
+    source = ROOT / "lyapft" / "checkpoints" / "mamba_tiny"
+    (tmp_path / "hollow").mkdir()
+    for file in source.glob("*.json"):
+        (tmp_path / "hollow" / file.name).write_bytes(file.read_bytes())
+    code, printed = typed(*SMALL, "model=hf", "model.path=hollow")
+    assert code == 1
+    assert "hollow" in printed
+    assert "weights" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_sweep_goes_on_after_a_failure_skips_what_is_done_and_tells(typed, monkeypatch, tmp_path):
+    whole = cell._execute
+
+    def execute(one, *rest):
+        if one.config.peft.name == "lora":
+            raise RuntimeError("broken on purpose")
+        whole(one, *rest)
+
+    sweep = ("-m", *SMALL, "reference=off", "precision=fp32,bf16", "peft=lora,none", "runs=r")
+    with monkeypatch.context() as patch:
+        patch.setattr(cell, "_execute", execute)
+        code, printed = typed(*sweep)
+    assert code == 1
+    found = {
+        (r["choices"]["precision"], r["choices"]["peft"]): r["status"] for _, r in records.load_study(Path("r/default"))
+    }
+    assert found == {
+        ("fp32", "lora"): "failed",
+        ("bf16", "lora"): "failed",
+        ("fp32", "none"): "ok",
+        ("bf16", "none"): "ok",
+    }
+    assert "broken on purpose" in printed
+    assert "report.html" in printed  # the table and the report come all the same
+    before = {p: p.stat().st_mtime_ns for p in Path("r").rglob("record.json")}
+    code, printed = typed(*sweep)
+    assert code == 0
+    redone = {p for p in Path("r").rglob("record.json") if p.stat().st_mtime_ns != before[p]}
+    assert {records.load(p.parent)["choices"]["peft"] for p in redone} == {"lora"}
+    assert len(redone) == 2
+
+
+def test_a_run_can_be_scored_again_and_on_other_tasks(typed, tmp_path):
+    code, _ = typed(*SMALL, "reference=off")
+    assert code == 0
+    (folder,) = Path("runs/default").glob("mamba_tiny-*")
+    record = records.load(folder)
+    code, _ = typed(f"run={folder}", "threads=1", "progress=false", name="evaluate")
+    assert code == 0
+    (first,) = (folder / "evaluations").glob("*.json")
+    assert json.loads(first.read_text())["scores"] == record["scores"]  # the reloaded model is the model
+    again = first.stat().st_mtime_ns
+    code, _ = typed(f"run={folder}", "threads=1", "progress=false", name="evaluate")
+    assert code == 0
+    assert first.stat().st_mtime_ns == again
+    code, _ = typed(f"run={folder}", "task=skills", "task.shots=[1]", "task.limit=4", "progress=false", name="evaluate")
+    assert code == 0
+    assert len(list((folder / "evaluations").glob("*.json"))) == 2
+    assert records.load(folder) == record
+
+
+def test_evaluate_refuses_what_is_no_finished_run(typed, tmp_path):
+    for argument, part in (("run=nowhere", "nowhere"), ("progress=false", "run=runs/STUDY/CELL")):
+        code, printed = typed(argument, name="evaluate")
+        assert code == 1
+        assert part in printed
+        assert "Traceback" not in printed
+
+
+def test_a_run_of_other_base_weights_is_not_scored(typed, tmp_path):
+    code, _ = typed(*SMALL, "reference=off")
+    assert code == 0
+    (folder,) = Path("runs/default").glob("mamba_tiny-*")
+    record = json.loads((folder / "record.json").read_text())
+    record["config"]["model"]["content"] = "0" * 64
+    (folder / "record.json").write_text(json.dumps(record))
+    code, printed = typed(f"run={folder}", name="evaluate")
+    assert code == 1
+    assert "are not those that" in printed
+
+
+def test_no_space_left_is_said_and_loses_nothing(typed, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "items.parquet")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "save_items", full)
+        code, printed = typed(*SMALL, "reference=off")
+    assert code == 1
+    assert "no space left" in printed
+    (folder,) = Path("runs/default").glob("mamba_tiny-*")
+    assert records.load(folder)["status"] == "failed"
+    assert typed(*SMALL, "reference=off")[0] == 0
+
+
+def test_help_teaches_and_needs_no_torch():
+    code = (
+        "import sys, runpy; sys.argv = ['train.py', '--help']\n"
+        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for part in ("precision=bf16,fp16", "peft: lora, none", "Exit codes", "evaluate.py"):
+        assert part in done.stdout
+
+
+def test_ctrl_c_ends_with_130_and_the_same_command_continues(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *SMALL,
+        "trainer.steps=100000",
+        "reference=off",
+        f"runs={tmp_path}",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = None
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (log and "training" in log.read_text()):
+        log = next(tmp_path.rglob("cell.log"), None)
+        time.sleep(0.2)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed
+    ((_, record),) = records.load_study(tmp_path / "default")
+    assert record["status"] == "interrupted"
+    assert "report.html" in printed
+
+
+def test_precision_of_the_process_is_left_as_it_was(typed):
+    before = torch.get_float32_matmul_precision(), torch.get_num_threads(), torch.get_default_dtype()
+    assert typed(*SMALL, "reference=off", "precision=fp16")[0] == 0
+    assert (torch.get_float32_matmul_precision(), torch.get_num_threads(), torch.get_default_dtype()) == before
