@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py [--only recurrence] [--threads N] [--repeats 7] [--slow-repeats 2]
 
-Every variant takes the same steps on the same batch, in turn within one process, so that a change in the machine's load meets all
-alike. Prints a table of medians; the last line is one JSON object of ratios.
+Every variant takes the same steps on the same batch, in turn within one process, so that a change in the machine's
+load meets all alike. Prints a table of medians; the last line is one JSON object of ratios.
 """
 
 import argparse
@@ -65,9 +65,7 @@ def training_step(model: torch.nn.Module) -> Callable[[], float]:
     return step
 
 
-def interleaved(
-    steps: dict[str, Callable[[], float]], repeats: dict[str, int], rtol: float = 1e-4
-) -> dict[str, float]:
+def interleaved(steps: dict[str, Callable[[], float]], repeats: dict[str, int], rtol: float = 1e-4) -> dict[str, float]:
     """Median seconds per step of each variant, taken in turn, after one step that is not counted."""
     first = {name: step() for name, step in steps.items()}
     lowest, highest = min(first.values()), max(first.values())
@@ -160,7 +158,9 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted(MEASUREMENTS), action="append", help="run these measurements only")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each variant")
-    parser.add_argument("--slow-repeats", type=int, default=2, help="timed steps of transformers' default Mamba (20 s each)")
+    parser.add_argument(
+        "--slow-repeats", type=int, default=2, help="timed steps of transformers' default Mamba (20 s each)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -228,6 +228,8 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
     cfg, started = cell.config, time.perf_counter()
     with _clean_state(cell) as strategy:
         base = backbone.load(cfg.model)
+        if cfg.model.init == "scratch":  # so that whoever loads these weights knows which lengths they have seen
+            base.model.config.trained_length = base.trained_length = cfg.data.max_length
         seam = recurrence.install(base.model, cfg.kernel.name, cfg.kernel.require)
         peft = instantiate(cfg.peft)
         peft.attach(base, seam)

@@ -173,7 +173,7 @@ class SkillsData(DataConfig):
     """Procedural episodes: short rules on letters, with exact answers."""
 
     _target_: str = "lyapft.data.Skills"
-    rules: list[str] = field(default_factory=lambda: ["rotate", "previous", "swap", "title"])
+    rules: list[str] = field(default_factory=lambda: ["rotate", "previous", "flip", "title"])
     rows: int = 3072  # episodes, before they repeat
     shots: list[int] = field(
         default_factory=lambda: [6]
@@ -217,7 +217,7 @@ class SkillsTask(TaskConfig):
     """Which rule do the lines follow? Rules that the cell trains, and rules that the base knows."""
 
     _target_: str = "lyapft.tasks.SkillsTask"
-    new_rules: list[str] = field(default_factory=lambda: ["rotate", "previous", "swap", "title"])
+    new_rules: list[str] = field(default_factory=lambda: ["rotate", "previous", "flip", "title"])
     old_rules: list[str] = field(default_factory=lambda: ["copy", "reverse", "next", "upper"])
     items: int = 200  # queries per rule set
     named: bool = False  # write the rule's name in each line instead of leaving it to be inferred

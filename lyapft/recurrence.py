@@ -1,10 +1,11 @@
 """The seam: routes the recurrence of one transformers model to a kernel, and shows its step sizes to a probe.
 
-A mixer of transformers calls its recurrence through functions of its own module (`mamba_selective_scan`, `mamba2_chunk_scan`,
-`causal_conv1d_fn`, ...). `install` gives each mixer *instance* a forward that is the same code with other globals, in which these
-names are closures that know the layer. No modelling code is copied, another model of the class is untouched, and `Seam.remove`
-deletes the one attribute that was added. Fused short-cuts, which read weights raw and so pass adapters by, return None: the
-mixer then takes its unfused path, on which projections are called as modules.
+A mixer of transformers calls its recurrence through functions of its own module (`mamba_selective_scan`,
+`mamba2_chunk_scan`, `causal_conv1d_fn`, ...). `install` gives each mixer *instance* a forward that is the same code
+with other globals, in which these names are closures that know the layer. No modelling code is copied, another model
+of the class is untouched, and `Seam.remove` deletes the one attribute that was added. Fused short-cuts, which read
+weights raw and so pass adapters by, return None: the mixer then takes its unfused path, on which projections are
+called as modules.
 
 Letters: B batch, L tokens, D channels, N states, H heads, P head dim, G groups, K convolution taps.
 """
@@ -13,7 +14,6 @@ import copy
 import inspect
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +27,20 @@ KERNELS = ("auto", "reference", "cpu", "torch", "stock")
 # family -> the function that a mixer of it calls on whole sequences
 FAMILIES = {"selective_scan": "mamba_selective_scan", "ssd": "mamba2_chunk_scan"}
 CONVOLUTION = "causal_conv1d_fn"
+RECORDED_SCAN = {"cpu": "cpu-numba", "torch": "torch", "reference": "reference-float64"}
 FUSED = ("mamba_inner_fn", "mamba2_split_conv1d_scan_combined")
 # recurrences that carry a state and have no adapter here: a function that the forward calls, or the name of the class
 UNKNOWN_FUNCTIONS = frozenset(
-    {"torch_chunk_gated_delta_rule", "chunk_gated_delta_rule", "chunk_kimi_delta_attention", "rwkv_linear_attention"}
+    {
+        "torch_chunk_gated_delta_rule",
+        "chunk_gated_delta_rule",
+        "chunk_kimi_delta_attention",
+        "fused_recurrent_gated_delta_rule",
+    }
 )
-UNKNOWN_CLASSES = frozenset({"RecurrentGemmaRglru", "xLSTMLayer", "MiniMaxLightningAttention", "Mamba3Mixer"})
+UNKNOWN_CLASSES = frozenset(
+    {"RwkvSelfAttention", "RecurrentGemmaRglru", "xLSTMLayer", "MiniMaxLightningAttention", "Mamba3Mixer"}
+)
 
 
 class Layer(NamedTuple):
@@ -53,7 +61,8 @@ class Seam:
         layers: the recurrent layers, in the order of the model.
         kernels: operation -> implementation that really ran, filled by the forward passes.
         unknown: names of modules with a recurrence that no adapter here knows; they run their own code, untapped.
-        tap: None, or called on each full-sequence forward with the layer, detached float32 Δ after bias, softplus and clamp,
+        tap: None, or called on each full-sequence forward with the layer, detached float32 Δ after bias, softplus and
+        clamp,
             (B,L,D) or (B,L,H), and A, (D,N) or (H,). Not called again when gradient checkpointing recomputes.
     """
 
@@ -114,13 +123,17 @@ def resolve(kernel: str, require: str | None, device_type: str) -> str:
     Raises:
         InputError: an unknown or unavailable kernel, or another than the required one.
     """
+    _check_choice(kernel, require)
+    return Seam(kernel, require).choose("the recurrence", torch.device(device_type))
+
+
+def _check_choice(kernel: str, require: str | None) -> None:
     for field, value in (("kernel.name", kernel), ("kernel.require", require or "auto")):
         if value not in KERNELS:
             raise InputError(f"{field}={value!r} is unknown: choose one of {', '.join(KERNELS)}")
     reason = scan.available().get(kernel)
     if reason:
         raise InputError(f"kernel.name={kernel} cannot run here: {reason}. Use kernel.name=torch or auto.")
-    return Seam(kernel, require).choose("the recurrence", torch.device(device_type))
 
 
 def install(model: nn.Module, kernel: str = "auto", require: str | None = None) -> Seam:
@@ -128,7 +141,8 @@ def install(model: nn.Module, kernel: str = "auto", require: str | None = None) 
 
     Args:
         model: a transformers model, wrapped by peft or not.
-        kernel: "auto" (compiled on a CPU, plain torch where numba is absent, the model's own function elsewhere), "reference",
+        kernel: "auto" (compiled on a CPU, plain torch where numba is absent, the model's own function elsewhere),
+        "reference",
             "cpu", "torch", or "stock" for the model's own function everywhere.
         require: refuse, when it would run, any other kernel than this one.
     Returns:
@@ -136,8 +150,7 @@ def install(model: nn.Module, kernel: str = "auto", require: str | None = None) 
     Raises:
         InputError: an unknown or unavailable kernel; a mixer that already has a forward of its own.
     """
-    resolve(kernel, None, "cpu")
-    resolve(require or "auto", None, "cpu")
+    _check_choice(kernel, require)
     seam = Seam(kernel, require)
     for name, module in model.named_modules():
         family = _family(module)
@@ -145,7 +158,9 @@ def install(model: nn.Module, kernel: str = "auto", require: str | None = None) 
             seam.unknown.append(name)
         elif family is not None:
             if "forward" in module.__dict__:
-                raise InputError(f"layer {name} already has a forward of its own (a seam, or accelerate's hooks): remove it first")
+                raise InputError(
+                    f"layer {name} already has a forward of its own (a seam, or accelerate's hooks): remove it first"
+                )
             seam.layers.append(Layer(name, family, module))
     first = next(model.parameters(), None)
     for layer in seam.layers:
@@ -211,9 +226,7 @@ def _with_globals(function: Callable, replaced: dict[str, Callable]) -> Callable
         )
     rebound = _with_globals(inner, replaced)
     cells = tuple(types.CellType(rebound) if c.cell_contents is inner else c for c in function.__closure__ or ())
-    return types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
-    )
+    return types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
 
 
 def _none(*_: Any, **__: Any) -> None:
@@ -236,21 +249,20 @@ def _selective_scan(layer: Layer, seam: Seam, stock: Callable) -> Callable:
     ) -> Any:
         """(B,D,L) in and out, B and C (B,N,L); float32 whatever autocast says, result in the dtype of the input."""
         kernel = seam.choose("selective_scan", hidden_states.device)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            if kernel == "stock":
-                if seam.tap is not None:
-                    seam.show(layer, _step_sizes(dt.transpose(1, 2), delta_bias, delta_softplus), A)
-                seam.record("selective_scan", "stock")
         if kernel == "stock":
-            given = dict(D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, return_last_state=return_last_state)
-            return stock(hidden_states, dt, A, B, C, **given, **kwargs)
+            if seam.tap is not None:
+                with torch.autocast(hidden_states.device.type, enabled=False):
+                    seam.show(layer, _step_sizes(dt.transpose(1, 2), delta_bias, delta_softplus), A)
+            seam.record("selective_scan", "stock")
+            given = {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
+            return stock(hidden_states, dt, A, B, C, **given, return_last_state=return_last_state, **kwargs)
         if kernel == "cpu" and hidden_states.dtype == torch.float64:
             kernel = "torch"
+        run = _scan_fused if kernel == "cpu" else _scan_plain
+        x, u, b, c = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))
         with torch.autocast(hidden_states.device.type, enabled=False):
-            x, u, b, c = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))
-            run = _scan_fused if kernel == "cpu" else _scan_plain
             y, last, delta = run(kernel, x, u, A, b, c, D, z, delta_bias, delta_softplus)
-        seam.record("selective_scan", {"cpu": "cpu-numba", "torch": "torch", "reference": "reference-float64"}[kernel])
+        seam.record("selective_scan", RECORDED_SCAN[kernel])
         seam.show(layer, delta, A)
         y = y.to(hidden_states.dtype).transpose(1, 2)
         return (y, last.to(hidden_states.dtype)) if return_last_state else y
@@ -327,8 +339,8 @@ def _ssd(layer: Layer, seam: Seam, stock: Callable) -> Callable:
         """(B,L,H,P) in and out; float32 whatever autocast says, as the stock function, and like it returns float32."""
         kernel = seam.choose("ssd", hidden_states.device)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            delta = _step_sizes(dt, dt_bias, dt_softplus).clamp(*dt_limit) if kernel != "stock" or seam.tap else None
-            if delta is not None:
+            if kernel != "stock" or seam.tap is not None:
+                delta = _step_sizes(dt, dt_bias, dt_softplus).clamp(*dt_limit)
                 seam.show(layer, delta, A)
             if kernel != "stock":
                 x = hidden_states.to(delta.dtype)
@@ -337,7 +349,18 @@ def _ssd(layer: Layer, seam: Seam, stock: Callable) -> Callable:
                 y = y if D is None else y + x * D[:, None]
                 return (y, last) if return_final_states else y
         seam.record("ssd", "stock")
-        given = dict(D=D, dt_bias=dt_bias, initial_states=initial_states, dt_softplus=dt_softplus, dt_limit=dt_limit)
-        return stock(hidden_states, dt, A, B, C, chunk_size, **given, return_final_states=return_final_states, **kwargs)
+        given = {"D": D, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}
+        return stock(
+            hidden_states,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size,
+            **given,
+            dt_limit=dt_limit,
+            return_final_states=return_final_states,
+            **kwargs,
+        )
 
     return mamba2_chunk_scan

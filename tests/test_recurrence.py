@@ -1,4 +1,5 @@
-"""The seam against stock transformers: same logits, gradients and decoding, on one instance, and no trace after removal."""
+"""The seam against stock transformers: same logits, gradients and decoding, on one instance, and no trace after
+removal."""
 
 import copy
 import io
@@ -56,7 +57,11 @@ def batch(padding: str | None = None, length: int = 21) -> dict[str, Tensor]:
         mask[0, :5] = 0
     if padding == "right":
         mask[1, -7:] = 0
-    return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), **({"attention_mask": mask} if padding else {})}
+    return {
+        "input_ids": ids,
+        "labels": ids.masked_fill(mask == 0, -100),
+        **({"attention_mask": mask} if padding else {}),
+    }
 
 
 def logits_and_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -143,8 +148,10 @@ def test_the_tap_sees_the_step_sizes_that_ran_and_changes_no_bit(kind):
     for layer, delta, A in seen:
         mixer = layer.module
         assert torch.equal(A, -torch.exp(mixer.A_log.detach()))
-        assert delta.shape == (3, 21, A.shape[0]) and delta.dtype == torch.float32
-        assert not delta.requires_grad and (delta >= 0).all()
+        assert delta.shape == (3, 21, A.shape[0])
+        assert delta.dtype == torch.float32
+        assert not delta.requires_grad
+        assert (delta >= 0).all()
     stock_seam = recurrence.install(copy.deepcopy(build(kind)), "stock")
     told: list[Tensor] = []
     stock_seam.tap = lambda layer, delta, A: told.append(delta)
@@ -161,9 +168,13 @@ def test_step_sizes_are_clamped_as_the_scan_clamps_them():
     seen: list[Tensor] = []
     seam.tap = lambda layer, delta, A: seen.append(delta)
     model(**batch())
-    assert all(delta.min() >= 0.01 and delta.max() <= 0.02 for delta in seen)
+    assert min(float(delta.min()) for delta in seen) >= 0.01 - 1e-8
+    assert max(float(delta.max()) for delta in seen) <= 0.02 + 1e-8
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing:FutureWarning"
+)  # renamed in transformers 5; both names work
 @both
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_and_taps_once(kind, reentrant):
@@ -191,7 +202,8 @@ def test_copies_and_state_dicts_carry_no_seam_of_another_model(kind):
         assert torch.equal(logits_and_gradients(other, batch())[0], expected)
         own = {id(module) for module in other.modules()}
         forwards = [m.__dict__["forward"] for m in other.modules() if "forward" in m.__dict__]
-        assert len(forwards) == 2 and all(id(forward.layer.module) in own for forward in forwards)
+        assert len(forwards) == 2
+        assert all(id(forward.layer.module) in own for forward in forwards)
         assert all(id(layer.module) in own for layer in forwards[0].seam.layers)
         with torch.no_grad():
             next(other.parameters()).add_(1.0)
@@ -207,36 +219,44 @@ def test_under_autocast_the_recurrence_stays_in_float32(kind, dtype):
     seam.tap = lambda layer, delta, A: seen.extend((delta, A))
     with torch.autocast("cpu", dtype=dtype):
         routed_logits, gradients = logits_and_gradients(routed, batch())
+        stock_logits, _ = logits_and_gradients(stock, batch())
+    exact, _ = logits_and_gradients(stock, batch())
     assert all(t.dtype == torch.float32 for t in seen)
-    assert all(torch.isfinite(g).all() and g.dtype == torch.float32 for g in gradients.values())
-    expected, _ = logits_and_gradients(stock, batch())
-    torch.testing.assert_close(routed_logits.float(), expected, **TOL[torch.bfloat16])
+    assert all(torch.isfinite(g).all() for g in gradients.values())
+    assert all(g.dtype == torch.float32 for g in gradients.values())
+    assert (routed_logits.float() - exact).abs().mean() <= 1.2 * (stock_logits.float() - exact).abs().mean()
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # asked by peft
 def test_an_adapter_on_every_projection_called_as_a_module_gets_a_gradient():
     peft = pytest.importorskip("peft")
     model = build("mamba")
     recurrence.install(model)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["in_proj", "x_proj"], r=2, init_lora_weights=False))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["in_proj", "x_proj"], r=2, init_lora_weights=False)
+    )
     adapted(**batch()).loss.backward()
     gradients = {name: p.grad for name, p in adapted.named_parameters() if "lora_" in name}
-    assert len(gradients) == 8 and all(g is not None and g.abs().max() > 0 for g in gradients.values())
+    assert len(gradients) == 8
+    assert all(g is not None and g.abs().max() > 0 for g in gradients.values())
 
 
 def test_a_model_without_recurrence_has_no_layers():
     dims = {**TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **dims))
     seam = recurrence.install(model)
-    assert seam.layers == [] and seam.unknown == []
+    assert seam.layers == []
+    assert seam.unknown == []
     seam.remove()
 
 
 def test_a_recurrence_without_an_adapter_is_named():
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("rwkv", vocab_size=60, hidden_size=32, num_hidden_layers=1, attention_hidden_size=32)
+        AutoConfig.for_model("rwkv", vocab_size=60, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
     )
     seam = recurrence.install(model)
-    assert seam.layers == [] and len(seam.unknown) == 1
+    assert seam.layers == []
+    assert len(seam.unknown) == 2
 
 
 def test_wrong_choices_are_input_errors():

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tolerances import TOL
 from torch import Tensor
 
 from lyapft import scan
 from lyapft.errors import InputError
+from tests.tolerances import TOL
 
 RTOL = TOL[torch.float32]["rtol"]
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(bool(scan.available()["cpu"]), reason="numba is not installed"))
@@ -81,7 +81,9 @@ def selective(kernel):
 def test_reference_is_the_closed_form_of_a_constant_decay():
     length, decay = 20, -0.3
     ones = torch.ones(1, length, 1, dtype=torch.float64)
-    y, last = scan.selective_scan(ones, ones, torch.tensor([[decay]], dtype=torch.float64), ones, ones, kernel="reference")
+    y, last = scan.selective_scan(
+        ones, ones, torch.tensor([[decay]], dtype=torch.float64), ones, ones, kernel="reference"
+    )
     powers = torch.exp(torch.tensor(decay, dtype=torch.float64)) ** torch.arange(1, length + 1)
     expected = (1 - powers) / (1 - torch.exp(torch.tensor(decay, dtype=torch.float64)))
     torch.testing.assert_close(y[0, :, 0], expected, **TOL[torch.float64])
@@ -121,7 +123,8 @@ def test_a_state_decays_to_zero_and_the_past_cannot_leak_through(kernel):
     u, delta, A, b, c, _ = random_scan(1, 64, 17, 3)
     u[:, 1:], delta[:], A[:] = 0.0, 2.0, -30.0
     y, last = scan.selective_scan(u, delta, A, b, c, kernel=kernel)
-    assert torch.equal(last, torch.zeros_like(last)) and torch.equal(y[:, 5:], torch.zeros_like(y[:, 5:]))
+    assert torch.equal(last, torch.zeros_like(last))
+    assert torch.equal(y[:, 5:], torch.zeros_like(y[:, 5:]))
     u[:, 1:], delta[:], A[:] = 1e-6, 1.0, -1e4  # the state forgets a first token of 1e6 at once
     u[:, 0] = 1e6
     y, _ = scan.selective_scan(u, delta, A, b, c, kernel=kernel)
@@ -241,7 +244,9 @@ def test_causal_convolution_equals_torch_in_float64(B, L, D, K, silu, has_bias):
 def test_chunked_ssd_equals_the_float64_loop(chunk, B, L, heads, P, G, N, seed):
     inputs = random_ssd(B, L, heads * G, P, G, N, seed)
     assert_equals_reference(
-        lambda *given: scan.ssd(*given, kernel="torch", chunk=chunk), lambda *given: scan.ssd(*given, kernel="reference"), inputs
+        lambda *given: scan.ssd(*given, kernel="torch", chunk=chunk),
+        lambda *given: scan.ssd(*given, kernel="reference"),
+        inputs,
     )
 
 

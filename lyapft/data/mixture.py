@@ -30,7 +30,7 @@ class Mixture:
     name: str = "mixture"
     path: str | None = None
     max_length: int = 64
-    max_bad_fraction: float = 0.0
+    max_bad_fraction: float = 0.01
     limit: int | None = None
     rows: int = 72_000
     rules: Sequence[str] = BASE_RULES

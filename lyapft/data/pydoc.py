@@ -114,7 +114,7 @@ class Pydoc:
     name: str = "pydoc"
     path: str | None = None
     max_length: int = 256
-    max_bad_fraction: float = 0.0
+    max_bad_fraction: float = 0.01
     limit: int | None = None
     kind: str = "pairs"
     packed: bool = field(default=False, init=False)

@@ -46,7 +46,7 @@ RULES: dict[str, Callable[[Letters], Letters]] = {
     "flip": lambda x: (x[2].upper(), x[1].upper(), x[0].upper()),
 }
 BASE_RULES = ("copy", "reverse", "next", "upper")  # what the shipped checkpoints know
-NEW_RULES = ("rotate", "previous", "swap", "title")  # what the default cell teaches them
+NEW_RULES = ("rotate", "previous", "flip", "title")  # what the default cell teaches them
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Skills:
     name: str = "skills"
     path: str | None = None
     max_length: int = 64
-    max_bad_fraction: float = 0.0
+    max_bad_fraction: float = 0.01
     limit: int | None = None
     rules: Sequence[str] = NEW_RULES
     rows: int = 3072

@@ -3,13 +3,14 @@
 Letters: B batch, L tokens, D channels, N states, H heads, P head dim, G groups.
 
 >>> import torch
->>> y, state = selective_scan(torch.ones(1, 3, 1), torch.ones(1, 3, 1), torch.zeros(1, 1), *[torch.ones(1, 3, 1)] * 2, kernel="torch")
+>>> ones = torch.ones(1, 3, 1)
+>>> y, state = selective_scan(ones, ones, torch.zeros(1, 1), ones, ones, kernel="torch")
 >>> y.flatten().tolist()
 [1.0, 2.0, 3.0]
 """
 
 import importlib.util
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def selective_scan(
     *,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t;  y_t = Σ_n C_{t,n} h_{t,n}: no skip, no gate. Differentiable in every input.
+    """h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t;  y_t = Σ_n C_{t,n} h_{t,n}. No skip, no gate. Differentiable.
 
     Args:
         u_BLD: inputs. delta_BLD: step sizes after softplus, >= 0. A_DN: <= 0. B_BLN, C_BLN: input and output maps.
@@ -99,7 +100,7 @@ def ssd(
     kernel: str,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ;  y_t = h_t C_t per head: no skip, no gate. Differentiable in every input.
+    """h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ;  y_t = h_t C_t per head. No skip, no gate. Differentiable.
 
     Args:
         x_BLHP: inputs. delta_BLH: step sizes after softplus and clamp, >= 0. A_H: <= 0. B_BLGN, C_BLGN: maps, shared by
@@ -131,7 +132,7 @@ def ssd(
     if kernel == "reference":
         y, last = reference.ssd(*inputs)
     else:
-        y, last = _without_autocast(lambda *given: chunked_ssd(*given, chunk), x_BLHP.device, *inputs)
+        y, last = _without_autocast(partial(chunked_ssd, chunk=chunk), x_BLHP.device, *inputs)
     return y.to(x_BLHP.dtype), last.to(x_BLHP.dtype)
 
 

@@ -17,8 +17,8 @@ _lock = threading.Lock()
 def jit(function: Callable) -> Any:
     """numba.njit that releases the interpreter lock and keeps its code on disk.
 
-    numba writes beside the source, or, where that is read-only, in the user's cache folder (NUMBA_CACHE_DIR moves it); where
-    neither can be written the kernel is compiled anew by each process, which `first_use` then says.
+    numba writes beside the source, or, where that is read-only, in the user's cache folder (NUMBA_CACHE_DIR moves
+    it); where neither can be written the kernel is compiled anew by each process.
     """
     try:
         return njit(nogil=True, cache=True)(function)
@@ -58,7 +58,9 @@ class _announced:
 
     def __enter__(self) -> None:
         self._start = time.monotonic()
-        self._timer = threading.Timer(_MESSAGE_AFTER_S, self._say, ["compiling (once per installation; kept on disk) ..."])
+        self._timer = threading.Timer(
+            _MESSAGE_AFTER_S, self._say, ["preparing (compiled once, then read from disk) ..."]
+        )
         self._timer.daemon = True
         self._timer.start()
 
@@ -66,7 +68,7 @@ class _announced:
         self._timer.cancel()
         seconds = time.monotonic() - self._start
         if seconds > _MESSAGE_AFTER_S:
-            self._say(f"compiled in {seconds:.0f} s")
+            self._say(f"ready after {seconds:.0f} s")
 
     def _say(self, text: str) -> None:
         print(f"lyapft: CPU kernel {self._name!r}: {text}", file=sys.stderr, flush=True)

@@ -4,13 +4,16 @@ Letters: B batch, L tokens, D channels, K taps.
 
     y_t = act(bias + Σ_k w_k x_{t-K+1+k}),  x before the first token = 0
 
-torch's own convolution wants (B,D,L) contiguous: it transposes the channels-last output of a projection, and back for backward.
+torch's own convolution wants (B,D,L) contiguous: it transposes the channels-last output of a projection, and back for
+backward.
 """
+
+# mypy: ignore-errors
+# (numba types these functions, and refuses what does not fit)
 
 import numpy as np
 import torch
 from numba import types
-from torch import Tensor
 
 from lyapft.scan import simd, threads
 from lyapft.scan.compiled import Kernel, helper, jit
@@ -48,7 +51,7 @@ def make_forward(digest: int):
     @jit
     def forward(first, last, groups, scratch, sizes, silu, x, x_at, weight_KD, bias_D, y_BLD):
         digest  # noqa: B018
-        B, L, D, K = sizes
+        _, L, D, K = sizes
         width = -(-D // WIDTH) * WIDTH
         Y = (ROWS + K - 1) * WIDTH
         one, log2e = simd.splat(np.float32(1.0)), simd.splat(np.float32(-LOG2E))
@@ -71,14 +74,15 @@ def make_forward(digest: int):
 
 
 def make_backward(digest: int):
-    """The backward kernel: recomputes the preactivation; carries the K - 1 gradients that reach into the tile before."""
+    """The backward kernel: recomputes the preactivation; carries the K - 1 gradients that reach into the tile
+    before."""
 
     @jit
     def backward(
         first, last, groups, scratch, sizes, silu, x, x_at, gy, gy_at, weight_KD, bias_D, gx_BLD, gweight_BKD, gbias_BD
     ):
         digest  # noqa: B018
-        B, L, D, K = sizes
+        _, L, D, K = sizes
         width = -(-D // WIDTH) * WIDTH
         G = (ROWS + K - 1) * WIDTH
         P = 2 * G
@@ -165,4 +169,3 @@ class CausalConv(torch.autograd.Function):
         arguments += [flat(t) for t in (weight_KD, bias_D, gx, gweight, gbias)]
         threads.run(batch * groups, lambda i, j, w: run(i, j, groups, scratch[w].numpy(), *arguments))
         return gx, gweight.sum(0)[:, :channels].t(), gbias.sum(0)[:channels] if ctx.has_bias else None, None
-

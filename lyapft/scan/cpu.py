@@ -82,7 +82,6 @@ class FusedSelectiveScan(torch.autograd.Function):
         has_bias, has_skip, has_initial = ctx.given
         return (
             gx, gdt, ga.sum(0)[:, :channels].t(), gb.sum(0), gc.sum(0), gbias.sum(0)[:channels] if has_bias else None,
-            gskip.sum(0)[:channels] if has_skip else None, gz, ghost[..., :channels].transpose(1, 2) if has_initial else None,
-            None,
+            gskip.sum(0)[:channels] if has_skip else None, gz, ghost[..., :channels].transpose(1, 2) if has_initial
+            else None, None,
         )  # fmt: skip
-

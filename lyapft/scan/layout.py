@@ -1,4 +1,5 @@
-"""How tensors are handed to compiled kernels: flat storage with strides, lane-padded parameters, work in channel groups."""
+"""How tensors are handed to compiled kernels: flat storage with strides, lane-padded parameters, work in channel
+groups."""
 
 from typing import Any
 
@@ -25,7 +26,7 @@ def flat(tensor: Tensor) -> Any:
 
 def view(tensor: Tensor) -> tuple[int, ...]:
     """Offset and strides that address a three-dimensional tensor in `flat`."""
-    return (tensor.storage_offset(), *tensor.stride())
+    return tuple(int(number) for number in (tensor.storage_offset(), *tensor.stride()))
 
 
 def lanes_last(tensor: Tensor, width: int) -> Tensor:

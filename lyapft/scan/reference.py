@@ -8,9 +8,14 @@ from torch import Tensor
 
 
 def selective_scan(
-    u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor, initial_state_BDN: Tensor | None = None
+    u_BLD: Tensor,
+    delta_BLD: Tensor,
+    A_DN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    initial_state_BDN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t;  y_t = Σ_n C_{t,n} h_{t,n}  (Gu & Dao 2024, eq. 2 and §3.2), all in float64.
+    """h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t;  y_t = Σ_n C_{t,n} h_{t,n}, all in float64 (Gu & Dao 2024, eq. 2).
 
     Returns y_BLD and the last state h_BDN in float64.
     """
@@ -26,7 +31,12 @@ def selective_scan(
 
 
 def ssd(
-    x_BLHP: Tensor, delta_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, initial_state_BHPN: Tensor | None = None
+    x_BLHP: Tensor,
+    delta_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    initial_state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ;  y_t = h_t C_t per head  (Dao & Gu 2024, eq. 1 and §3), all in float64.
 

@@ -4,15 +4,19 @@ Letters: B batch, L tokens, D channels, N states per channel; T tokens per chunk
 
     Δ = softplus(dt + bias);  h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_t;  y_t = (C_t·h_t + skip x_t) · silu(z_t)
 
-The forward pass keeps Δ and the state at the first token of each chunk; the backward pass recomputes the states inside a chunk
-(Gu & Dao 2024, §3.3.2). In a chunk the loop over states is outside and the one over tokens inside, so that the state, its
-gradient and the gradient of A stay in registers. Sums over channels go block by block, then lane by lane, in an order that neither
-threads nor timing change.
+The forward pass keeps Δ and the state at the first token of each chunk; the backward pass recomputes the states
+inside a chunk (Gu & Dao 2024, §3.3.2). In a chunk the loop over states is outside and the one over tokens inside, so
+that the state, its gradient and the gradient of A stay in registers. Sums over channels go block by block, then lane
+by lane, in an order that neither threads nor timing change.
 
-So that float32 states keep five digits over 65,536 tokens at every step size: decays close to 1 are kept as their distance from 1
-(`simd.decay`); a state is its value at the start of the chunk (`base`) plus what happened since (`change`), so that small changes
-add up before they meet a large state; what rounding drops between chunks is carried on.
+So that float32 states keep five digits over 65,536 tokens at every step size: decays close to 1 are kept as their
+distance from 1 (`simd.decay`); a state is its value at the start of the chunk (`base`) plus what happened since
+(`change`), so that small changes add up before they meet a large state; what rounding drops between chunks is carried
+on.
 """
+
+# mypy: ignore-errors
+# (numba types these functions, and refuses what does not fit)
 
 import numpy as np
 from numba import types
@@ -28,9 +32,7 @@ CHUNK = ROWS
 _TILE = CHUNK * WIDTH
 _SIZES = types.UniTuple(types.int64, 4)  # B, L, D, N
 _FLAGS = types.UniTuple(types.boolean, 3)  # softplus, gate, keep what backward needs
-FORWARD_SIGNATURE = types.void(
-    *[types.int64] * 3, FLAT, _SIZES, _FLAGS, *[FLAT, VIEW] * 3, *[FLAT] * 11
-)
+FORWARD_SIGNATURE = types.void(*[types.int64] * 3, FLAT, _SIZES, _FLAGS, *[FLAT, VIEW] * 3, *[FLAT] * 11)
 BACKWARD_SIGNATURE = types.void(
     *[types.int64] * 3, FLAT, _SIZES, _FLAGS, *[FLAT, VIEW] * 4, *[FLAT] * 8, FLAT, VIEW, *[FLAT] * 7
 )
@@ -55,7 +57,7 @@ def make_forward(digest: int):
         bias_D, a2_ND, skip_D, initial_BND, b_BLN, c_BLN, y_BLD, delta_BLD, inner_BLD, starts_BCND, final_BND,
     ):  # fmt: skip
         digest  # noqa: B018
-        B, L, D, N = sizes
+        _, L, D, N = sizes
         softplus, gated, keep = flags
         width = -(-D // WIDTH) * WIDTH
         blocks, chunks = width // WIDTH, -(-L // CHUNK)
@@ -138,7 +140,17 @@ def make_backward(digest: int):
         softplus, gated, _ = flags
         width = -(-D // WIDTH) * WIDTH
         blocks, chunks = width // WIDTH, -(-L // CHUNK)
-        X, V, U, G, S, R, E, Z, P = 0, _TILE, 2 * _TILE, 3 * _TILE, 4 * _TILE, 5 * _TILE, 6 * _TILE, 7 * _TILE, 8 * _TILE
+        X, V, U, G, S, R, E, Z, P = (
+            0,
+            _TILE,
+            2 * _TILE,
+            3 * _TILE,
+            4 * _TILE,
+            5 * _TILE,
+            6 * _TILE,
+            7 * _TILE,
+            8 * _TILE,
+        )
         H = 9 * _TILE
         SB = H + (CHUNK + 1) * WIDTH
         SC = SB + N * _TILE
@@ -206,7 +218,9 @@ def make_backward(digest: int):
                             gv = simd.load(scratch, G + at)
                             change = simd.fma(gv, simd.splat(c_BLN[first_row + j * N]), change)
                             gh = simd.add(base, change)
-                            simd.store(scratch, sc, simd.fma(gv, simd.load(scratch, H + at + WIDTH), simd.load(scratch, sc)))
+                            simd.store(
+                                scratch, sc, simd.fma(gv, simd.load(scratch, H + at + WIDTH), simd.load(scratch, sc))
+                            )
                             simd.store(scratch, sb, simd.fma(gh, simd.load(scratch, U + at), simd.load(scratch, sb)))
                             bv = simd.splat(b_BLN[first_row + j * N])
                             simd.store(scratch, S + at, simd.fma(gh, bv, simd.load(scratch, S + at)))

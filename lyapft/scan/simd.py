@@ -1,10 +1,13 @@
 """A 16-lane float32 vector for numba kernels, and the elementary functions that a scan needs on it.
 
-Numba has no vector type and allocates small arrays on the heap, where LLVM cannot keep them in registers. `lanes` is one LLVM
-`<16 x float>`: a register pair with AVX2, one register with AVX-512, four with NEON or SSE. All functions here are compiled into
-their caller. NaN and infinity in an operand reach the result. Numba's cache of a kernel does not see a change in this file or in
-`tiles.py`: kernels hold `DIGEST` in a closure variable, which is part of the key.
+Numba has no vector type and allocates small arrays on the heap, where LLVM cannot keep them in registers. `lanes` is
+one LLVM `<16 x float>`: a register pair with AVX2, one register with AVX-512, four with NEON or SSE. All functions
+here are compiled into their caller. NaN and infinity in an operand reach the result. Numba's cache of a kernel does
+not see a change in this file or in `tiles.py`: kernels hold `DIGEST` in a closure variable, which is part of the key.
 """
+
+# mypy: ignore-errors
+# (numba types these functions, and refuses what does not fit)
 
 import hashlib
 import math
@@ -179,7 +182,7 @@ def _horner(builder, x, coefficients):
     return result
 
 
-# (2^f - 1)/f on |f| <= 1/2: Chebyshev fit in float64, relative error 1.3e-8, so that 2^f - 1 keeps its digits as f -> 0.
+# (2^f - 1)/f on |f| <= 1/2: Chebyshev fit, relative error 1.3e-8: 2^f - 1 keeps its digits as f -> 0.
 _EXP2 = (
     0.6931471880293429,
     0.2402265092234272,
@@ -218,8 +221,8 @@ def exp2(typingctx, x):
 def decay(typingctx, x):
     """2^x - 1, sign bit set, where -1/2 <= x <= 0; else 2^x, sign bit clear. `where_close` tells the two apart.
 
-    A decay close to 1 rounds to float32 with an error that returns at every token and adds up over the memory of the state;
-    its distance from 1 does not.
+    A decay close to 1 rounds to float32 with an error that returns at every token and adds up over the memory of the
+    state; its distance from 1 does not.
     """
 
     def generate(context, builder, signature, args):

@@ -2,9 +2,9 @@
 
 Letters: B batch, L tokens, H heads, P head dim, G groups (K = H/G heads share B and C), N states; C chunks of T tokens.
 
-Inside a chunk the recurrence is attention with weights (C_i·B_j) exp(s_i - s_j) Δ_j, s the running sum of Δ A; between chunks one
-state per head is carried (Dao & Gu 2024, §6). s is summed and subtracted in float64, so that one large |ΔA| does not
-swallow the small ones that follow it, then rounded once.
+Inside a chunk the recurrence is attention with weights (C_i·B_j) exp(s_i - s_j) Δ_j, s the running sum of Δ A;
+between chunks one state per head is carried (Dao & Gu 2024, §6). s is summed and subtracted in float64, so that one
+large |ΔA| does not swallow the small ones that follow it, then rounded once.
 """
 
 import torch
@@ -15,7 +15,13 @@ CHUNK = 64
 
 
 def chunked_ssd(
-    x_BLHP: Tensor, delta_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, initial_BHPN: Tensor | None, chunk: int
+    x_BLHP: Tensor,
+    delta_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    initial_BHPN: Tensor | None,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """y_BLHP and the last state of h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ, y_t = h_t C_t; differentiable."""
     batch, length, heads, _ = x_BLHP.shape
@@ -33,7 +39,7 @@ def chunked_ssd(
     B, C = split(B_BLGN, B_BLGN.shape[3]), split(C_BLGN, C_BLGN.shape[3])
     s = split(delta_BLH.double() * A_H.double()).cumsum(-1)  # (B,C,G,K,T), <= 0
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    decay = (s[..., :, None] - s[..., None, :]).masked_fill(future, -torch.inf).to(x.dtype).exp()
+    decay = (s[..., :, None] - s[..., None, :]).to(x.dtype).masked_fill_(future, -torch.inf).exp_()
     y = (C @ B.transpose(-1, -2) * decay) @ x
     written = (x * (s[..., -1:] - s).to(x.dtype).exp()[..., None]).transpose(-1, -2) @ B  # (B,C,G,K,P,N)
     kept = s[..., -1].to(x.dtype).exp()[..., None, None]
@@ -44,5 +50,5 @@ def chunked_ssd(
         starts.append(state)
         state = torch.addcmul(written[:, part], kept[:, part], state)
     y = y + (C * s.to(x.dtype).exp()[..., None]) @ torch.stack(starts, dim=1).transpose(-1, -2)
-    y = y.movedim(4, 2).reshape(batch, length + pad, heads, -1)[:, :length]
+    y = y.movedim(4, 2).reshape(batch, length + pad, heads, -1)[:, :length].contiguous()
     return y, state.reshape(batch, heads, *shape[-2:])

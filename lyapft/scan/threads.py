@@ -1,7 +1,8 @@
 """Runs a compiled kernel over a range of independent tasks on as many threads as torch is told to use.
 
-Kernels release the interpreter lock, so plain Python threads do: no second OpenMP runtime spins beside torch's, a forked process
-starts its own, and nothing is compiled for a threading layer. Which thread runs a task changes no result.
+Kernels release the interpreter lock, so plain Python threads do: no second OpenMP runtime spins beside torch's, a
+forked process starts its own, and nothing is compiled for a threading layer. Which thread runs a task changes no
+result.
 """
 
 import os
@@ -30,7 +31,8 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def run(tasks: int, kernel: Callable[[int, int, int], None]) -> None:
-    """kernel(first, last, worker) over a partition of range(tasks), one contiguous part per torch.get_num_threads()."""
+    """kernel(first, last, worker) over a partition of range(tasks), one contiguous part per
+    torch.get_num_threads()."""
     parts = max(1, min(torch.get_num_threads(), tasks))
     bounds = [tasks * i // parts for i in range(parts + 1)]
     if parts == 1:

@@ -1,5 +1,8 @@
 """Tiles of a compiled kernel: up to 16 tokens × 16 channels, lane block by lane block in scratch memory."""
 
+# mypy: ignore-errors
+# (numba types these functions, and refuses what does not fit)
+
 from lyapft.scan import simd
 from lyapft.scan.compiled import helper
 from lyapft.scan.simd import WIDTH

@@ -1,7 +1,7 @@
 """Selective scan in plain torch, forward and backward: any device, any float format of at least 32 bits, no compiler.
 
-Letters: B batch, L tokens, D channels, N states; T tokens per chunk. As in the compiled kernel, the forward pass keeps the states
-at chunk boundaries and the backward pass recomputes the rest, so memory grows with L·D·N/T.
+Letters: B batch, L tokens, D channels, N states; T tokens per chunk. As in the compiled kernel, the forward pass
+keeps the states at chunk boundaries and the backward pass recomputes the rest, so memory grows with L·D·N/T.
 """
 
 import torch
