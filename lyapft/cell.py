@@ -21,7 +21,7 @@ import lightning as L
 import pandas as pd
 import torch
 import transformers
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.utils import instantiate
@@ -39,6 +39,7 @@ from lyapft.probes import AdapterLiveness, LyapunovProbe, ProgressBar, StepRecor
 from lyapft.records import Record
 
 log = logging.getLogger(__name__)
+_failed_references: dict[str, Record] = {}  # of this process: a sweep tries each of them once
 WARM_UP_STEPS = 5  # left out of tokens/s: caches, allocators and compilation settle
 
 
@@ -91,13 +92,10 @@ def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Ce
     found = config.faults(cfg) + found + precision.faults(cfg.precision, device) + peft_faults(cfg.peft) + kernel.faults
     model_faults = backbone.faults(cfg.model)
     source = Checked(lambda: like.source if like else _readable(instantiate(cfg.data)))
-    task = Checked(lambda: like.task if like else instantiate(cfg.task))
-    found += model_faults + source.faults + (task.faults or ([] if like else tasks.faults(cfg.task)))
-    if not model_faults and (positions := backbone.max_positions(cfg.model)) and cfg.data.max_length > positions:
-        found.append(
-            f"data.max_length={cfg.data.max_length} exceeds the {positions} positions of model={cfg.model.name}: "
-            "lower it"
-        )
+    task = Checked(lambda: like.task if like else _asked(instantiate(cfg.task)))
+    found += model_faults + source.faults + task.faults + Checked(lambda: dashboard.check(cfg.logger)).faults
+    if not model_faults and like is None:
+        found += _model_fit_faults(cfg, task.value)
     if found:
         raise InputError("this cell cannot run:\n" + "\n".join(f"  - {fault}" for fault in found))
     threads = resolve_threads(cfg.threads)
@@ -106,7 +104,9 @@ def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Ce
         "data": source.value.fingerprint(),
         "task": task.value.fingerprint(),
     }
-    science = config.science(cfg, content, threads, device, kernel.value)
+    runs_as = {"threads": threads, "device": device, "kernel": kernel.value}
+    runs_as["emulated"] = precision.build(cfg.precision, device).emulated
+    science = config.science(cfg, content, runs_as)
     cell_id = config.identity(science)
     parts = [cfg.model.name, cfg.data.name, cfg.precision.name, cfg.peft.name, f"s{cfg.seed}"]
     parts += [f"r{cfg.replicate}"] if cfg.replicate else []
@@ -135,6 +135,31 @@ def _readable(source: data.Source) -> data.Source:
     return source
 
 
+def _asked(task: tasks.Task) -> tasks.Task:
+    for shots in task.shots:
+        task.queries(shots)
+    return task
+
+
+def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None) -> list[str]:
+    """What does not fit the model, found on its tokenizer and on a copy of it without weights."""
+    found, positions = [], backbone.max_positions(cfg.model)
+    if positions is not None and cfg.data.max_length > positions:
+        found.append(
+            f"data.max_length={cfg.data.max_length} exceeds the {positions} positions of model={cfg.model.name}: "
+            "lower it"
+        )
+    skeleton = Checked(lambda: backbone.skeleton(cfg.model))
+    if skeleton.faults:
+        return found + skeleton.faults
+    if task is not None:
+        found += tasks.context_faults(task, skeleton.value.tokenizer, positions)
+    if not peft_faults(cfg.peft):
+        seam = recurrence.install(skeleton.value.model)
+        found += Checked(lambda: instantiate(cfg.peft).attach(skeleton.value, seam)).faults
+    return found
+
+
 def run(cfg: DictConfig) -> Record:
     """Run one cell of a job, or find that it is done.
 
@@ -144,32 +169,63 @@ def run(cfg: DictConfig) -> Record:
     log.info("cell: %s", ", ".join(HydraConfig.get().overrides.task) or "defaults")
     try:
         cell = prepare(cfg)
+        record = ensure(cell)
     except InputError as error:
+        log.error("%s", error)  # in a sweep, Hydra itself shows the first failure only
         raise CellFailed(str(error)) from None
-    record = ensure(cell)
     if record["status"] != "ok":
         raise CellFailed(
             f"{cell.folder.name}: {record['status']}: {record['error']['message']} (see {cell.folder / records.LOG})"
         )
+    missing = [entry["counterpart"] for entry in record["divergence"] if entry["status"] == "missing"]
+    if missing and cfg.reference == "auto":
+        raise CellFailed(f"{cell.folder.name} is done, but not its reference: {', '.join(missing)}")
     return record
 
 
 def ensure(cell: Cell) -> Record:
     """The finished record of a cell: found, or made under a lock so that parallel processes make it once."""
-    locks = cell.study / ".locks"
+    if cell.id in _failed_references:
+        return _failed_references[cell.id]
     try:
-        locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / f"{cell.id}.lock"):
+        with _only_one(cell):
             if (cell.folder / records.RECORD).exists():
                 found = records.load(cell.folder)
                 if found["id"] != cell.id:
                     raise InputError(f"{cell.folder} holds the record of another cell ({found['id']}): move it away")
                 if records.is_final(found):
                     log.info("%s is done already: %s", cell.folder.name, found["status"])
-                    return found
-            return _run_and_record(cell)
+                    return _compared(cell, found)
+            record = _run_and_record(cell)
+            if cell.role == "reference" and record["status"] != "ok":
+                _failed_references[cell.id] = record
+            return record
     except OSError as error:
-        raise CellFailed(_disk_message(error, cell.study)) from None
+        raise CellFailed(disk_message(error, cell.study)) from None
+
+
+@contextmanager
+def _only_one(cell: Cell) -> Iterator[None]:
+    """No other process works on this cell meanwhile; the system frees the lock of a process that died."""
+    lock = FileLock(cell.study / ".locks" / f"{cell.id}.lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another process that runs %s", cell.folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _compared(cell: Cell, record: Record) -> Record:
+    """A finished record with its divergences, made up for where its references were off or had failed."""
+    known = {entry["status"] for entry in record["divergence"]}
+    if cell.config.reference != "auto" or record["status"] != "ok" or (known and "missing" not in known):
+        return record
+    return records.save_divergence(cell.folder, divergence.against_counterparts(record, _counterparts(cell)))
 
 
 def _run_and_record(cell: Cell) -> Record:
@@ -191,8 +247,7 @@ def _run_and_record(cell: Cell) -> Record:
         except KeyboardInterrupt as error:
             _failed(record, "interrupted", error, "stopped by the user; the same command continues the study")
             raise
-        except Exception as error:
-            log.exception("%s failed", cell.folder.name)
+        except Exception as error:  # noqa: BLE001 - whatever broke, its record and its log say so
             _failed(record, "oom" if _out_of_memory(error) else "failed", error)
         finally:
             record["finished"] = records.now()
@@ -203,7 +258,7 @@ def _run_and_record(cell: Cell) -> Record:
 
 def _failed(record: Record, status: str, error: BaseException, message: str | None = None) -> None:
     text = (
-        message or (_disk_message(error, Path()) if isinstance(error, OSError) else str(error)) or type(error).__name__
+        message or (disk_message(error, Path()) if isinstance(error, OSError) else str(error)) or type(error).__name__
     )
     record |= {"status": status, "error": {"type": type(error).__name__, "message": text}}
     log.error("%s: %s: %s", record["name"], status, text)
@@ -234,17 +289,18 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         peft = instantiate(cfg.peft)
         peft.attach(base, seam)
         dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length)
-        if found := tasks.context_faults(cell.task, base.tokenizer, base.max_positions):
-            raise InputError("; ".join(found))
         record |= {
             "model": {"name": cfg.model.name, "architecture": base.architecture, "hash": base.hash} | peft.parameters(),
             "precision": strategy.record(),
             "recurrences_unknown": seam.unknown,
             "data": dataset.record(),
+            "tasks": cell.task.record(),
             "peft": peft.record(),
         }
         memory = PeakMemory(base.model, cell.device)
-        series, skipped = _fit(cell, base.model, seam, strategy, dataset, loggers)
+        liveness = Liveness(base.model, steps=min(3, cfg.trainer.steps))
+        series, skipped = _fit(cell, base.model, seam, strategy, dataset, loggers, liveness)
+        record["peft"]["proven_alive"] = liveness.proven
         record["kernels"] = dict(seam.kernels)
         record["training"] = _training(series, skipped, config.learning_rate(cfg))
         record["cost"] = _cost(series, memory, cfg.trainer.accumulate)
@@ -274,6 +330,7 @@ def _fit(
     strategy: precision.Precision,
     dataset: data.TokenDataset,
     loggers: list[Logger],
+    liveness: Liveness,
 ) -> tuple[pd.DataFrame, int]:
     """Train; returns the step series and how many steps were skipped."""
     settings = cell.config.trainer
@@ -284,7 +341,7 @@ def _fit(
             probe.bind(seam)
     series = records.StepSeries(cell.folder / records.STEPS)
     callbacks: list[Callback] = [
-        AdapterLiveness(Liveness(model, steps=min(3, settings.steps))),
+        AdapterLiveness(liveness),
         *probes,
         StepRecorder(series, settings.record_every_s),
     ]
@@ -351,6 +408,8 @@ def _cost(series: pd.DataFrame, memory: PeakMemory, accumulate: int) -> dict[str
 
 def _stability(series: pd.DataFrame, seam: recurrence.Seam) -> dict[str, Any]:
     """The worst numbers of the whole training, for the model and per layer."""
+    if not seam.layers and seam.unknown:
+        return {"not_applicable": f"lyapft does not know the recurrence of {', '.join(seam.unknown)}"}
     if not seam.layers:
         return {"not_applicable": "the model has no fixed-size recurrent state: a key-value cache only grows"}
     if "lambda_max" not in series:
@@ -425,14 +484,17 @@ def _quiet_libraries() -> None:
 
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    """Everything that is logged meanwhile also goes to this file, tracebacks included."""
+    """Everything that is logged meanwhile also goes to this file, with the tracebacks that the console is spared."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
+    root, ours = logging.getLogger(), logging.getLogger("lyapft")
+    level = ours.level
+    ours.setLevel(logging.DEBUG)
     root.addHandler(handler)
     try:
         yield
     finally:
+        ours.setLevel(level)
         root.removeHandler(handler)
         handler.close()
 
@@ -442,7 +504,8 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
 
 
-def _disk_message(error: OSError, folder: Path) -> str:
+def disk_message(error: OSError, folder: Path) -> str:
+    """What a failed read or write means, and what to do."""
     where = error.filename or folder
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (

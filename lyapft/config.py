@@ -8,6 +8,7 @@ anything runs.
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class ModelConfig:
     init: str = "pretrained"  # pretrained | scratch (random weights from `dims`)
     dims: dict[str, Any] = field(default_factory=dict)  # transformers config fields, for init=scratch
     learning_rate: dict[str, float] = field(default_factory=dict)  # by peft name: tuned per (architecture, peft)
+    pretrain_steps: int = 3000  # study=pretrain: how long this architecture needs
     trust_remote_code: bool = False
 
 
@@ -90,7 +92,7 @@ class TrainerConfig:
 
     steps: int = 120
     batch_size: int = 24
-    accumulate: int = 1  # micro-batches per step
+    accumulate: int = 1  # micro-batches per step, each of batch_size rows; the step's loss is the mean of theirs
     learning_rate: float | None = None  # null = model.learning_rate of this peft; a number is a shared-rate variant
     schedule: str = "cosine"  # constant | linear | cosine | hold_then_decay
     warmup: float = 0.05  # share of the steps
@@ -286,7 +288,8 @@ PATHS = ("path", "tokenizer")  # known by content instead
 
 
 def register() -> None:
-    """Put every schema in Hydra's ConfigStore; call before composing."""
+    """Put every schema in Hydra's ConfigStore and `${mul:a,b}` among OmegaConf's resolvers; call before composing."""
+    OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(factors), replace=True)
     store = ConfigStore.instance()
     store.store(name="root", group="schema", node=CellConfig, package="_global_")
     store.store(name="evaluate", group="schema", node=EvaluateConfig, package="_global_")
@@ -364,29 +367,38 @@ def faults(cfg: DictConfig) -> list[str]:
             f"model {cfg.model.name} has no learning rate for peft={cfg.peft.name} (it has: {known}): "
             f"set trainer.learning_rate=… or +model.learning_rate.{cfg.peft.name}=…"
         )
+    wants_reference = cfg.reference == "auto" and cfg.trainer.learning_rate is None
+    if wants_reference and "none" not in cfg.model.learning_rate:
+        found.append(
+            f"model {cfg.model.name} has no learning rate for its full fine-tuning reference: "
+            "set +model.learning_rate.none=… or reference=off"
+        )
+    for name, probe in cfg.probe.items():
+        if "every" in probe and probe.every < 1:
+            found.append(f"probe.{name}.every={probe.every} must be 1 or more")
     if not cfg.study.name or Path(cfg.study.name).name != cfg.study.name or cfg.study.name.startswith("."):
         found.append(f"study.name={cfg.study.name!r} must be a plain folder name")
     return found
 
 
-def science(cfg: DictConfig, fingerprints: dict[str, str], threads: int, device: str, kernel: str) -> dict[str, Any]:
+def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that can change numbers; inputs by content, never by path.
 
     Args:
         cfg: the resolved cell config.
         fingerprints: content hashes by input: `model`, `data`, `task`.
-        threads, device, kernel: what the cell really runs with.
+        runs_as: what the cell really runs with: threads, device, kernel, emulated half arithmetic or not.
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     kept = {key: value for key, value in plain.items() if key not in NOT_SCIENCE}
     for key in NOT_SCIENCE_TRAINER:
         kept["trainer"].pop(key)
     kept["trainer"]["learning_rate"] = learning_rate(cfg)
-    kept["model"].pop("learning_rate")
+    for key in ("learning_rate", "pretrain_steps"):  # they act through the trainer's settings
+        kept["model"].pop(key)
     for group, content in fingerprints.items():
         kept[group] = {key: value for key, value in kept[group].items() if key not in PATHS} | {"content": content}
-    kept["kernel"]["resolved"] = kernel
-    return kept | {"threads": threads, "device": device}
+    return kept | {"runs_as": runs_as}
 
 
 def identity(science_part: dict[str, Any]) -> str:

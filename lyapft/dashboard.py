@@ -30,6 +30,16 @@ SECRET_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 CONFIG_FIELDS = ("id", "name", "role", "choices", "seed", "replicate", "overrides", "config", "environment")
 
 
+def check(cfg: DictConfig) -> None:
+    """Refuse what `build_loggers` would refuse, before anything runs.
+
+    Raises:
+        InputError: an unknown W&B mode.
+    """
+    if cfg.name == "wandb":
+        wandb_mode(cfg)
+
+
 def build_loggers(cfg: DictConfig, record: Record, folder: Path) -> list[Logger]:
     """Lightning loggers of one cell, as its `logger` group says; their files lie in the cell's folder.
 

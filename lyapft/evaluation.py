@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lyapft import backbone, config, precision, records, recurrence, tasks
-from lyapft.cell import CellFailed
+from lyapft.cell import CellFailed, disk_message
 from lyapft.environment import describe, resolve_device, resolve_threads
 from lyapft.errors import InputError
 from lyapft.records import Record
@@ -30,6 +31,8 @@ def run(cfg: DictConfig) -> None:
         _run(cfg)
     except InputError as error:
         raise CellFailed(str(error)) from None
+    except OSError as error:
+        raise CellFailed(disk_message(error, Path(str(cfg.run)))) from None
 
 
 def _run(cfg: DictConfig) -> None:
@@ -61,15 +64,31 @@ def _score(cfg: DictConfig, folder: Path, record: Record, cell: DictConfig, task
         "task": _plain(task_node) | {"path": None},
         "content": task.fingerprint(),
         "device": device,
+        "threads": resolve_threads(cfg.threads),
     }
-    threads = resolve_threads(cfg.threads)
-    identity = config.identity(science | {"threads": threads})
+    torch.set_num_threads(science["threads"])
+    identity = config.identity(science)
     target = folder / FOLDER / f"{identity}.json"
+    target.parent.mkdir(exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):
+        _score_once(cfg, target, record, cell, task, task_node, science, device)
+
+
+def _score_once(
+    cfg: DictConfig,
+    target: Path,
+    record: Record,
+    cell: DictConfig,
+    task: tasks.Task,
+    task_node: DictConfig,
+    science: dict[str, Any],
+    device: str,
+) -> None:
+    folder = target.parent.parent
     if target.exists():
         log.info("done already: %s", target)
         print(_table(json.loads(target.read_text(encoding="utf-8"))["scores"]))
         return
-    torch.set_num_threads(threads)
     with precision.build(cell.precision, device) as strategy:
         base = backbone.load(cell.model)
         seam = recurrence.install(base.model, cell.kernel.name, cell.kernel.require)
@@ -92,18 +111,16 @@ def _score(cfg: DictConfig, folder: Path, record: Record, cell: DictConfig, task
     rows = [score.as_dict() for score in scores]
     result = {
         "schema_version": records.SCHEMA_VERSION,
-        "id": identity,
+        "id": target.stem,
         "run": record["name"],
         "task": science["task"],
         "scores": rows,
         "kernels": dict(seam.kernels),
-        "environment": describe(device, threads),
+        "environment": describe(device, science["threads"]),
         "created": records.now(),
     }
-    target.parent.mkdir(exist_ok=True)
-    text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     records.write_atomically(target.with_suffix(".parquet"), lambda path: items.to_parquet(path, index=False))
-    records.write_atomically(target, lambda path: cast(None, path.write_text(text, encoding="utf-8")))
+    records.save_json(target, result)
     print(_table(rows))
     print(f"scores: {target}")
 
@@ -124,11 +141,15 @@ def _plain(node: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
 
 
+def _stderr(row: dict[str, Any]) -> str:
+    return "n/a" if row["stderr"] is None else f"{row['stderr']:.3f}"  # one item has no spread
+
+
 def _table(scores: list[dict[str, Any]]) -> str:
     width = max(len(row["task"]) for row in scores)
     lines = [f"{'task':<{width}}  shots  score    n  stderr"]
     lines += [
-        f"{row['task']:<{width}}  {row['shots']:>5}  {row['value']:.3f}  {row['n']:>4}  {row['stderr']:.3f}"
+        f"{row['task']:<{width}}  {row['shots']:>5}  {row['value']:.3f}  {row['n']:>4}  {_stderr(row)}"
         for row in scores
     ]
     return "\n".join(lines)

@@ -101,14 +101,14 @@ class FineTuner(L.LightningModule):
     ) -> None:
         """Clip by the global norm; withhold the update if the loss or a gradient is not finite.
 
-        Gradients arrive unscaled. Under a GradScaler a non-finite gradient is the scaler's to skip; without one the
-        gradients are dropped here, so that no weight and no moment of the optimizer is touched.
+        Gradients arrive unscaled, and a GradScaler has noted already whether one is not finite. They are dropped here,
+        so that no weight and no moment of the optimizer is touched.
         """
         trainable = [p for p in self.model.parameters() if p.grad is not None]
         norm = float(nn.utils.clip_grad_norm_(trainable, self.settings.grad_clip))
         self.observed["grad_norm"] = norm
         self._step_skipped = not (math.isfinite(norm) and math.isfinite(self.observed["loss"]))
-        if self._step_skipped and self._scaler_state() is None:
+        if self._step_skipped:
             optimizer.zero_grad(set_to_none=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

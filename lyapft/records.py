@@ -6,6 +6,7 @@ scored item), `cell.log` and the trained tensors as safetensors. A finished reco
 
 import json
 import logging
+import math
 import os
 import uuid
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def is_final(record: Record | None) -> bool:
 
 
 def save(folder: Path, record: Record) -> None:
-    """Write `record.json`.
+    """Write `record.json`; a number that is not finite becomes null, as JSON has no other word for it.
 
     Raises:
         FileExistsError: the folder already holds the record of a finished cell.
@@ -64,8 +65,28 @@ def save(folder: Path, record: Record) -> None:
         raise ValueError(f"status {record['status']!r} is not one of {', '.join(STATUSES)}")
     if (folder / RECORD).exists() and is_final(load(folder)):
         raise FileExistsError(f"{folder / RECORD} is a finished record and is never overwritten")
-    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(folder / RECORD, lambda path: cast(None, path.write_text(text, encoding="utf-8")))
+    save_json(folder / RECORD, record)
+
+
+def save_divergence(folder: Path, entries: list[dict[str, Any]]) -> Record:
+    """Complete a finished record by comparisons that could not be made when it was written; nothing else changes."""
+    record = load(folder) | {"divergence": entries}
+    save_json(folder / RECORD, record)
+    return record
+
+
+def save_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, numbers that are not finite as null."""
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: cast(None, temporary.write_text(text, encoding="utf-8")))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def load(folder: Path) -> Record:
@@ -87,11 +108,6 @@ def load(folder: Path) -> Record:
     if version != SCHEMA_VERSION:
         raise InputError(f"{path} has schema version {version!r}; this lyapft reads {SCHEMA_VERSION}")
     return cast(Record, record)
-
-
-def find(study: Path, cell_id: str) -> Path | None:
-    """The folder in a study whose name ends in this cell's identity, if there is one."""
-    return next(iter(sorted(study.glob(f"*-{cell_id}"))), None) if study.is_dir() else None
 
 
 def load_study(study: Path) -> list[tuple[Path, Record]]:

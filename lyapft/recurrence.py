@@ -84,8 +84,8 @@ class Seam:
         kernel = self.kernel
         if kernel == "auto":
             kernel = "stock" if device.type != "cpu" else "torch" if scan.available()["cpu"] else "cpu"
-        if kernel == "cpu" and device.type != "cpu":
-            kernel = "stock"
+        if kernel == "cpu" and device.type not in ("cpu", "meta"):
+            raise InputError(f"kernel.name=cpu cannot run {family} on {device.type}: use kernel.name=auto")
         if self.require is not None and kernel != self.require:
             raise InputError(
                 f"kernel.require={self.require}, but {family} on {device.type} would run kernel {kernel!r}"

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -17,20 +17,36 @@ class StudyFolder(Callback):
     Hydra's own end-of-sweep callback is not called when a cell failed, so `closing` asks this one.
     """
 
-    current: Path | None = None
+    planned: Path | None = None  # by the command as a whole
+    touched: ClassVar[list[Path]] = []  # by its jobs, which may sweep over study.name
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """One cell."""
-        type(self).current = _folder(config)
+        type(self).planned = _folder(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep."""
-        type(self).current = _folder(config)
+        type(self).planned = _folder(config)
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """One cell of either, where jobs run in this process."""
+        folder = _folder(config)
+        if folder is not None and folder not in self.touched:
+            self.touched.append(folder)
 
 
 def _folder(config: DictConfig) -> Path | None:
     runs, name = OmegaConf.select(config, "runs"), OmegaConf.select(config, "study.name")
-    return Path(runs) / name if runs and name else None
+    if not runs or not name:
+        return None
+    try:
+        Path(runs).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(
+            f"runs={runs} cannot be made ({error.strerror}): set runs=FOLDER to a folder of your own", file=sys.stderr
+        )
+        raise SystemExit(1) from None
+    return Path(runs) / name
 
 
 def closing(command: Callable[[], None]) -> int:
@@ -47,8 +63,10 @@ def closing(command: Callable[[], None]) -> int:
         code = INTERRUPTED
     except SystemExit as stop:  # how Hydra ends after it has printed an error
         code = stop.code if isinstance(stop.code, int) else 1
-    if StudyFolder.current is not None and any(StudyFolder.current.glob("*/record.json")):
-        code = max(code, _show(StudyFolder.current))
+    planned = [] if StudyFolder.planned is None else [StudyFolder.planned]
+    for folder in StudyFolder.touched or planned:
+        if any(folder.glob("*/record.json")):
+            code = max(code, _show(folder))
     return code
 
 

@@ -23,6 +23,11 @@ SMALL = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_memory_of_failures():
+    cell._failed_references.clear()
+
+
 def prepared(runs: Path, *overrides: str) -> cell.Cell:
     GlobalHydra.instance().clear()
     return cell.prepare(composed(*SMALL, "task.shots=[0,2]", f"runs={runs}", *overrides))
@@ -115,7 +120,7 @@ def test_a_record_says_what_ran(study):
 
 
 @pytest.mark.parametrize(
-    "overrides", [("precision=bf16",), ("precision=fp16", "peft=none"), ("model=llama_tiny", "precision=fp32")]
+    "overrides", [("precision=bf16",), ("precision=fp16", "peft=none"), ("model=mamba2_tiny", "precision=fp32")]
 )
 def test_the_same_cell_is_bitwise_the_same_and_the_probe_changes_nothing(tmp_path, overrides):
     a = prepared(tmp_path / "a", "reference=off", *overrides)
@@ -185,6 +190,23 @@ def test_a_run_that_diverges_is_an_outcome_not_a_crash(tmp_path, monkeypatch):
     assert cell.ensure(lost)["status"] == "nonfinite"  # an outcome of the cell: not tried again
 
 
+def test_a_step_that_was_withheld_leaves_a_readable_record(tmp_path, monkeypatch):
+    from lyapft import module
+
+    count, loss = iter(range(99)), module.response_loss
+
+    def poisoned(logits, labels):
+        return loss(logits, labels) * (torch.nan if next(count) in (0, 3) else 1.0)
+
+    monkeypatch.setattr(module, "response_loss", poisoned)
+    one = prepared(tmp_path, "reference=off", "precision=fp32")
+    assert cell.ensure(one)["status"] == "ok"
+    record = records.load(one.folder)
+    assert (record["training"]["loss_first"], record["training"]["loss_last"]) == (None, None)
+    assert record["training"]["skipped_steps"] == 2
+    assert list(pd.read_parquet(one.folder / "steps.parquet")["skipped"]) == [True, False, False, True]
+
+
 def test_a_failed_reference_leaves_the_cell_standing(tmp_path, monkeypatch):
     whole = cell._execute
 
@@ -202,7 +224,8 @@ def test_a_failed_reference_leaves_the_cell_standing(tmp_path, monkeypatch):
 def test_all_faults_of_an_input_come_at_once(tmp_path):
     with pytest.raises(InputError) as caught:
         prepared(tmp_path, "trainer.batch_size=-2", "precision=tf32", "data=alpaca", "data.path=nowhere.json",
-                 "task=mmlu", "task.path=nowhere", "model=hf", "model.path=no_model", "peft.r=0", "kernel.name=fast")  # fmt: skip
+                 "task=mmlu", "task.path=nowhere", "model=hf", "model.path=no_model", "peft.r=0",
+                 "kernel.name=fast")  # fmt: skip
     for part in (
         "batch_size=-2",
         "tf32 needs a CUDA",

@@ -35,13 +35,17 @@ def typed(monkeypatch, capfd, tmp_path):
 
     def run(*arguments: str, name: str = "train") -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        monkeypatch.setattr(study.StudyFolder, "current", None)
+        monkeypatch.setattr(study.StudyFolder, "planned", None)
+        monkeypatch.setattr(study.StudyFolder, "touched", [])
+        cell._failed_references.clear()
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
         logging.getLogger().handlers[:] = handlers
         printed = capfd.readouterr()
-        return stop.value.code, printed.out + printed.err
+        lines = (printed.out + printed.err).splitlines()
+        echo = ("INFO lyapft.cell: cell: ", "Error executing job with overrides")  # what was typed is not an answer
+        return stop.value.code, "\n".join(line for line in lines if not line.startswith(echo))
 
     return run
 
@@ -61,9 +65,11 @@ BAD = {
     "unknown choice": (["peft=lorra"], ["lorra", "lora"]),
     "misspelt key": (["trainer.stepz=5"], ["stepz"]),
     "wrong type": (["trainer.steps=many"], ["trainer.steps", "many"]),
-    "zero steps": (["trainer.steps=0"], ["trainer.steps=0"]),
-    "negative batch": (["trainer.batch_size=-1"], ["trainer.batch_size=-1"]),
-    "zero length": (["data.max_length=0"], ["data.max_length=0"]),
+    "zero steps": (["trainer.steps=0"], ["trainer.steps=0 must be greater than 0"]),
+    "negative batch": (["trainer.batch_size=-1"], ["trainer.batch_size=-1 must be greater than 0"]),
+    "zero length": (["data.max_length=0"], ["data.max_length=0 must be greater than 0"]),
+    "probe never": (["probe.lyapunov.every=0"], ["probe.lyapunov.every=0 must be 1 or more"]),
+    "W&B mode": (["logger=wandb", "logger.mode=sometimes"], ["sometimes", "offline"]),
     "beyond positions": (["model=llama_tiny", "data.max_length=99999"], ["99999", "4096"]),
     "too many shots": (["task.shots=[0,99]"], ["99"]),
     "tf32 on a CPU": (["precision=tf32", "device=cpu"], ["tf32", "fp32"]),
@@ -172,6 +178,60 @@ def test_a_run_can_be_scored_again_and_on_other_tasks(typed, tmp_path):
     assert records.load(folder) == record
 
 
+def test_every_refused_cell_of_a_sweep_is_named(typed):
+    code, printed = typed("-m", *SMALL, "seed=-1,-2")
+    assert code == 1
+    assert "seed=-1 must not be negative" in printed
+    assert "seed=-2 must not be negative" in printed
+
+
+def test_a_sweep_over_studies_reports_on_each(typed):
+    code, _ = typed("-m", *SMALL, "reference=off", "study.name=one,two")
+    assert code == 0
+    assert Path("runs/one/report.html").is_file()
+    assert Path("runs/two/report.html").is_file()
+
+
+def test_references_are_made_up_for_when_they_were_off_or_failed(typed, monkeypatch):
+    assert typed(*SMALL, "reference=off")[0] == 0
+    whole = cell._execute
+
+    def execute(one, *rest):
+        if one.role == "reference":
+            raise RuntimeError("the reference broke")
+        whole(one, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cell, "_execute", execute)
+        code, printed = typed(*SMALL)
+    assert code == 1
+    assert "not its reference" in printed
+    assert typed(*SMALL)[0] == 0
+    statuses = [e["status"] for _, r in records.load_study(Path("runs/default")) for e in r["divergence"]]
+    assert sorted(statuses) == ["ok", "ok", "ok", "self", "self", "self"]
+
+
+@pytest.mark.parametrize("content", ["{", '{"schema_version": 1, "id": "ffffffffffff", "status": "ok"}'])
+def test_a_run_folder_that_is_not_this_cells_is_refused_untouched(typed, content):
+    assert typed(*SMALL, "reference=off")[0] == 0
+    (path,) = Path("runs/default").glob("mamba_tiny-*/record.json")
+    path.write_text(content)
+    code, printed = typed(*SMALL, "reference=off")
+    assert code == 1
+    assert str(path.parent) in printed
+    assert "Traceback" not in printed
+    assert path.read_text() == content
+
+
+def test_a_runs_folder_that_cannot_be_made_is_said(typed, tmp_path):
+    (tmp_path / "file").touch()
+    for sweep in ((), ("-m",)):
+        code, printed = typed(*sweep, *SMALL, "runs=file/below")
+        assert code == 1
+        assert "runs=file/below cannot be made" in printed
+        assert "Traceback" not in printed
+
+
 def test_evaluate_refuses_what_is_no_finished_run(typed, tmp_path):
     for argument, part in (("run=nowhere", "nowhere"), ("progress=false", "run=runs/STUDY/CELL")):
         code, printed = typed(argument, name="evaluate")
@@ -201,6 +261,7 @@ def test_no_space_left_is_said_and_loses_nothing(typed, monkeypatch, tmp_path):
         code, printed = typed(*SMALL, "reference=off")
     assert code == 1
     assert "no space left" in printed
+    assert "Traceback" not in printed
     (folder,) = Path("runs/default").glob("mamba_tiny-*")
     assert records.load(folder)["status"] == "failed"
     assert typed(*SMALL, "reference=off")[0] == 0
@@ -248,3 +309,18 @@ def test_precision_of_the_process_is_left_as_it_was(typed):
     before = torch.get_float32_matmul_precision(), torch.get_num_threads(), torch.get_default_dtype()
     assert typed(*SMALL, "reference=off", "precision=fp16")[0] == 0
     assert (torch.get_float32_matmul_precision(), torch.get_num_threads(), torch.get_default_dtype()) == before
+
+
+def test_two_processes_share_their_references(tmp_path):
+    """Both need the same two references at the same time: each is made once, by one of them."""
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, f"runs={tmp_path}"]
+    both = [
+        subprocess.Popen([*command, f"precision={name}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for name in ("bf16", "fp16")
+    ]
+    printed = [process.communicate(timeout=180)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    trained = [line for line in "\n".join(printed).splitlines() if "training mamba_tiny" in line]
+    assert sum("(reference)" in line for line in trained) == 2
+    assert len(trained) == 4
+    assert {record["status"] for _, record in records.load_study(tmp_path / "default")} == {"ok"}

@@ -30,7 +30,8 @@ def composed(*overrides: str, name: str = "train"):
 
 def identity(*overrides: str, threads: int = 2, device: str = "cpu", kernel: str = "cpu", **content: str) -> str:
     cfg = composed(*overrides)
-    return config.identity(config.science(cfg, FINGERPRINTS | content, threads, device, kernel))
+    runs_as = {"threads": threads, "device": device, "kernel": kernel}
+    return config.identity(config.science(cfg, FINGERPRINTS | content, runs_as))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,7 @@ def test_a_missing_learning_rate_is_named():
     cfg = composed()
     cfg.model.learning_rate = {}
     assert any("no learning rate for peft=lora" in fault for fault in config.faults(cfg))
+    assert any("full fine-tuning reference" in fault for fault in config.faults(cfg))
     cfg.trainer.learning_rate = 1e-3
     assert config.faults(cfg) == []
 
@@ -150,7 +152,7 @@ def test_references_are_full_precision_twins():
 def test_a_reference_made_for_a_cell_is_the_cell_that_a_user_would_type():
     twin = config.reference_configs(composed("precision=bf16", "peft=lora"))["paper"]
     typed = composed("precision=fp32", "peft=none")
-    assert config.science(twin, FINGERPRINTS, 2, "cpu", "cpu") == config.science(typed, FINGERPRINTS, 2, "cpu", "cpu")
+    assert config.science(twin, FINGERPRINTS, {}) == config.science(typed, FINGERPRINTS, {})
 
 
 def test_unknown_choice_names_the_known_ones():

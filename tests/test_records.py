@@ -35,11 +35,15 @@ def test_an_unfinished_record_gives_way(tmp_path, status):
     assert records.load(tmp_path)["status"] == "ok"
 
 
-def test_numbers_that_json_cannot_hold_leave_the_old_record(tmp_path):
-    records.save(tmp_path, a_record())
-    with pytest.raises(ValueError, match="JSON compliant"):
-        records.save(tmp_path, a_record(loss=float("nan")))
-    assert records.load(tmp_path) == a_record()
+def test_numbers_that_json_cannot_hold_become_null(tmp_path):
+    records.save(tmp_path, a_record("ok", training={"loss": float("nan"), "rest": [1.5, float("-inf")]}))
+    assert records.load(tmp_path)["training"] == {"loss": None, "rest": [1.5, None]}
+
+
+def test_a_finished_record_can_only_be_completed(tmp_path):
+    records.save(tmp_path, a_record("ok", divergence=[], scores=[1]))
+    completed = records.save_divergence(tmp_path, [{"counterpart": "paper"}])
+    assert completed == records.load(tmp_path) == a_record("ok", divergence=[{"counterpart": "paper"}], scores=[1])
 
 
 def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -94,10 +98,8 @@ def test_files_get_the_permissions_of_the_user(tmp_path):
     assert (tmp_path / "record.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_cell_is_found_by_its_identity(tmp_path):
+def test_a_study_is_read_by_folder(tmp_path):
     records.save(tmp_path / "mamba-bf16-0123456789ab", a_record())
-    assert records.find(tmp_path, "0123456789ab") == tmp_path / "mamba-bf16-0123456789ab"
-    assert records.find(tmp_path, "ffffffffffff") is None
     assert [folder.name for folder, _ in records.load_study(tmp_path)] == ["mamba-bf16-0123456789ab"]
 
 

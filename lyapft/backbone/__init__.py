@@ -18,7 +18,7 @@ from lyapft.backbone.source import SCRATCH, STATE_SPACES, Source
 from lyapft.config import ModelConfig
 from lyapft.errors import InputError
 
-__all__ = ["Backbone", "faults", "fingerprint", "load", "max_positions", "no_progress_bars"]
+__all__ = ["Backbone", "faults", "fingerprint", "load", "max_positions", "no_progress_bars", "skeleton"]
 log = logging.getLogger(__name__)
 
 
@@ -91,6 +91,36 @@ def load(cfg: ModelConfig) -> Backbone:
             f"the tokenizer in {found.tokenizer_folder} has {len(tokenizer)} tokens but model={cfg.name} embeds only "
             f"{rows}: they do not belong together"
         )
+    return Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        name=cfg.name,
+        architecture=str(model.config.model_type),
+        hash=found.fingerprint(),
+        max_positions=files.positions(model.config.to_dict()),
+        trained_length=getattr(model.config, "trained_length", None),
+    )
+
+
+def skeleton(cfg: ModelConfig) -> Backbone:
+    """The model without weights (on the meta device), with its real tokenizer: for checks before anything is loaded.
+
+    Raises:
+        InputError: any of `faults`; a tokenizer or a config that cannot be used.
+    """
+    found = _source(cfg)
+    tokenizer = _tokenizer(found, cfg)
+    with torch.device("meta"):
+        if found.layout == SCRATCH:
+            model = _from_scratch(found, tokenizer)
+        elif found.layout == STATE_SPACES:
+            model = AutoModelForCausalLM.from_config(state_spaces.to_config(found.config))
+        else:
+            config = AutoConfig.from_pretrained(
+                found.folder, trust_remote_code=cfg.trust_remote_code, local_files_only=True
+            )
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+    model.tie_weights()
     return Backbone(
         model=model,
         tokenizer=tokenizer,

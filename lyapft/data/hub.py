@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import datasets  # type: ignore[import-untyped]
+import datasets
 import huggingface_hub
 from datasets import load_dataset
 from huggingface_hub.utils import get_session

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset  # type: ignore[import-untyped]
+from datasets import Dataset
 
 from lyapft.data.examples import Example, Segment, digest
 from lyapft.data.files import Row, check_columns, local_files, read_json, read_text
