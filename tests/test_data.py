@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
@@ -85,7 +85,8 @@ def test_alpaca_puts_the_loss_on_the_output(tmp_path, layout):
 
 def test_sharegpt_puts_the_loss_and_an_end_on_every_assistant_turn(tmp_path):
     turns = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello"), ("human", "Bye"), ("gpt", "See you")]
-    row = {"id": 3, "conversations": [{"from": who, "value": said} for who, said in turns]}
+    weights = iter([1, "one", None, [], {}])  # a key of no concern, with another type in every turn
+    row = {"id": 3, "conversations": [{"from": who, "value": said, "weight": next(weights)} for who, said in turns]}
     (only,) = Sharegpt("sharegpt", write(tmp_path, "s.jsonl", json.dumps(row))).examples()
     assert text_of(only) == "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello\n\nUser: Bye\n\nAssistant: See you"
     assert [s.text for s in only.segments if s.target] == [" Hello", " See you"]
@@ -289,10 +290,11 @@ def test_blocks_hold_the_stream_in_order(tokenizer, lengths, max_length):
 
 
 def test_a_begin_token_goes_first_where_the_tokenizer_adds_one(tokenizer):
-    begins = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<end>", bos_token="<begin>"
+    copied = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    begins = PreTrainedTokenizerFast(tokenizer_object=copied, eos_token="<end>", bos_token="<begin>")
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", begins.bos_token_id)]
     )
-    begins.add_bos_token = True
     row = build(Made([example("a", "b")]), begins, 8)[0]
     assert row["input_ids"][0] == begins.bos_token_id
     assert row["labels"].tolist()[:2] == [IGNORE, IGNORE]

@@ -116,7 +116,7 @@ def build(source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 def _tokenise(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
     """Each example's tokens, segment by segment, behind a begin-of-text token where the tokenizer adds one."""
     eos = tokenizer.eos_token_id
-    prefix = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+    prefix = _prefix(tokenizer)
     examples = iter(examples)
     while chunk := list(islice(examples, CHUNK)):
         texts = list({segment.text: None for example in chunk for segment in example.segments})
@@ -128,6 +128,13 @@ def _tokenise(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -
                 ids += piece
                 is_target += [segment.target] * len(piece)
             yield np.array(ids, dtype=np.int32), np.array(is_target, dtype=np.bool_)
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of every text; asked of it, since tokenizers declare it in different ways."""
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return list(whole[:start])
 
 
 def _cut(tokenised: Iterable[Tokens], max_length: int, counts: dict[str, int]) -> Iterator[Tokens]:

@@ -62,6 +62,10 @@ class Table(ABC):
     def segments(self, row: Row) -> tuple[Segment, ...]:
         """A good row as text."""
 
+    def used(self, row: Row) -> Row:
+        """What of a good row is kept."""
+        return {column: row.get(column) for column in self.columns}
+
     def read(self, file: Path) -> list[Row]:
         """The rows of one local file."""
         return read_json(file)
@@ -74,11 +78,7 @@ class Table(ABC):
         faults = {number: fault for number, row in enumerate(rows, 1) if (fault := self.fault(row))}
         if faults:
             self._report(faults, len(rows))
-        good = [
-            {"row": number, **{column: row.get(column) for column in self.columns}}
-            for number, row in enumerate(rows, 1)
-            if number not in faults
-        ]
+        good = [{"row": number, **self.used(row)} for number, row in enumerate(rows, 1) if number not in faults]
         if not good:
             raise InputError(f"data.path={self.path}: no usable row")
         return Dataset.from_list(good[: self.limit]), len(faults)
@@ -160,6 +160,10 @@ class Sharegpt(Table):
             if turn["from"] not in self.assistants and turn["from"] not in self.speakers:
                 return f"turn {number}: from={turn['from']!r} is unknown"
         return None
+
+    def used(self, row: Row) -> Row:
+        """Speaker and text of each turn: other keys may hold anything."""
+        return {"conversations": [{key: turn[key] for key in ("from", "value")} for turn in row["conversations"]]}
 
     def segments(self, row: Row) -> tuple[Segment, ...]:
         segments: list[Segment] = []
