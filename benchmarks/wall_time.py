@@ -1,9 +1,9 @@
-"""Wall time of the commands that a person types first: `--help`, the default cell with its references, the matrix of four.
+"""Wall time of the commands typed first: `--help`, the default cell with its references, the matrix of four.
 
     python benchmarks/wall_time.py [--only help train matrix]
 
-Each command runs as a process of its own, in an empty folder, with its references; the last line is one JSON object in seconds.
-Run it on an idle machine: unlike the ratios of train_step.py, these are times of this machine.
+Each command runs as a process of its own, in an empty folder, with its references; the last line is one JSON object in
+seconds. Run it on an idle machine: unlike the ratios of train_step.py, these are times of this machine.
 """
 
 import argparse

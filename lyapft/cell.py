@@ -91,7 +91,7 @@ def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Ce
     kernel = Checked(lambda: recurrence.resolve(cfg.kernel.name, cfg.kernel.require, device))
     found = config.faults(cfg) + found + precision.faults(cfg.precision, device) + peft_faults(cfg.peft) + kernel.faults
     model_faults = backbone.faults(cfg.model)
-    source = Checked(lambda: like.source if like else _readable(instantiate(cfg.data)))
+    source = Checked(lambda: (like.source, like.science["data"]["content"]) if like else _read(cfg.data))
     task = Checked(lambda: like.task if like else _asked(instantiate(cfg.task)))
     found += model_faults + source.faults + task.faults + Checked(lambda: dashboard.check(cfg.logger)).faults
     if not model_faults and like is None:
@@ -101,7 +101,7 @@ def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Ce
     threads = resolve_threads(cfg.threads)
     content = {
         "model": backbone.fingerprint(cfg.model),
-        "data": source.value.fingerprint(),
+        "data": source.value[1],
         "task": task.value.fingerprint(),
     }
     runs_as = {"threads": threads, "device": device, "kernel": kernel.value}
@@ -111,7 +111,7 @@ def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Ce
     parts = [cfg.model.name, cfg.data.name, cfg.precision.name, cfg.peft.name, f"s{cfg.seed}"]
     parts += [f"r{cfg.replicate}"] if cfg.replicate else []
     folder = Path(cfg.runs) / cfg.study.name / "-".join([*parts, cell_id])
-    return Cell(cfg, science, cell_id, folder, device, threads, source.value, task.value, role)
+    return Cell(cfg, science, cell_id, folder, device, threads, source.value[0], task.value, role)
 
 
 class Checked:
@@ -130,9 +130,10 @@ class Checked:
             self.faults = str(error.__cause__).splitlines()
 
 
-def _readable(source: data.Source) -> data.Source:
-    source.fingerprint()
-    return source
+def _read(node: DictConfig) -> tuple[data.Source, str]:
+    """A source and its fingerprint, for which all of it is read and checked."""
+    source = instantiate(node)
+    return source, source.fingerprint()
 
 
 def _asked(task: tasks.Task) -> tasks.Task:
@@ -288,7 +289,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         seam = recurrence.install(base.model, cfg.kernel.name, cfg.kernel.require)
         peft = instantiate(cfg.peft)
         peft.attach(base, seam)
-        dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length)
+        dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length, cell.science["data"]["content"])
         record |= {
             "model": {"name": cfg.model.name, "architecture": base.architecture, "hash": base.hash} | peft.parameters(),
             "precision": strategy.record(),

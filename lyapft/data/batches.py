@@ -79,18 +79,21 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         }
 
 
-def build(source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenDataset:
+def build(
+    source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int, fingerprint: str | None = None
+) -> TokenDataset:
     """Tokenise a source into rows of at most `max_length` tokens.
 
     A longer example loses its right end; one that keeps no target is dropped. Packed sources are joined and cut into
     full blocks instead (the last one may be shorter). Every loss is counted.
 
+    Args:
+        fingerprint: of the source, if it is known already.
     Raises:
         InputError: the tokenizer has no end-of-text token, or no row is left.
     """
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json")
-    hash = source.fingerprint()
     tokenised = _tokenise(source.examples(), tokenizer)
     counts = {"rows_dropped": 0, "rows_truncated": 0}
     rows = _blocks(tokenised, max_length) if source.packed else _cut(tokenised, max_length, counts)
@@ -102,7 +105,7 @@ def build(source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int) -
         )
     return TokenDataset(
         name=source.name,
-        hash=hash,
+        hash=source.fingerprint() if fingerprint is None else fingerprint,
         ids=np.concatenate([ids for ids, _ in kept]),
         is_target=np.concatenate([is_target for _, is_target in kept]),
         starts=np.cumsum([0, *(len(ids) for ids, _ in kept)], dtype=np.int64),
