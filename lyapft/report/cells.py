@@ -91,7 +91,8 @@ def facet_groups(all_records: Sequence[Record]) -> list[str]:
 
 def _own_overrides(record: Record) -> tuple[str, ...]:
     """Command-line overrides other than the choices that a label names anyway."""
-    named = {*(record.get("choices") or {}), "seed", "replicate", "study", "logger", "reference", "runs"}
+    named = {*(record.get("choices") or {}), "seed", "replicate", "study", "study.name", "logger", "reference", "runs"}
+    named |= {"probe", "trainer.progress", "trainer.record_every_s"}  # they change no number
     overrides = [str(text) for text in record.get("overrides") or []]
     return tuple(sorted(text for text in overrides if text.split("=")[0].lstrip("+~") not in named))
 
