@@ -11,6 +11,7 @@ import torch
 from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
@@ -178,7 +179,10 @@ def test_bad_paths_are_named(tmp_path):
 
 def test_every_choice_of_the_group_builds_its_source():
     config.register()
-    built = {name: instantiate(config.load_choice("data", name)) for name in CHOICES}
+    cell = OmegaConf.create({"trainer": {"steps": 3000, "batch_size": 24}})  # the mixture is as long as the training
+    built = {
+        name: instantiate(OmegaConf.merge(cell, {"data": config.load_choice("data", name)}).data) for name in CHOICES
+    }
     assert {name: type(source).__name__ for name, source in built.items()} == {
         "skills": "Skills",
         "mixture": "Mixture",
