@@ -289,7 +289,14 @@ def test_ctrl_c_ends_with_130_and_the_same_command_continues(tmp_path):
         "reference=off",
         f"runs={tmp_path}",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # where this runs in the background of a script, SIGINT is ignored, and a child would inherit that
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     log = None
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not (log and "training" in log.read_text()):

@@ -1,0 +1,263 @@
+"""One cell: build, fit, evaluate, record, compare with its full-precision counterparts.
+
+A cell that finished is never run again; one that failed or was interrupted leaves its record and is run again by the
+same command.
+"""
+
+import errno
+import logging
+import os
+import signal
+import time
+import traceback
+from pathlib import Path
+
+import lightning as L
+import pandas as pd
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
+
+from lyapft import backbone, config, dashboard, data, divergence, precision, records, recurrence, tasks
+from lyapft.cell import summary
+from lyapft.cell.preparation import Cell, prepare
+from lyapft.cell.state import clean_state, log_file, only_one
+from lyapft.environment import PeakMemory
+from lyapft.errors import InputError
+from lyapft.module import FineTuner, NonFiniteTrainingError
+from lyapft.peft import Liveness, LivenessError
+from lyapft.probes import AdapterLiveness, LyapunovProbe, ProgressBar, StepRecorder
+from lyapft.records import Record
+
+__all__ = ["Cell", "CellFailed", "disk_message", "ensure", "prepare", "run"]
+
+log = logging.getLogger(__name__)
+_failed_references: dict[str, Record] = {}  # of this process: a sweep tries each of them once
+
+
+class CellFailed(CompactHydraException):
+    """A cell did not finish; the message says why, its record and log keep the details."""
+
+
+def run(cfg: DictConfig) -> Record:
+    """Run one cell of a job, or find that it is done.
+
+    Raises:
+        CellFailed: it did not finish; its record says why.
+    """
+    log.info("cell: %s", ", ".join(HydraConfig.get().overrides.task) or "defaults")
+    try:
+        cell = prepare(cfg)
+        record = ensure(cell)
+    except InputError as error:
+        log.error("%s", error)  # in a sweep, Hydra itself shows the first failure only
+        raise CellFailed(str(error)) from None
+    if record["status"] != "ok":
+        raise CellFailed(
+            f"{cell.folder.name}: {record['status']}: {record['error']['message']} (see {cell.folder / records.LOG})"
+        )
+    missing = [entry["counterpart"] for entry in record["divergence"] if entry["status"] == "missing"]
+    if missing and cfg.reference == "auto":
+        raise CellFailed(f"{cell.folder.name} is done, but not its reference: {', '.join(missing)}")
+    return record
+
+
+def ensure(cell: Cell) -> Record:
+    """The finished record of a cell: found, or made under a lock so that parallel processes make it once."""
+    if cell.id in _failed_references:
+        return _failed_references[cell.id]
+    try:
+        with only_one(cell):
+            if (cell.folder / records.RECORD).exists():
+                found = records.load(cell.folder)
+                if found["id"] != cell.id:
+                    raise InputError(f"{cell.folder} holds the record of another cell ({found['id']}): move it away")
+                if records.is_final(found):
+                    log.info("%s is done already: %s", cell.folder.name, found["status"])
+                    return _compared(cell, found)
+            record = _run_and_record(cell)
+            if cell.role == "reference" and record["status"] != "ok":
+                _failed_references[cell.id] = record
+            return record
+    except OSError as error:
+        raise CellFailed(disk_message(error, cell.study)) from None
+
+
+def _compared(cell: Cell, record: Record) -> Record:
+    """A finished record with its divergences, made up for where its references were off or had failed."""
+    known = {entry["status"] for entry in record["divergence"]}
+    if cell.config.reference != "auto" or record["status"] != "ok" or (known and "missing" not in known):
+        return record
+    return records.save_divergence(cell.folder, divergence.against_counterparts(record, _counterparts(cell)))
+
+
+def _run_and_record(cell: Cell) -> Record:
+    """Run a cell; whatever happens, its record and its log say so."""
+    record = summary.stub(cell)
+    records.save(cell.folder, record)
+    loggers: list[Logger] = []
+    with log_file(cell.folder / records.LOG):
+        try:
+            counterparts = _counterparts(cell) if cell.config.reference == "auto" else {}
+            loggers += dashboard.build_loggers(cell.config.logger, record, cell.folder)
+            _execute(cell, record, loggers)
+            record["divergence"] = divergence.against_counterparts(record, counterparts)
+            record["status"] = "ok"
+        except NonFiniteTrainingError as error:
+            _failed(record, error.status, error)
+        except (InputError, LivenessError) as error:
+            _failed(record, "failed", error)
+        except KeyboardInterrupt as error:
+            _failed(record, "interrupted", error, "stopped by the user; the same command continues the study")
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever broke, its record and its log say so
+            _failed(record, "oom" if _out_of_memory(error) else "failed", error)
+        finally:
+            record["finished"] = records.now()
+            records.save(cell.folder, record)
+            dashboard.finish(loggers, record)
+    return record
+
+
+def _failed(record: Record, status: str, error: BaseException, message: str | None = None) -> None:
+    text = (
+        message or (disk_message(error, Path()) if isinstance(error, OSError) else str(error)) or type(error).__name__
+    )
+    record |= {"status": status, "error": {"type": type(error).__name__, "message": text}}
+    log.error("%s: %s: %s", record["name"], status, text)
+    log.debug("%s", "".join(traceback.format_exception(error)))
+
+
+def _counterparts(cell: Cell) -> dict[str, Record | None]:
+    """Records of the two full-precision counterparts, made where they are missing; None is the cell itself."""
+    found: dict[str, Record | None] = {}
+    for name, twin in config.reference_configs(cell.config).items():
+        reference = prepare(twin, role="reference", like=cell)
+        if reference.id == cell.id:
+            found[name] = None
+            continue
+        log.info("%s needs its reference %s", cell.folder.name, reference.folder.name)
+        found[name] = ensure(reference)
+    return found
+
+
+def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
+    """Build, fit, evaluate, save; fills the record as it goes."""
+    cfg, started = cell.config, time.perf_counter()
+    with clean_state(cell) as strategy:
+        base = backbone.load(cfg.model)
+        if cfg.model.init == "scratch":  # so that whoever loads these weights knows which lengths they have seen
+            base.model.config.trained_length = base.trained_length = cfg.data.max_length
+        seam = recurrence.install(base.model, cfg.kernel.name, cfg.kernel.require)
+        peft = instantiate(cfg.peft)
+        peft.attach(base, seam)
+        dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length, cell.science["data"]["content"])
+        record |= {
+            "model": {"name": cfg.model.name, "architecture": base.architecture, "hash": base.hash} | peft.parameters(),
+            "precision": strategy.record(),
+            "recurrences_unknown": seam.unknown,
+            "data": dataset.record(),
+            "tasks": cell.task.record(),
+            "peft": peft.record(),
+        }
+        memory = PeakMemory(base.model, cell.device)
+        liveness = Liveness(base.model, steps=min(3, cfg.trainer.steps))
+        series, skipped = _fit(cell, base.model, seam, strategy, dataset, loggers, liveness)
+        record["peft"]["proven_alive"] = liveness.proven
+        record["kernels"] = dict(seam.kernels)
+        record["training"] = summary.training(series, skipped, config.learning_rate(cfg))
+        record["cost"] = summary.cost(series, memory, cfg.trainer.accumulate)
+        record["stability"] = summary.stability(series, seam)
+        evaluation = time.perf_counter()
+        scores, items = tasks.evaluate(
+            base.model.to(cell.device),
+            base.tokenizer,
+            cell.task,
+            batch_tokens=cfg.task.batch_tokens,
+            autocast=strategy.autocast,
+            trained_length=base.trained_length,
+            max_positions=base.max_positions,
+            progress=cfg.trainer.progress,
+        )
+        record["scores"] = [score.as_dict() for score in scores]
+        records.save_items(cell.folder, items)
+        record["files"]["weights"] = peft.save(cell.folder)
+        ended = time.perf_counter()
+        record["cost"] |= {"eval_wall_s": ended - evaluation, "wall_s": ended - started}
+
+
+def _fit(
+    cell: Cell,
+    model: torch.nn.Module,
+    seam: recurrence.Seam,
+    strategy: precision.Precision,
+    dataset: data.TokenDataset,
+    loggers: list[Logger],
+    liveness: Liveness,
+) -> tuple[pd.DataFrame, int]:
+    """Train; returns the step series and how many steps were skipped."""
+    settings = cell.config.trainer
+    module = FineTuner(model, settings, config.learning_rate(cell.config))
+    probes = [instantiate(node) for node in cell.config.probe.values()]
+    for probe in probes:
+        if isinstance(probe, LyapunovProbe):
+            probe.bind(seam)
+    series = records.StepSeries(cell.folder / records.STEPS)
+    callbacks: list[Callback] = [
+        AdapterLiveness(liveness),
+        *probes,
+        StepRecorder(series, settings.record_every_s),
+    ]
+    if settings.progress:
+        callbacks.append(ProgressBar(_title(cell)))
+    trainer = L.Trainer(
+        accelerator=cell.device,
+        devices=1,
+        plugins=[strategy.plugin],
+        max_steps=settings.steps,
+        accumulate_grad_batches=settings.accumulate,
+        callbacks=callbacks,
+        logger=loggers or False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=settings.progress,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+    )
+    model.train()
+    log.info("training %s: %d steps", _title(cell), settings.steps)
+    loader = data.batches(dataset, settings.batch_size, settings.steps * settings.accumulate, cell.config.seed)
+    try:
+        trainer.fit(module, loader)
+    except SystemExit:  # what Lightning makes of Ctrl-C, after it has switched the signal off
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from None
+    finally:
+        series.flush()
+    return pd.DataFrame(series.rows), module.skipped_steps
+
+
+def _title(cell: Cell) -> str:
+    title = cell.folder.name.removesuffix(f"-{cell.id}")
+    return f"{title} (reference)" if cell.role == "reference" else title
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
+
+
+def disk_message(error: OSError, folder: Path) -> str:
+    """What a failed read or write means, and what to do."""
+    where = error.filename or folder
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space left for {where}: free some or set runs=FOLDER to another disk; the same command then continues"
+        )
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"{where} cannot be written ({os.strerror(error.errno)}): set runs=FOLDER to a folder of your own"
+    return f"{where}: {error.strerror or error}"

@@ -1,0 +1,130 @@
+"""From a config to a cell: everything that can be wrong is found before a weight is loaded, and the cell gets its
+identity."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from lyapft import backbone, config, dashboard, data, precision, recurrence, tasks
+from lyapft.environment import resolve_device, resolve_threads
+from lyapft.errors import InputError
+from lyapft.peft import faults as peft_faults
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A validated config with everything that its identity depends on.
+
+    Attributes:
+        config: the resolved config.
+        science: the part that can change numbers, inputs by content.
+        id: hash of `science`.
+        folder: runs/STUDY/NAME-ID.
+        device: `cpu` or `cuda`; threads: CPU threads.
+        source, task: where its examples come from, and what it is scored on; both read and checked.
+        role: `cell` or `reference` (made because another cell needed it).
+    """
+
+    config: DictConfig
+    science: dict[str, Any]
+    id: str
+    folder: Path
+    device: str
+    threads: int
+    source: data.Source
+    task: tasks.Task
+    role: str
+
+    @property
+    def study(self) -> Path:
+        """The folder of the study."""
+        return self.folder.parent
+
+
+def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Cell:
+    """Check a config and give it its identity; loads no weights.
+
+    Args:
+        cfg: a resolved config.
+        role: `cell` or `reference`.
+        like: a cell of the same data and task, whose input need not be read again.
+    Raises:
+        InputError: everything that is wrong with it, at once.
+    """
+    device, found = resolve_device(cfg.device)
+    kernel = Checked(lambda: recurrence.resolve(cfg.kernel.name, cfg.kernel.require, device))
+    found = config.faults(cfg) + found + precision.faults(cfg.precision, device) + peft_faults(cfg.peft) + kernel.faults
+    model_faults = backbone.faults(cfg.model)
+    source = Checked(lambda: (like.source, like.science["data"]["content"]) if like else _read(cfg.data))
+    task = Checked(lambda: like.task if like else _asked(instantiate(cfg.task)))
+    found += model_faults + source.faults + task.faults + Checked(lambda: dashboard.check(cfg.logger)).faults
+    if not model_faults and like is None:
+        found += _model_fit_faults(cfg, task.value)
+    if found:
+        raise InputError("this cell cannot run:\n" + "\n".join(f"  - {fault}" for fault in found))
+    threads = resolve_threads(cfg.threads)
+    content = {
+        "model": backbone.fingerprint(cfg.model),
+        "data": source.value[1],
+        "task": task.value.fingerprint(),
+    }
+    runs_as = {"threads": threads, "device": device, "kernel": kernel.value}
+    runs_as["emulated"] = precision.build(cfg.precision, device).emulated
+    science = config.science(cfg, content, runs_as)
+    cell_id = config.identity(science)
+    parts = [cfg.model.name, cfg.data.name, cfg.precision.name, cfg.peft.name, f"s{cfg.seed}"]
+    parts += [f"r{cfg.replicate}"] if cfg.replicate else []
+    folder = Path(cfg.runs) / cfg.study.name / "-".join([*parts, cell_id])
+    return Cell(cfg, science, cell_id, folder, device, threads, source.value[0], task.value, role)
+
+
+class Checked:
+    """A value made by a function, or the faults that the function found instead."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.value: Any = None
+        self.faults: list[str] = []
+        try:
+            self.value = make()
+        except InputError as error:
+            self.faults = str(error).splitlines()
+        except InstantiationException as error:  # Hydra wraps what a constructor raised
+            if not isinstance(error.__cause__, InputError):
+                raise
+            self.faults = str(error.__cause__).splitlines()
+
+
+def _read(node: DictConfig) -> tuple[data.Source, str]:
+    """A source and its fingerprint, for which all of it is read and checked."""
+    source = instantiate(node)
+    return source, source.fingerprint()
+
+
+def _asked(task: tasks.Task) -> tasks.Task:
+    for shots in task.shots:
+        task.queries(shots)
+    return task
+
+
+def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None) -> list[str]:
+    """What does not fit the model, found on its tokenizer and on a copy of it without weights."""
+    found, positions = [], backbone.max_positions(cfg.model)
+    if positions is not None and cfg.data.max_length > positions:
+        found.append(
+            f"data.max_length={cfg.data.max_length} exceeds the {positions} positions of model={cfg.model.name}: "
+            "lower it"
+        )
+    skeleton = Checked(lambda: backbone.skeleton(cfg.model))
+    if skeleton.faults:
+        return found + skeleton.faults
+    if task is not None:
+        found += tasks.context_faults(task, skeleton.value.tokenizer, positions)
+    if not peft_faults(cfg.peft):
+        seam = recurrence.install(skeleton.value.model)
+        found += Checked(lambda: instantiate(cfg.peft).attach(skeleton.value, seam)).faults
+    return found

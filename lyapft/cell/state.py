@@ -1,0 +1,76 @@
+"""The state of the process while a cell runs, put back afterwards: many cells share one process."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning as L
+import torch
+import transformers
+from filelock import FileLock, Timeout
+
+from lyapft import precision
+from lyapft.cell.preparation import Cell
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def only_one(cell: Cell) -> Iterator[None]:
+    """No other process works on this cell meanwhile; the system frees the lock of a process that died."""
+    lock = FileLock(cell.study / ".locks" / f"{cell.id}.lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another process that runs %s", cell.folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def clean_state(cell: Cell) -> Iterator[precision.Precision]:
+    """Seeds, threads, precision flags as this cell wants them; put back afterwards, so that cells share a process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cell.threads)
+    L.seed_everything(cell.config.seed, workers=True, verbose=False)
+    try:
+        with warnings.catch_warnings(), precision.build(cell.config.precision, cell.device) as strategy:
+            _quiet_libraries()
+            yield strategy
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _quiet_libraries() -> None:
+    """Only warnings of Lightning and transformers, and none about their own inner workings."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers")  # tokens are in memory already
+    warnings.filterwarnings(
+        "ignore", message=r".*lr_scheduler.step\(\)` before `optimizer.step"
+    )  # the first step was skipped
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Everything that is logged meanwhile also goes to this file, with the tracebacks that the console is spared."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root, ours = logging.getLogger(), logging.getLogger("lyapft")
+    level = ours.level
+    ours.setLevel(logging.DEBUG)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()
