@@ -1,5 +1,4 @@
-"""From a config to a cell: everything that can be wrong is found before a weight is loaded, and the cell gets its
-identity."""
+"""From a config to a cell: all that can be wrong is found before a weight is loaded, and the cell gets its identity."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
