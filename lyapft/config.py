@@ -30,6 +30,7 @@ class ModelConfig:
     dims: dict[str, Any] = field(default_factory=dict)  # transformers config fields, for init=scratch
     learning_rate: dict[str, float] = field(default_factory=dict)  # by peft name: tuned per (architecture, peft)
     pretrain_steps: int = 3000  # study=pretrain: how long this architecture needs
+    pretrain_seed: int = 0  # study=pretrain: the seed that the shipped checkpoint was made with
     trust_remote_code: bool = False
 
 
@@ -394,7 +395,7 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
     for key in NOT_SCIENCE_TRAINER:
         kept["trainer"].pop(key)
     kept["trainer"]["learning_rate"] = learning_rate(cfg)
-    for key in ("learning_rate", "pretrain_steps"):  # they act through the trainer's settings
+    for key in ("learning_rate", "pretrain_steps", "pretrain_seed"):  # they act through the trainer and the seed
         kept["model"].pop(key)
     for group, content in fingerprints.items():
         kept[group] = {key: value for key, value in kept[group].items() if key not in PATHS} | {"content": content}

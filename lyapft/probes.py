@@ -7,6 +7,7 @@ mathematics lives here.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from lyapft import lyapunov
 from lyapft.records import StepSeries
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lyapft.module import FineTuner
@@ -109,6 +112,11 @@ class AdapterLiveness(Callback):
         """Judge, once enough steps were really taken."""
         taken = trainer.global_step - cast("FineTuner", pl_module).skipped_steps
         self.liveness.verdict(taken)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so where the steps were too few, or too many of them withheld, for a proof."""
+        if not self.liveness.proven:
+            log.warning("too few updates to prove that every trainable tensor learns; the record says so")
 
 
 class StepRecorder(Callback):

@@ -62,8 +62,7 @@ class Seam:
         kernels: operation -> implementation that really ran, filled by the forward passes.
         unknown: names of modules with a recurrence that no adapter here knows; they run their own code, untapped.
         tap: None, or called on each full-sequence forward with the layer, detached float32 Δ after bias, softplus and
-        clamp,
-            (B,L,D) or (B,L,H), and A, (D,N) or (H,). Not called again when gradient checkpointing recomputes.
+            clamp, (B,L,D) or (B,L,H), and A, (D,N) or (H,). Not called again when gradient checkpointing recomputes.
     """
 
     def __init__(self, kernel: str, require: str | None) -> None:
@@ -257,6 +256,8 @@ def _selective_scan(layer: Layer, seam: Seam, stock: Callable) -> Callable:
             given = {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
             return stock(hidden_states, dt, A, B, C, **given, return_last_state=return_last_state, **kwargs)
         if kernel == "cpu" and hidden_states.dtype == torch.float64:
+            if seam.require == "cpu":
+                raise InputError("kernel.require=cpu, but that kernel is float32 and the model is float64: use torch")
             kernel = "torch"
         run = _scan_fused if kernel == "cpu" else _scan_plain
         x, u, b, c = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))

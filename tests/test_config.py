@@ -155,6 +155,14 @@ def test_a_reference_made_for_a_cell_is_the_cell_that_a_user_would_type():
     assert config.science(twin, FINGERPRINTS, {}) == config.science(typed, FINGERPRINTS, {})
 
 
+def test_a_preset_acts_on_the_whole_cell_and_a_user_on_the_preset():
+    preset = composed("study=pretrain", "model=llama_tiny")
+    assert (preset.study.name, preset.reference, preset.model.init) == ("pretrain", "off", "scratch")
+    assert (preset.seed, preset.trainer.steps, preset.data.rows) == (1, 3000, 3000 * 24)
+    assert composed("study=pretrain", "model=mamba_tiny").seed == 0
+    assert composed("study=pretrain", "model=llama_tiny", "seed=5", "reference=auto").seed == 5
+
+
 def test_unknown_choice_names_the_known_ones():
     with pytest.raises(InputError, match=r"use one of .*lora.*none"):
         config.load_choice("peft", "nonsense")

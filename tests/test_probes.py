@@ -134,6 +134,12 @@ def test_liveness_counts_only_steps_that_were_taken():
     assert seen == ["look", 3]
 
 
+@pytest.mark.parametrize("proven", [True, False])
+def test_a_missing_proof_of_life_is_said(proven, caplog):
+    AdapterLiveness(types.SimpleNamespace(proven=proven)).on_train_end(None, None)
+    assert ("too few updates" in caplog.text) is not proven
+
+
 def test_the_recorder_writes_one_row_a_step_and_feeds_the_loggers(tmp_path):
     logged = []
     logger = types.SimpleNamespace(log_metrics=lambda metrics, step: logged.append((step, metrics["loss"])))

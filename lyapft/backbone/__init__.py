@@ -91,15 +91,7 @@ def load(cfg: ModelConfig) -> Backbone:
             f"the tokenizer in {found.tokenizer_folder} has {len(tokenizer)} tokens but model={cfg.name} embeds only "
             f"{rows}: they do not belong together"
         )
-    return Backbone(
-        model=model,
-        tokenizer=tokenizer,
-        name=cfg.name,
-        architecture=str(model.config.model_type),
-        hash=found.fingerprint(),
-        max_positions=files.positions(model.config.to_dict()),
-        trained_length=getattr(model.config, "trained_length", None),
-    )
+    return _described(found, cfg, model, tokenizer)
 
 
 def skeleton(cfg: ModelConfig) -> Backbone:
@@ -121,6 +113,10 @@ def skeleton(cfg: ModelConfig) -> Backbone:
             )
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
     model.tie_weights()
+    return _described(found, cfg, model, tokenizer)
+
+
+def _described(found: Source, cfg: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Backbone:
     return Backbone(
         model=model,
         tokenizer=tokenizer,
