@@ -50,6 +50,7 @@ def run(cfg: DictConfig) -> Record:
         CellFailed: it did not finish; its record says why.
     """
     log.info("cell: %s", ", ".join(HydraConfig.get().overrides.task) or "defaults")
+    log.info("checking the model, the data and the tasks")
     try:
         cell = prepare(cfg)
         record = ensure(cell)
@@ -155,7 +156,8 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         seam = recurrence.install(base.model, cfg.kernel.name, cfg.kernel.require)
         peft = instantiate(cfg.peft)
         peft.attach(base, seam)
-        dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length, cell.science["data"]["content"])
+        content = cell.science["data"]["content"]
+        dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length, content, cfg.trainer.progress)
         record |= {
             "model": {"name": cfg.model.name, "architecture": base.architecture, "hash": base.hash} | peft.parameters(),
             "precision": strategy.record(),

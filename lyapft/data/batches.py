@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lyapft.data.examples import Example, Source
@@ -80,7 +81,11 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
 
 
 def build(
-    source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int, fingerprint: str | None = None
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    fingerprint: str | None = None,
+    progress: bool = False,
 ) -> TokenDataset:
     """Tokenise a source into rows of at most `max_length` tokens.
 
@@ -89,12 +94,14 @@ def build(
 
     Args:
         fingerprint: of the source, if it is known already.
+        progress: show a bar, once it takes longer than two seconds.
     Raises:
         InputError: the tokenizer has no end-of-text token, or no row is left.
     """
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json")
-    tokenised = _tokenise(source.examples(), tokenizer)
+    bar = tqdm(source.examples(), f"tokens of {source.name}", unit=" rows", delay=2, leave=False, disable=not progress)
+    tokenised = _tokenise(bar, tokenizer)
     counts = {"rows_dropped": 0, "rows_truncated": 0}
     rows = _blocks(tokenised, max_length) if source.packed else _cut(tokenised, max_length, counts)
     kept = list(rows)
