@@ -134,8 +134,9 @@ class StudyConfig:
 class KernelConfig:
     """Which implementation runs the recurrence."""
 
-    name: str = "auto"  # auto | reference | cpu | torch | stock
+    name: str = MISSING
     require: str | None = None  # forbid any other than this one
+    fused: bool = True  # mamba_ssm, stock: convolution, scan and output projection by one kernel where it can
 
 
 @dataclass
@@ -151,7 +152,7 @@ class CellConfig:
     trainer: TrainerConfig = MISSING
     logger: LoggerConfig = MISSING
     study: StudyConfig = MISSING
-    kernel: KernelConfig = field(default_factory=KernelConfig)
+    kernel: KernelConfig = MISSING
     seed: int = 0  # order of the data, dropout, adapter initialisation
     replicate: int = 0  # the same cell again, for the noise floor
     threads: int | None = None  # CPU threads; null = every core that this process may use
@@ -269,6 +270,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "peft": {"none": FullPeft, "lora": LoraPeft},
     "precision": {"precision": PrecisionConfig},
     "probe": {"lyapunov": LyapunovProbe},
+    "kernel": {"kernel": KernelConfig},
     "trainer": {"trainer": TrainerConfig},
     "logger": {"logger": LoggerConfig, "wandb": WandbLoggerConfig},
     "study": {"study": StudyConfig},
@@ -395,6 +397,7 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
     for key in NOT_SCIENCE_TRAINER:
         kept["trainer"].pop(key)
     kept["trainer"]["learning_rate"] = learning_rate(cfg)
+    kept["kernel"].pop("require")  # it can stop a cell, not change it
     for key in ("learning_rate", "pretrain_steps", "pretrain_seed"):  # they act through the trainer and the seed
         kept["model"].pop(key)
     for group, content in fingerprints.items():

@@ -91,7 +91,7 @@ def _score_once(
         return
     with precision.build(cell.precision, device) as strategy:
         base = backbone.load(cell.model)
-        seam = recurrence.install(base.model, cell.kernel.name, cell.kernel.require)
+        seam = recurrence.install(base.model, cell.kernel.name, fused=cell.kernel.fused)
         peft = instantiate(cell.peft)
         peft.attach(base, seam)
         peft.load(folder)
@@ -133,7 +133,7 @@ def _rebuild_config(record: Record) -> DictConfig:
         values = science[group]
         values.pop("content", None)
         nodes[group] = values | record["paths"].get(group, {})
-    nodes["kernel"] = asdict(config.KernelConfig(name=science["kernel"]["name"], require=science["kernel"]["require"]))
+    nodes["kernel"] = asdict(config.KernelConfig(**science["kernel"]))
     return OmegaConf.create(nodes)
 
 

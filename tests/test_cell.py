@@ -225,7 +225,7 @@ def test_all_faults_of_an_input_come_at_once(tmp_path):
     with pytest.raises(InputError) as caught:
         prepared(tmp_path, "trainer.batch_size=-2", "precision=tf32", "data=alpaca", "data.path=nowhere.json",
                  "task=mmlu", "task.path=nowhere", "model=hf", "model.path=no_model", "peft.r=0",
-                 "kernel.name=fast")  # fmt: skip
+                 "kernel=mamba_ssm")  # fmt: skip
     for part in (
         "batch_size=-2",
         "tf32 needs a CUDA",
@@ -233,7 +233,7 @@ def test_all_faults_of_an_input_come_at_once(tmp_path):
         "task.path=nowhere",
         "no_model",
         "peft.r=0",
-        "kernel.name",
+        "kernel=mamba_ssm",
     ):
         assert part in str(caught.value)
     assert not list(tmp_path.iterdir())

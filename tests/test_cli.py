@@ -76,7 +76,7 @@ BAD = {
     "fp8 on a CPU": (["precision=fp8"], ["fp8", "bf16"]),
     "no model folder": (["model=hf", "model.path=no/model"], ["no/model"]),
     "no task folder": (["task=mmlu", "task.path=no/mmlu"], ["no/mmlu"]),
-    "unknown kernel": (["kernel.name=fast"], ["kernel.name", "fast"]),
+    "unknown kernel": (["kernel=fast"], ["kernel", "fast"]),
     "unknown target": (["peft.targets=[q_proj]"], ["q_proj", "in_proj"]),
 }
 

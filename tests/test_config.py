@@ -12,7 +12,7 @@ from lyapft import config
 from lyapft.errors import InputError
 
 CONF = Path(__file__).parent.parent / "conf"
-GROUPS = ("model", "data", "task", "peft", "precision", "probe", "trainer", "logger", "study")
+GROUPS = ("model", "data", "task", "peft", "precision", "kernel", "probe", "trainer", "logger", "study")
 FINGERPRINTS = {"model": "m" * 64, "data": "d" * 64, "task": "t" * 64}
 
 
@@ -42,7 +42,7 @@ def test_every_choice_composes_and_is_typed(group, choice):
     assert OmegaConf.get_type(cfg) is config.CellConfig
     if group not in ("probe", "study"):
         assert OmegaConf.get_type(cfg[group]) in config.SCHEMAS[group].values()
-    if group in ("model", "data", "task", "peft", "precision", "logger"):
+    if group in ("model", "data", "task", "peft", "precision", "kernel", "logger"):
         assert cfg[group].name == choice  # the record names choices by this
 
 
@@ -113,7 +113,7 @@ def test_what_changes_no_number_changes_no_identity(override):
 @pytest.mark.parametrize(
     "override",
     ["seed=1", "replicate=1", "precision=fp16", "peft=none", "peft.r=4", "trainer.steps=7", "trainer.learning_rate=0.1",
-     "data.max_length=32", "task.shots=[0]", "model=mamba2_tiny", "kernel.name=reference", "trainer.max_nonfinite=3"],
+     "data.max_length=32", "task.shots=[0]", "model=mamba2_tiny", "kernel=reference", "trainer.max_nonfinite=3"],
 )  # fmt: skip
 def test_what_can_change_a_number_changes_the_identity(override):
     assert identity(override) != identity()

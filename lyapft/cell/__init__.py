@@ -153,7 +153,9 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         base = backbone.load(cfg.model)
         if cfg.model.init == "scratch":  # so that whoever loads these weights knows which lengths they have seen
             base.model.config.trained_length = base.trained_length = cfg.data.max_length
-        seam = recurrence.install(base.model, cfg.kernel.name, cfg.kernel.require)
+        seam = recurrence.install(
+            base.model, cfg.kernel.name, cfg.kernel.require, fused=cfg.kernel.fused, device=cell.device
+        )
         peft = instantiate(cfg.peft)
         peft.attach(base, seam)
         content = cell.science["data"]["content"]
@@ -170,7 +172,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         liveness = Liveness(base.model, steps=min(3, cfg.trainer.steps))
         series, skipped = _fit(cell, base.model, seam, strategy, dataset, loggers, liveness)
         record["peft"]["proven_alive"] = liveness.proven
-        record["kernels"] = dict(seam.kernels)
+        record["kernels"], record["kernel_fallbacks"] = dict(seam.kernels), dict(seam.fallbacks)
         record["training"] = summary.training(series, skipped, config.learning_rate(cfg))
         record["cost"] = summary.cost(series, memory, cfg.trainer.accumulate)
         record["stability"] = summary.stability(series, seam)

@@ -62,8 +62,8 @@ def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Ce
     source = Checked(lambda: (like.source, like.science["data"]["content"]) if like else _read(cfg.data))
     task = Checked(lambda: like.task if like else _asked(instantiate(cfg.task)))
     found += model_faults + source.faults + task.faults + Checked(lambda: dashboard.check(cfg.logger)).faults
-    if not model_faults and like is None:
-        found += _model_fit_faults(cfg, task.value)
+    if not model_faults and not kernel.faults and like is None:
+        found += _model_fit_faults(cfg, task.value, device)
     if found:
         raise InputError("this cell cannot run:\n" + "\n".join(f"  - {fault}" for fault in found))
     threads = resolve_threads(cfg.threads)
@@ -110,7 +110,7 @@ def _asked(task: tasks.Task) -> tasks.Task:
     return task
 
 
-def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None) -> list[str]:
+def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None, device: str) -> list[str]:
     """What does not fit the model, found on its tokenizer and on a copy of it without weights."""
     found, positions = [], backbone.max_positions(cfg.model)
     if positions is not None and cfg.data.max_length > positions:
@@ -123,7 +123,11 @@ def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None) -> list[str]:
         return found + skeleton.faults
     if task is not None:
         found += tasks.context_faults(task, skeleton.value.tokenizer, positions)
-    if not peft_faults(cfg.peft):
-        seam = recurrence.install(skeleton.value.model)
-        found += Checked(lambda: instantiate(cfg.peft).attach(skeleton.value, seam)).faults
+    kernel = cfg.kernel
+    seam = Checked(
+        lambda: recurrence.install(skeleton.value.model, kernel.name, kernel.require, fused=kernel.fused, device=device)
+    )
+    found += seam.faults
+    if not seam.faults and not peft_faults(cfg.peft):
+        found += Checked(lambda: instantiate(cfg.peft).attach(skeleton.value, seam.value)).faults
     return found

@@ -21,7 +21,7 @@ class FusedSelectiveScan(torch.autograd.Function):
     """y = (scan(x, Δ, A, B, C) + skip·x)·silu(z), Δ = softplus(dt + bias) or dt; returns (y, last state, Δ)."""
 
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, bias, skip, z, initial, softplus):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, dt, A, B, C, bias, skip, z, initial, softplus, sequence=None):  # type: ignore[no-untyped-def]
         batch, length, channels = x.shape
         states, width = A.shape[1], padded(channels)
         B, C = B.contiguous(), C.contiguous()
@@ -83,5 +83,5 @@ class FusedSelectiveScan(torch.autograd.Function):
         return (
             gx, gdt, ga.sum(0)[:, :channels].t(), gb.sum(0), gc.sum(0), gbias.sum(0)[:channels] if has_bias else None,
             gskip.sum(0)[:channels] if has_skip else None, gz, ghost[..., :channels].transpose(1, 2) if has_initial
-            else None, None,
+            else None, None, None,
         )  # fmt: skip

@@ -1,0 +1,99 @@
+"""The causal depthwise convolution in front of every Mamba recurrence, routed.
+
+Letters: B batch, L tokens, D channels, K taps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lyapft.scan import mamba_ssm
+
+if TYPE_CHECKING:
+    from lyapft.recurrence.forward import Forward
+
+OPERATION = "causal_conv1d"
+
+
+class Convolution:
+    """What a mixer calls for its convolution; the signatures are transformers'."""
+
+    FUNCTIONS = {"causal_conv1d_fn": "convolve", "causal_conv1d_update": "update"}
+
+    def __init__(self, call: Forward, stock: dict[str, Any]) -> None:
+        self.call = call
+        self._stock = {name: stock[name] for name in self.FUNCTIONS if name in stock}
+
+    @torch.compiler.disable
+    def convolve(
+        self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
+    ) -> Tensor:
+        """Whole sequences: (B,D,L) in and out, weight (D,K); result in the dtype of the input."""
+        seam = self.call.seam
+        kernel = seam.choose(OPERATION, hidden_states.device)
+        plain = activation in (None, "silu", "swish")
+        if kernel == "cpu" and (hidden_states.dtype == torch.float64 or not plain):
+            kernel = seam.instead(OPERATION, "torch", f"float32 and SiLU only, not {hidden_states.dtype}, {activation}")
+        seam.record(OPERATION, "torch" if kernel == "reference" else kernel)
+        if kernel == "cpu":
+            return _compiled(hidden_states, weight, bias, activation, seam.sequence)
+        if kernel == "mamba_ssm":
+            return _cuda(hidden_states, weight, bias, activation, seam.sequence)
+        if seam.sequence is not None:
+            return _apart(hidden_states, weight, bias, activation, seam.sequence)
+        stock = self._stock["causal_conv1d_fn"]
+        return (stock if kernel == "stock" else inspect.unwrap(stock))(
+            hidden_states, weight, bias, activation=activation
+        )
+
+    @torch.compiler.disable
+    def update(self, hidden_states: Tensor, *state_weight_bias: Any, **options: Any) -> Tensor:
+        """One token after a cache, (B,D,1)."""
+        return updated(self.call, OPERATION, self._stock["causal_conv1d_update"], "causal_conv1d_update")(
+            hidden_states, *state_weight_bias, **options
+        )
+
+
+def updated(call: Forward, operation: str, stock: Callable, name: str) -> Callable:
+    """The function that takes one token after a cache: mamba-ssm's, transformers' choice, or transformers' in torch."""
+    device = next(call.layer.module.parameters()).device
+    kernel = call.seam.choose(operation, device)
+    if kernel == "mamba_ssm":
+        return mamba_ssm.function(name)
+    return stock if kernel == "stock" else inspect.unwrap(stock)
+
+
+def _compiled(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, sequence: Tensor | None
+) -> Tensor:
+    from lyapft.scan.conv import CausalConv  # needs numba
+
+    with torch.autocast("cpu", enabled=False):
+        inputs = (None if t is None else t.float() for t in (x.transpose(1, 2), weight, bias))
+        y = CausalConv.apply(*inputs, activation is not None, sequence)
+    return y.to(x.dtype).transpose(1, 2)
+
+
+def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, sequence: Tensor | None) -> Tensor:
+    if sequence is not None:  # that kernel wants int32, and channels last in memory
+        sequence, x = sequence.int(), x.transpose(1, 2).contiguous().transpose(1, 2)
+    function = mamba_ssm.function("causal_conv1d_fn")
+    return function(x, weight, bias, activation=activation, seq_idx=sequence)
+
+
+def _apart(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, sequence: Tensor) -> Tensor:
+    """Packed sequences, tap by tap: y_t = act(bias + Σ_k w_k x_{t-K+1+k} [same sequence])."""
+    taps = weight.shape[-1]
+    y = x * weight[:, -1:]
+    for back in range(1, taps):
+        same = (sequence[:, back:] == sequence[:, :-back])[:, None]
+        y = y + F.pad(x[..., :-back] * same * weight[:, -1 - back, None], (back, 0))
+    if bias is not None:
+        y = y + bias[:, None]
+    return (y if activation is None else F.silu(y)).to(x.dtype)
