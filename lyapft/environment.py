@@ -91,14 +91,15 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **versions,
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": threads,
         "git_commit": _git_commit(),
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as its maker names it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
