@@ -44,6 +44,7 @@ class DataConfig:
     max_length: int = 64  # tokens per sequence
     max_bad_fraction: float = 0.01  # rows with null or non-string fields beyond this share stop the run
     limit: int | None = None  # use the first N rows only
+    packing: bool = False  # several examples to a row of max_length tokens, kept apart; a row of a batch is a pack
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The LightningModule: loss, optimizer, schedule, and the guard that keeps non-finite numbers out of the weights."""
 
+import inspect
 import math
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lyapft.recurrence import Seam
 
 IGNORED = -100  # label of a token that carries no loss
 
@@ -67,15 +70,20 @@ class FineTuner(L.LightningModule):
         skipped_steps: optimizer steps whose update was withheld, by the loss scaler or by the guard.
     """
 
-    def __init__(self, model: nn.Module, settings: DictConfig, learning_rate: float) -> None:
+    def __init__(
+        self, model: nn.Module, settings: DictConfig, learning_rate: float, seam: Seam | None = None
+    ) -> None:
         """
         Args:
             model: a causal language model of transformers, its adapters attached.
             settings: the trainer group of a config.
             learning_rate: the peak rate.
+            seam: of the model; packed batches need it, so that recurrences start anew at each sequence.
         """
         super().__init__()
         self.model = model
+        self._seam = seam
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.settings = settings
         self.learning_rate = learning_rate
         self.observed: dict[str, float | int | bool] = {}
@@ -84,14 +92,25 @@ class FineTuner(L.LightningModule):
         self._step_skipped = False
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of one micro-batch. `batch`: input_ids, attention_mask, labels, each (B, L)."""
-        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        """Loss of one micro-batch.
+
+        `batch`: input_ids, attention_mask, labels, and of packed rows sequence and position_ids, each (B, L).
+        """
+        output = self.model(input_ids=batch["input_ids"], use_cache=False, **self._which_tokens(batch))
         loss = response_loss(output.logits, batch["labels"])
         if batch_idx % self.settings.accumulate == 0:
             self.observed = {"loss": 0.0, "tokens": 0}
         self.observed["loss"] += loss.item() / self.settings.accumulate
         self.observed["tokens"] += int(batch["attention_mask"].sum())
         return loss
+
+    def _which_tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What keeps tokens apart: a mask of padding, or, packed, the seam and positions that start at 0 again."""
+        if self._seam is not None:
+            self._seam.sequence = batch.get("sequence")  # until the next batch: backward may recompute the forward pass
+        if "sequence" not in batch:
+            return {"attention_mask": batch["attention_mask"]}
+        return {"position_ids": batch["position_ids"]} if self._takes_positions else {}
 
     def configure_gradient_clipping(
         self,

@@ -160,6 +160,8 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         peft.attach(base, seam)
         content = cell.science["data"]["content"]
         dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length, content, cfg.trainer.progress)
+        if cfg.data.packing:
+            dataset = data.pack(dataset, cfg.data.max_length)
         record |= {
             "model": {"name": cfg.model.name, "architecture": base.architecture, "hash": base.hash} | peft.parameters(),
             "precision": strategy.record(),
@@ -205,7 +207,7 @@ def _fit(
 ) -> tuple[pd.DataFrame, int]:
     """Train; returns the step series and how many steps were skipped."""
     settings = cell.config.trainer
-    module = FineTuner(model, settings, config.learning_rate(cell.config))
+    module = FineTuner(model, settings, config.learning_rate(cell.config), seam)
     probes = [instantiate(node) for node in cell.config.probe.values()]
     for probe in probes:
         if isinstance(probe, LyapunovProbe):
@@ -241,6 +243,7 @@ def _fit(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt from None
     finally:
+        seam.sequence = None
         series.flush()
     return pd.DataFrame(series.rows), module.skipped_steps
 

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from lyapft import backbone, config, dashboard, data, precision, recurrence, tasks
+from lyapft.data.packing import faults as packing_faults
 from lyapft.environment import resolve_device, resolve_threads
 from lyapft.errors import InputError
 from lyapft.peft import faults as peft_faults
@@ -128,6 +129,9 @@ def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None, device: str) -> 
         lambda: recurrence.install(skeleton.value.model, kernel.name, kernel.require, fused=kernel.fused, device=device)
     )
     found += seam.faults
+    if cfg.data.packing and not seam.faults:
+        kind, tuned = skeleton.value.model.config.model_type, cfg.peft.name == recurrence.INITIAL_STATE
+        found += packing_faults(kind, seam.value.unknown, tuned)
     if not seam.faults and not peft_faults(cfg.peft):
         found += Checked(lambda: instantiate(cfg.peft).attach(skeleton.value, seam.value)).faults
     return found

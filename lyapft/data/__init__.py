@@ -3,6 +3,7 @@
 from lyapft.data.batches import TokenDataset, batches, build
 from lyapft.data.examples import Example, Segment, Source
 from lyapft.data.mixture import Mixture
+from lyapft.data.packing import pack
 from lyapft.data.pydoc import Pydoc
 from lyapft.data.skills import Skills
 from lyapft.data.sources import Alpaca, Sharegpt, TextFile
@@ -20,4 +21,5 @@ __all__ = [
     "TokenDataset",
     "batches",
     "build",
+    "pack",
 ]
