@@ -119,7 +119,7 @@ def mixed_step(family: str, name: str) -> Callable[[], float]:
     model = tiny(family)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     input_ids = torch.randint(1024, (24, 64), generator=torch.Generator().manual_seed(1))
-    strategy = precision.build(PrecisionConfig(name=name, init_scale=1024.0), "cpu")
+    strategy = precision.build(PrecisionConfig(name=name, emulate="always", init_scale=1024.0), "cpu")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=name == "fp16")
 
     def step() -> float:

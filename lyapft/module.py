@@ -99,13 +99,15 @@ class FineTuner(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm; withhold the update if the loss or a gradient is not finite.
+        """Clip by the global norm, taken in float32; withhold the update if the loss or a gradient is not finite.
 
         Gradients arrive unscaled, and a GradScaler has noted already whether one is not finite. They are dropped here,
         so that no weight and no moment of the optimizer is touched.
         """
         trainable = [p for p in self.model.parameters() if p.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(trainable, self.settings.grad_clip))
+        total = nn.utils.get_total_norm([p.grad.float() for p in trainable if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(trainable, self.settings.grad_clip, total)
+        norm = float(total)
         self.observed["grad_norm"] = norm
         self._step_skipped = not (math.isfinite(norm) and math.isfinite(self.observed["loss"]))
         if self._step_skipped:

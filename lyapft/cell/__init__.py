@@ -156,6 +156,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         seam = recurrence.install(base.model, cfg.kernel.name, cfg.kernel.require)
         peft = instantiate(cfg.peft)
         peft.attach(base, seam)
+        strategy.cast(base.model)
         content = cell.science["data"]["content"]
         dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length, content, cfg.trainer.progress)
         record |= {
@@ -169,7 +170,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         memory = PeakMemory(base.model, cell.device)
         liveness = Liveness(base.model, steps=min(3, cfg.trainer.steps))
         series, skipped = _fit(cell, base.model, seam, strategy, dataset, loggers, liveness)
-        record["peft"]["proven_alive"] = liveness.proven
+        record["peft"] |= {"proven_alive": liveness.proven, "stalled": liveness.stalled}
         record["kernels"] = dict(seam.kernels)
         record["training"] = summary.training(series, skipped, config.learning_rate(cfg))
         record["cost"] = summary.cost(series, memory, cfg.trainer.accumulate)
