@@ -5,4 +5,13 @@ from lyapft.precision.hardware import has_half_arithmetic
 from lyapft.precision.plugins import FullPlugin, MixedPlugin, TrueHalfPlugin
 from lyapft.precision.strategy import Precision, build, faults
 
-__all__ = ["FullPlugin", "MixedPlugin", "Precision", "TrueHalfPlugin", "build", "emulated_half", "faults", "has_half_arithmetic"]
+__all__ = [
+    "FullPlugin",
+    "MixedPlugin",
+    "Precision",
+    "TrueHalfPlugin",
+    "build",
+    "emulated_half",
+    "faults",
+    "has_half_arithmetic",
+]

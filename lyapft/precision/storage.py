@@ -3,7 +3,7 @@
 A step size or a decay rate that is rounded to half moves every token's state by that much, and a decay near 1 rounds to
 exactly 1. So what sets the dynamics of a recurrence stays in float32: found by what it is called, the same in every
 family of transformers, not by a list of models.
-Source: Gu & Dao's mamba-ssm, README, "Precision": parameters of an SSM want float32 masters.
+Source: mamba-ssm, README, "Precision": "SSMs are sensitive to their recurrent dynamics".
 """
 
 from collections import Counter
