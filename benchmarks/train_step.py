@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from lora_step import lora_vs_trainer_peft
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -150,6 +151,7 @@ def half_formats(options: argparse.Namespace) -> dict[str, float]:
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "recurrence": recurrence,
     "half_formats": half_formats,
+    "lora": lora_vs_trainer_peft,
 }
 
 

@@ -33,8 +33,9 @@ def response_loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
     Returns:
         A scalar; NaN if no token is labelled.
     """
-    logits = logits_BLV[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), labels_BL[:, 1:].flatten(), ignore_index=IGNORED)
+    # the labels are shifted, not the logits: a slice of those would be copied, and its gradient padded
+    next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
+    return F.cross_entropy(logits_BLV.float().flatten(0, 1), next_BL.flatten(), ignore_index=IGNORED)
 
 
 def schedule_factor(step: int, settings: DictConfig) -> float:
@@ -132,15 +133,17 @@ class FineTuner(L.LightningModule):
             scheduler.step()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the trainable tensors; weight decay on matrices only."""
+        """AdamW over the trainable tensors, in one fused call per group; weight decay on matrices only."""
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": self.settings.weight_decay},
             {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.learning_rate, betas=tuple(self.settings.betas)
+            [g for g in groups if g["params"]], lr=self.learning_rate, betas=tuple(self.settings.betas), fused=True
         )
+        # gradients are unscaled before they are clipped: a GradScaler must not leave that to the fused update
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         scheduler = LambdaLR(optimizer, lambda step: schedule_factor(step, self.settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -21,12 +21,11 @@ def mixed(half: str, device_type: str, emulated: bool) -> dict[str, Formats]:
 def true_half(half: str, device_type: str, emulated: bool, *, pinned: bool) -> dict[str, Formats]:
     """Weights stored in half, without float32 masters, and no autocast.
 
-    In bf16, gradients and AdamW's moments are stored like their weight, and each operation of the update rounds. In
-    fp16, where the square of a gradient below 2e-4 is 0, gradients arrive in float32, moments and update are float32,
-    and the new weight is rounded once.
+    In bf16, gradients and AdamW's moments are stored like their weight; the fused update computes in float32 and
+    rounds each once. In fp16, where the square of a gradient below 2e-4 is 0, gradients and moments are float32.
     """
     product, follows = _half(half, device_type, emulated)
-    stored = {"storage": half, "operands": half, "accumulation": half, "result": half}
+    stored = {"storage": half, "operands": half, "accumulation": "float32", "result": half}
     dynamics = FLOAT32 if pinned else FLOAT32 | {"storage": half}
     return _table(product, follows, follows) | {
         "recurrence scan": dynamics,

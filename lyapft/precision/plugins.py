@@ -77,10 +77,10 @@ class MixedPlugin(MixedPrecision):
 class TrueHalfPlugin(MixedPlugin):
     """Weights stored in half, without float32 masters: no autocast, the dtype of a weight is that of its operation.
 
-    bfloat16: torch's AdamW as it is, so gradients, moments and every operation of the update are rounded like their
-    weight. float16: gradients arrive in float32 (`Tensor.grad_dtype`), so that a GradScaler accepts and unscales them
-    without loss; moments and update are float32 and the weight is rounded once, as squares of gradients below 2e-4
-    underflow in float16 and AdamW would divide by zero.
+    bfloat16: torch's fused AdamW as it is, so gradients and moments are stored like their weight and the update is
+    rounded to it. float16: gradients arrive in float32 (`Tensor.grad_dtype`), so that a GradScaler accepts and unscales
+    them without loss; moments are float32 as well, as squares of gradients below 2e-4 underflow in float16 and AdamW
+    would divide by zero. Nothing else keeps a float32 copy of a weight.
     The default dtype is left alone, unlike in Lightning's HalfPrecision: kernels make float32 scratch memory.
     """
 
@@ -93,7 +93,7 @@ class TrueHalfPlugin(MixedPlugin):
                     weight.grad_dtype = torch.float32
                     optimizer.state[weight] = _float32_moments(weight)
                 if weights:
-                    group["foreach"] = False  # torch's many-tensor loop wants one dtype; the plain one promotes
+                    group["fused"] = group["foreach"] = False  # these want one dtype; the plain loop promotes
         return super().connect(model, optimizers, lr_schedulers)
 
     @contextmanager
