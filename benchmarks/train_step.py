@@ -26,6 +26,7 @@ from transformers import (
 
 from lyapft import precision
 from lyapft.config import PrecisionConfig
+from lyapft.environment import keep_freed_memory
 from lyapft.recurrence import install
 
 VOCABULARY, HIDDEN, LAYERS, BATCH, LENGTH = 4096, 256, 4, 8, 128
@@ -165,6 +166,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a cell does; every variant profits
     logging.getLogger("transformers").setLevel(logging.ERROR)
     print(f"torch {torch.__version__}, {options.threads} threads")
     ratios: dict[str, float] = {}
