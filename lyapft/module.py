@@ -105,8 +105,8 @@ class FineTuner(L.LightningModule):
         Gradients arrive unscaled, and a GradScaler has noted already whether one is not finite. They are dropped here,
         so that no weight and no moment of the optimizer is touched.
         """
-        trainable = [p for p in self.model.parameters() if p.grad is not None]
-        total = nn.utils.get_total_norm([p.grad.float() for p in trainable if p.grad is not None])
+        trainable = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        total = nn.utils.get_total_norm([p.grad.float() for p in trainable])
         nn.utils.clip_grads_with_norm_(trainable, self.settings.grad_clip, total)
         norm = float(total)
         self.observed["grad_norm"] = norm
@@ -143,7 +143,7 @@ class FineTuner(L.LightningModule):
             [g for g in groups if g["params"]], lr=self.learning_rate, betas=tuple(self.settings.betas), fused=True
         )
         # gradients are unscaled before they are clipped: a GradScaler must not leave that to the fused update
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = False
         scheduler = LambdaLR(optimizer, lambda step: schedule_factor(step, self.settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
