@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from lora_step import lora_vs_trainer_peft
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -25,6 +26,7 @@ from transformers import (
 
 from lyapft import precision
 from lyapft.config import PrecisionConfig
+from lyapft.environment import keep_freed_memory
 from lyapft.recurrence import install
 
 VOCABULARY, HIDDEN, LAYERS, BATCH, LENGTH = 4096, 256, 4, 8, 128
@@ -119,7 +121,7 @@ def mixed_step(family: str, name: str) -> Callable[[], float]:
     model = tiny(family)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     input_ids = torch.randint(1024, (24, 64), generator=torch.Generator().manual_seed(1))
-    strategy = precision.build(PrecisionConfig(name=name, init_scale=1024.0), "cpu")
+    strategy = precision.build(PrecisionConfig(name=name, emulate="always", init_scale=1024.0), "cpu")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=name == "fp16")
 
     def step() -> float:
@@ -150,6 +152,7 @@ def half_formats(options: argparse.Namespace) -> dict[str, float]:
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "recurrence": recurrence,
     "half_formats": half_formats,
+    "lora": lora_vs_trainer_peft,
 }
 
 
@@ -163,6 +166,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a cell does; every variant profits
     logging.getLogger("transformers").setLevel(logging.ERROR)
     print(f"torch {torch.__version__}, {options.threads} threads")
     ratios: dict[str, float] = {}

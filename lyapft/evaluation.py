@@ -94,6 +94,7 @@ def _score_once(
         seam = recurrence.install(base.model, cell.kernel.name, fused=cell.kernel.fused)
         peft = instantiate(cell.peft)
         peft.attach(base, seam)
+        strategy.cast(base.model)
         peft.load(folder)
         found = tasks.context_faults(task, base.tokenizer, base.max_positions)
         if found:

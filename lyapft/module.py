@@ -36,8 +36,9 @@ def response_loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
     Returns:
         A scalar; NaN if no token is labelled.
     """
-    logits = logits_BLV[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), labels_BL[:, 1:].flatten(), ignore_index=IGNORED)
+    # the labels are shifted, not the logits: a slice of those would be copied, and its gradient padded
+    next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
+    return F.cross_entropy(logits_BLV.float().flatten(0, 1), next_BL.flatten(), ignore_index=IGNORED)
 
 
 def schedule_factor(step: int, settings: DictConfig) -> float:
@@ -118,13 +119,15 @@ class FineTuner(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm; withhold the update if the loss or a gradient is not finite.
+        """Clip by the global norm, taken in float32; withhold the update if the loss or a gradient is not finite.
 
         Gradients arrive unscaled, and a GradScaler has noted already whether one is not finite. They are dropped here,
         so that no weight and no moment of the optimizer is touched.
         """
-        trainable = [p for p in self.model.parameters() if p.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(trainable, self.settings.grad_clip))
+        trainable = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        total = nn.utils.get_total_norm([p.grad.float() for p in trainable])
+        nn.utils.clip_grads_with_norm_(trainable, self.settings.grad_clip, total)
+        norm = float(total)
         self.observed["grad_norm"] = norm
         self._step_skipped = not (math.isfinite(norm) and math.isfinite(self.observed["loss"]))
         if self._step_skipped:
@@ -149,15 +152,17 @@ class FineTuner(L.LightningModule):
             scheduler.step()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the trainable tensors; weight decay on matrices only."""
+        """AdamW over the trainable tensors, in one fused call per group; weight decay on matrices only."""
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": self.settings.weight_decay},
             {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.learning_rate, betas=tuple(self.settings.betas)
+            [g for g in groups if g["params"]], lr=self.learning_rate, betas=tuple(self.settings.betas), fused=True
         )
+        # gradients are unscaled before they are clipped: a GradScaler must not leave that to the fused update
+        optimizer._step_supports_amp_scaling = False
         scheduler = LambdaLR(optimizer, lambda step: schedule_factor(step, self.settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

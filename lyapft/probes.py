@@ -115,7 +115,11 @@ class AdapterLiveness(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so where the steps were too few, or too many of them withheld, for a proof."""
-        if not self.liveness.proven:
+        if stalled := self.liveness.stalled:
+            log.warning(
+                "%d half weights never moved: every update rounds to nothing; the record names them", len(stalled)
+            )
+        elif not self.liveness.proven:
             log.warning("too few updates to prove that every trainable tensor learns; the record says so")
 
 

@@ -254,7 +254,7 @@ class Regression(pl.LightningModule):
         self.gradients: list[Tensor] = []
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-        y = self.layer(batch[0])
+        y = self.layer(batch[0].to(self.layer.weight.dtype))
         self.seen.append({"dtype": y.dtype, "weight": self.layer.weight.detach().clone()})
         return (y.float() * (1e9 if index == self.overflow_at else 1.0)).square().mean()
 
@@ -276,6 +276,7 @@ def fit(name: str, *, overflow_at: int = -1, clip: float | None = None, **change
     batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(20, 4)), batch_size=4)
     module = Regression(overflow_at)
     with build(cfg(name, **changes), "cpu") as precision:
+        precision.cast(module)
         trainer = pl.Trainer(
             accelerator="cpu",
             plugins=[precision.plugin],
@@ -412,7 +413,7 @@ def test_faults_say_what_to_do_all_at_once() -> None:
     assert "emulate=sometimes" in found[0]
     assert "auto, never, always" in found[0]
     assert "is for CPUs" in faults(cfg("bf16", emulate="always"), "cuda")[0]
-    assert "fp32, tf32, bf16, fp16" in faults(cfg("fp8"), "cpu")[0]
+    assert "fp32, tf32, bf16, fp16, bf16_true, fp16_true, bf16_true_unpinned" in faults(cfg("fp8"), "cpu")[0]
     assert [faults(cfg(name), "cpu") for name in ("fp32", "bf16", "fp16")] == [[], [], []]
     with pytest.raises(ValueError, match="tf32"):
         build(cfg("tf32"), "cpu")

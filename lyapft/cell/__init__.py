@@ -158,6 +158,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         )
         peft = instantiate(cfg.peft)
         peft.attach(base, seam)
+        strategy.cast(base.model)
         content = cell.science["data"]["content"]
         dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length, content, cfg.trainer.progress)
         if cfg.data.packing:
@@ -173,7 +174,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         memory = PeakMemory(base.model, cell.device)
         liveness = Liveness(base.model, steps=min(3, cfg.trainer.steps))
         series, skipped = _fit(cell, base.model, seam, strategy, dataset, loggers, liveness)
-        record["peft"]["proven_alive"] = liveness.proven
+        record["peft"] |= {"proven_alive": liveness.proven, "stalled": liveness.stalled}
         record["kernels"], record["kernel_fallbacks"] = dict(seam.kernels), dict(seam.fallbacks)
         record["training"] = summary.training(series, skipped, config.learning_rate(cfg))
         record["cost"] = summary.cost(series, memory, cfg.trainer.accumulate)

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from lyapft import precision
 from lyapft.cell.preparation import Cell
+from lyapft.environment import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def clean_state(cell: Cell) -> Iterator[precision.Precision]:
     """Seeds, threads, precision flags as this cell wants them; put back afterwards, so that cells share a process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(cell.threads)
+    keep_freed_memory()
     L.seed_everything(cell.config.seed, workers=True, verbose=False)
     try:
         with warnings.catch_warnings(), precision.build(cell.config.precision, cell.device) as strategy:

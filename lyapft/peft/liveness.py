@@ -40,6 +40,12 @@ class Liveness:
         """Whether every tensor has shown a gradient and has moved."""
         return not self._without_gradient and self._still == {}
 
+    @property
+    def stalled(self) -> list[str]:
+        """Tensors stored in half that have gradients and never moved: each update was below the spacing of a weight."""
+        still = self._still or {}
+        return [name for name in still if name not in self._without_gradient and _is_half(still[name][0])]
+
     def observe_gradients(self) -> None:
         """Look at the gradients that the next optimizer step will use; after backward, before the step."""
         if self._still is None:
@@ -78,7 +84,7 @@ class Liveness:
                 f"{listed(dead)}. "
                 "The model does not use them on this path: leave them out of peft.targets, or choose another kernel"
             )
-        stuck = [name for name in self._still if name not in self._without_gradient]
+        stuck = [name for name in self._still if name not in self._without_gradient and name not in self.stalled]
         if stuck:
             raise LivenessError(
                 f"{len(stuck)} trainable tensors did not change in {step} steps though they have gradients: "
@@ -92,6 +98,10 @@ class Liveness:
                 yield name.replace(f".{a}.", f".{b}.")
             if f".{b}." in name:
                 yield name.replace(f".{b}.", f".{a}.")
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def _checksum(parameter: Tensor) -> tuple[float, float]:

@@ -2,7 +2,16 @@
 
 from lyapft.precision.emulation import emulated_half
 from lyapft.precision.hardware import has_half_arithmetic
-from lyapft.precision.plugins import FullPlugin, MixedPlugin
+from lyapft.precision.plugins import FullPlugin, MixedPlugin, TrueHalfPlugin
 from lyapft.precision.strategy import Precision, build, faults
 
-__all__ = ["FullPlugin", "MixedPlugin", "Precision", "build", "emulated_half", "faults", "has_half_arithmetic"]
+__all__ = [
+    "FullPlugin",
+    "MixedPlugin",
+    "Precision",
+    "TrueHalfPlugin",
+    "build",
+    "emulated_half",
+    "faults",
+    "has_half_arithmetic",
+]

@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.plugins.precision import Precision as LightningPrecision
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lyapft.precision import emulation
 
@@ -63,7 +65,45 @@ class MixedPlugin(MixedPrecision):
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """Autocast for one forward pass."""
-        if self.emulated and not emulation.is_active():
-            raise RuntimeError("half matmuls are recorded as emulated: run this plugin inside `with build(...)`")
+        self._check_emulation()
         with super().forward_context():
             yield
+
+    def _check_emulation(self) -> None:
+        if self.emulated and not emulation.is_active():
+            raise RuntimeError("half matmuls are recorded as emulated: run this plugin inside `with build(...)`")
+
+
+class TrueHalfPlugin(MixedPlugin):
+    """Weights stored in half, without float32 masters: no autocast, the dtype of a weight is that of its operation.
+
+    bfloat16: torch's fused AdamW as it is, so gradients and moments are stored like their weight and the update is
+    rounded to it. float16: gradients arrive in float32 (`Tensor.grad_dtype`), so that a GradScaler accepts and unscales
+    them without loss; moments are float32 as well, as squares of gradients below 2e-4 underflow in float16 and AdamW
+    would divide by zero. Nothing else keeps a float32 copy of a weight.
+    The default dtype is left alone, unlike in Lightning's HalfPrecision: kernels make float32 scratch memory.
+    """
+
+    def connect(self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]) -> Any:
+        """Give float16 weights float32 gradients and moments, before the first step."""
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                weights = [p for p in group["params"] if p.dtype == torch.float16]
+                for weight in weights:
+                    weight.grad_dtype = torch.float32
+                    optimizer.state[weight] = _float32_moments(weight)
+                if weights:
+                    group["fused"] = group["foreach"] = False  # these want one dtype; the plain loop promotes
+        return super().connect(model, optimizers, lr_schedulers)
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """One forward pass, in the formats that the weights have."""
+        self._check_emulation()
+        yield
+
+
+def _float32_moments(weight: Tensor) -> dict[str, Tensor]:
+    """The state that torch's AdamW starts from, which it would make in the weight's format."""
+    moment = torch.zeros_like(weight, dtype=torch.float32, memory_format=torch.preserve_format)
+    return {"step": torch.tensor(0.0), "exp_avg": moment, "exp_avg_sq": moment.clone()}

@@ -1,20 +1,23 @@
-"""Precision strategies: fp32, tf32 and automatic mixed precision in bf16 and fp16."""
+"""Precision strategies: fp32, tf32, automatic mixed precision in bf16 and fp16, and weights stored in half."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, Self
 
 import torch
+from torch import nn
 
+from lyapft.precision import formats
 from lyapft.precision.emulation import emulated_half
 from lyapft.precision.flags import matmul_flags
 from lyapft.precision.hardware import has_half_arithmetic
-from lyapft.precision.plugins import FullPlugin, MixedPlugin
+from lyapft.precision.plugins import FullPlugin, MixedPlugin, TrueHalfPlugin
+from lyapft.precision.storage import store_in
 
-HALF_OF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-NAMES = ("fp32", "tf32", *HALF_OF)
+MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TRUE_HALF = {"bf16_true": torch.bfloat16, "fp16_true": torch.float16, "bf16_true_unpinned": torch.bfloat16}
+NAMES = ("fp32", "tf32", *MIXED, *TRUE_HALF)
 EMULATE = ("auto", "never", "always")
-FLOAT32 = {"storage": "float32", "operands": "float32", "accumulation": "float32", "result": "float32"}
 
 
 class Settings(Protocol):
@@ -73,17 +76,19 @@ class Precision:
     def __init__(self, cfg: Settings, device_type: str) -> None:
         self.name = cfg.name
         self.device_type = device_type
-        self.dtype = HALF_OF.get(cfg.name)
+        self.dtype = (MIXED | TRUE_HALF).get(cfg.name)
         self.emulated = self.dtype is not None and device_type == "cpu" and _wants_emulation(cfg.emulate, self.dtype)
         self.plugin: FullPlugin | MixedPlugin = FullPlugin()
         if self.dtype is not None:
-            self.plugin = MixedPlugin(
+            plugin = MixedPlugin if cfg.name in MIXED else TrueHalfPlugin
+            self.plugin = plugin(
                 self.dtype,
                 device_type,
                 init_scale=cfg.init_scale,
                 growth_interval=cfg.growth_interval,
                 emulated=self.emulated,
             )
+        self._pinned: dict[str, int] = {}
         self._entered: list[ExitStack] = []
 
     def __enter__(self) -> Self:
@@ -97,20 +102,46 @@ class Precision:
     def __exit__(self, *exception: Any) -> None:
         self._entered.pop().close()
 
+    def cast(self, model: nn.Module) -> None:
+        """Store the model's parameters in the format of this strategy, in place; once, after adapters are attached.
+
+        Raises:
+            InputError: a weight that the format cannot hold.
+        """
+        if self.dtype is not None and self.name in TRUE_HALF:
+            self._pinned = store_in(model, self.dtype, pin=self._pins)
+
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """The formats of a training step's forward pass, for evaluation; usable inside the strategy and by itself."""
-        with self, torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
+        mixed = self.name in MIXED
+        with self, torch.autocast(self.device_type, self.dtype, enabled=mixed, cache_enabled=False):
             yield
 
     def record(self) -> dict[str, Any]:
-        """Formats per op class: how values are stored, what is multiplied, what sums run in, what comes out."""
+        """Formats per op class: how values are stored, what is multiplied, what sums run in, what comes out.
+
+        `pinned` counts the tensors that `cast` left in float32, by kind.
+        """
         return {
             "requested": self.name,
             "effective": self.name,
             "emulated": self.emulated,
-            "ops": _formats(self.name, self.device_type, self.emulated),
+            "pinned": self._pinned,
+            "ops": self._formats(),
         }
+
+    @property
+    def _pins(self) -> bool:
+        return not self.name.endswith("_unpinned")
+
+    def _formats(self) -> dict[str, formats.Formats]:
+        if self.dtype is None:
+            return formats.full("tf32" if self.name == "tf32" else "float32")
+        half = str(self.dtype).removeprefix("torch.")
+        if self.name in MIXED:
+            return formats.mixed(half, self.device_type, self.emulated)
+        return formats.true_half(half, self.device_type, self.emulated, pinned=self._pins)
 
 
 def _wants_emulation(choice: str, dtype: torch.dtype) -> bool:
@@ -126,28 +157,3 @@ def _tf32_faults(device_type: str) -> list[str]:
     if capability < (8, 0):
         return [f"{needs}; this one has {capability[0]}.{capability[1]}. Use precision=fp32"]
     return []
-
-
-def _formats(name: str, device_type: str, emulated: bool) -> dict[str, dict[str, str]]:
-    if name in ("fp32", "tf32"):
-        product = FLOAT32 | {"operands": "tf32" if name == "tf32" else "float32"}
-        follows, normalised = FLOAT32, FLOAT32
-    else:
-        half = str(HALF_OF[name]).removeprefix("torch.")
-        # Stock kernels on a CPU choose by themselves; CUDA's are told, the emulation's are ours.
-        known = emulated or device_type == "cuda"
-        product = {"storage": half, "operands": half, "result": half}
-        product["accumulation"] = "float32" if known else "chosen by torch's CPU kernels"
-        as_inputs = f"{half} where an input is, else float32"
-        follows = {"storage": as_inputs, "operands": as_inputs, "accumulation": "float32", "result": as_inputs}
-        normalised = FLOAT32 if device_type == "cuda" else follows  # autocast's float32 list has them on CUDA only
-    return {
-        "matmul": product,
-        "conv": product,
-        "attention": product | {"scores": product["accumulation"]},
-        "elementwise": follows,
-        "norm/softmax": normalised,
-        "recurrence scan": FLOAT32,
-        "parameters": FLOAT32,
-        "gradients and optimizer": FLOAT32,
-    }

@@ -1,0 +1,157 @@
+"""A LoRA step of ours (lyapft's own training, as `train.py` runs it) against transformers' Trainer + peft.
+
+Same base and adapter weights, rows, order, optimizer (AdamW), schedule, clipping and number of steps, both without
+progress bars; ours with its default probes, liveness proof and a recorded row per step, the Trainer with its defaults.
+Short fits take turns, and a step is the time between two batches being collated by the same function.
+"""
+
+import contextlib
+import io
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+
+from lyapft import cell, config, precision, recurrence
+from lyapft.backbone import Backbone
+from lyapft.config import PrecisionConfig, TrainerConfig
+from lyapft.data import TokenDataset
+from lyapft.peft import Liveness, Lora, adapted_layers
+
+SIZES = {
+    "": {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "batch": 8, "length": 128},
+    "_tiny": {"vocab_size": 1024, "hidden_size": 96, "num_hidden_layers": 2, "batch": 24, "length": 64},
+}
+STEPS, ROUNDS, WARM_UP = 15, 5, 5
+RATE = 1e-3
+
+
+class Clocked(TokenDataset):
+    """Random rows that note when each batch is put together."""
+
+    def __init__(self, vocabulary: int, rows: int, length: int) -> None:
+        ids = np.random.default_rng(0).integers(3, vocabulary, rows * length, dtype=np.int32)
+        starts = np.arange(0, rows * length + 1, length)
+        super().__init__("random", "", ids, np.ones(ids.shape, np.bool_), starts, pad_id=0, ordered=True)
+        self.seen: list[float] = []
+
+    def collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """As TokenDataset does."""
+        self.seen.append(time.perf_counter())
+        return super().collate(rows)
+
+    def step_seconds(self) -> list[float]:
+        """Time between batches since the last call, the first few left out."""
+        seconds = np.diff(self.seen)[WARM_UP:].tolist()
+        self.seen.clear()
+        return seconds
+
+
+def base(family: str, size: dict[str, int]) -> PreTrainedModel:
+    """A random model; the same from call to call."""
+    torch.manual_seed(0)
+    dims = {key: size[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    dims |= {"num_attention_heads": 4, "intermediate_size": 4 * size["hidden_size"]}
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**dims))
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**dims))
+
+
+class Ours:
+    """One cell's training, again and again on the same model."""
+
+    def __init__(self, family: str, size: dict[str, int], data: Clocked, folder: Path) -> None:
+        self.model, self.data = base(family, size), data
+        self.seam = recurrence.install(self.model)
+        Lora().attach(Backbone(self.model, None, family, family, "", None, None), self.seam)  # type: ignore[arg-type]
+        settings = TrainerConfig(steps=STEPS, batch_size=size["batch"], learning_rate=RATE, progress=False)
+        probes = {"lyapunov": config.load_choice("probe", "lyapunov")}
+        cfg = OmegaConf.create({"trainer": OmegaConf.structured(settings), "probe": probes, "seed": 0})
+        self.cell: Any = SimpleNamespace(config=cfg, device="cpu", folder=folder, id="", role="cell")
+
+    def fit(self) -> float:
+        """Train; returns the last loss."""
+        with warnings.catch_warnings(), precision.build(PrecisionConfig(name="fp32"), "cpu") as strategy:
+            warnings.simplefilter("ignore")  # as a cell does
+            liveness = Liveness(self.model)
+            series, _ = cell._fit(self.cell, self.model, self.seam, strategy, self.data, [], liveness)
+        return float(series["loss"].iloc[-1])
+
+
+class Theirs:
+    """transformers' Trainer on a peft model with the same adapters."""
+
+    def __init__(self, family: str, size: dict[str, int], data: Clocked, folder: Path, like: nn.Module) -> None:
+        names = [name for name, _ in adapted_layers(like)]
+        self.model = get_peft_model(base(family, size), LoraConfig(r=8, lora_alpha=16, target_modules=names))
+        state = {f"base_model.model.{name}": tensor for name, tensor in like.state_dict().items()}
+        self.model.load_state_dict(state)
+        self.data, settings = data, TrainerConfig()
+        self.arguments = TrainingArguments(
+            output_dir=str(folder),
+            use_cpu=True,
+            max_steps=STEPS,
+            per_device_train_batch_size=size["batch"],
+            train_sampling_strategy="sequential",
+            learning_rate=RATE,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": settings.final_lr},
+            warmup_steps=round(settings.warmup * STEPS),
+            max_grad_norm=settings.grad_clip,
+            logging_steps=STEPS,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+    def fit(self) -> float:
+        """Train; returns the mean loss."""
+        trainer = Trainer(self.model, self.arguments, data_collator=self.data.collate, train_dataset=self.data)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return float(trainer.train().training_loss)
+
+
+def lora_vs_trainer_peft(options: Any) -> dict[str, float]:
+    """Trainer + peft's time per step over ours, per family and size; above 1, ours is quicker."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    ratios: dict[str, float] = {}
+    for suffix, size in SIZES.items():
+        for family in ("llama", "pythia"):
+            name = f"{family}{suffix}_lora_vs_trainer_peft"
+            data = Clocked(size["vocab_size"], STEPS * size["batch"], size["length"])
+            seconds: dict[str, list[float]] = {"ours": [], "trainer + peft": []}
+            with tempfile.TemporaryDirectory() as folder:
+                ours = Ours(family, size, data, Path(folder))
+                theirs = Theirs(family, size, data, Path(folder), ours.model)
+                for turn in range(ROUNDS + 1):
+                    for label, fitter in (("ours", ours), ("trainer + peft", theirs)):
+                        fitter.fit()
+                        taken = data.step_seconds()
+                        seconds[label] += taken if turn else []  # the first fits compile, allocate and fill caches
+            medians = {label: statistics.median(values) for label, values in seconds.items()}
+            for label, median in medians.items():
+                print(f"{family + suffix + ', ' + label:28s} {median * 1e3:10.1f} ms  (n = {len(seconds[label])})")
+            ratios[name] = medians["trainer + peft"] / medians["ours"]
+    return ratios
