@@ -105,6 +105,8 @@ def _by_key(scores: Iterable[Mapping[str, Any]]) -> dict[ScoreKey, float]:
     """Score values by (task, shots), checked."""
     values: dict[ScoreKey, float] = {}
     for score in scores:
+        if score.get("metric", "acc") != "acc":  # acc_norm is shown beside it, and would count each item twice
+            continue
         key, value = (str(score["task"]), int(score["shots"])), float(score["value"])
         if key in values:
             raise ValueError(f"two scores for {key}: give one metric per task and shot count")
