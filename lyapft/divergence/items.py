@@ -1,7 +1,12 @@
-"""Answers of a cell beside those of its counterpart, item by item: far less noisy than the difference of two scores."""
+"""Answers of a cell beside those of its counterpart, item by item: far less noisy than the difference of two scores.
+
+Letters: I items, C choices.
+"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,10 +75,11 @@ def answer_shift(items: pd.DataFrame, counterpart_items: pd.DataFrame) -> Answer
     Source: Kullback & Leibler 1951; accuracy alone hides such changes: Dutta et al. 2024 (arXiv 2407.09141).
     """
     both = _joined(items, counterpart_items, ["logprobs", "nll_gold"])
-    ours, theirs = list(both["logprobs_cell"]), list(both["logprobs_counterpart"])
-    if any(len(a) != len(b) for a, b in zip(ours, theirs, strict=True)):
+    ours, theirs = (list(both[f"logprobs_{side}"]) for side in ("cell", "counterpart"))
+    choices = [len(row) for row in ours]
+    if choices != [len(row) for row in theirs]:
         raise ValueError("an item has different numbers of choices on the two sides")
-    kl = np.array([_kl(np.asarray(b, float), np.asarray(a, float)) for a, b in zip(ours, theirs, strict=True)])
+    kl = _kl(_padded(theirs, max(choices)), _padded(ours, max(choices)), np.array(choices))
     shift = (both["nll_gold_cell"] - both["nll_gold_counterpart"]).to_numpy(float)
     kept = np.isfinite(kl) & np.isfinite(shift)
     n = int(kept.sum())
@@ -81,33 +87,46 @@ def answer_shift(items: pd.DataFrame, counterpart_items: pd.DataFrame) -> Answer
     return AnswerShift(n, mean_kl, mean_shift, len(both) - n)
 
 
-def _kl(log_p_C: np.ndarray, log_q_C: np.ndarray) -> float:
-    """KL(p ‖ q) of two unnormalised log-distributions over the same choices."""
-    if not (np.isfinite(log_p_C).all() and np.isfinite(log_q_C).all()):
-        return math.nan
-    log_p_C = log_p_C - np.logaddexp.reduce(log_p_C)
-    log_q_C = log_q_C - np.logaddexp.reduce(log_q_C)
-    return float(np.sum(np.exp(log_p_C) * (log_p_C - log_q_C)))
+def _padded(rows: list[Sequence[float]], width: int) -> np.ndarray[Any, Any]:
+    """Rows of log-likelihoods as one table, impossible choices added to the shorter ones."""
+    table_IC = np.full((len(rows), width), -np.inf)
+    for row, values in zip(table_IC, rows, strict=True):
+        row[: len(values)] = values
+    return table_IC
+
+
+def _kl(log_p_IC: Any, log_q_IC: Any, choices_I: Any) -> np.ndarray[Any, Any]:
+    """KL(p ‖ q) of each item's unnormalised log-distributions; NaN where a likelihood is not finite."""
+    real_IC = np.arange(log_p_IC.shape[1]) < choices_I[:, None]
+    finite_I = ((np.isfinite(log_p_IC) & np.isfinite(log_q_IC)) | ~real_IC).all(axis=1)
+    log_p_IC, log_q_IC = (np.where(finite_I[:, None], table, 0.0) for table in (log_p_IC, log_q_IC))
+    log_p_IC, log_q_IC = (t - np.logaddexp.reduce(t, axis=1, keepdims=True) for t in (log_p_IC, log_q_IC))
+    ratio_IC = np.subtract(log_p_IC, log_q_IC, out=np.zeros_like(log_p_IC), where=real_IC)
+    return np.where(finite_I, (np.exp(log_p_IC) * ratio_IC).sum(axis=1), math.nan)
 
 
 def _joined(items: pd.DataFrame, counterpart_items: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """The items that are on both sides, with `columns` of each side."""
-    ours, theirs = (_keyed(side, columns) for side in (items, counterpart_items))
-    both = ours.add_suffix("_cell").join(theirs.add_suffix("_counterpart"), how="inner")
+    ours, theirs = (_checked(side, columns) for side in (items, counterpart_items))
+    ours = ours.rename(columns={column: f"{column}_cell" for column in columns})
+    theirs = theirs.rename(columns={column: f"{column}_counterpart" for column in columns})
+    if len(ours) == len(theirs) and all(np.array_equal(ours[key], theirs[key]) for key in ITEM_KEYS):
+        both = pd.concat([ours, theirs.drop(columns=ITEM_KEYS)], axis=1)  # the usual case needs no search
+    else:
+        both = ours.merge(theirs, on=ITEM_KEYS)
     if both.empty:
         raise ValueError("the two item tables have no item in common")
     return both
 
 
-def _keyed(items: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """`columns` indexed by item; every item once."""
+def _checked(items: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """The keys and `columns`, every item once."""
     missing = [column for column in [*ITEM_KEYS, *columns] if column not in items.columns]
     if missing:
         raise ValueError(f"the item table lacks the columns {missing}")
-    # An absent subset is None in one table and NaN in another, and neither equals itself in an index join.
+    # An absent subset is None in one table and NaN in another, and neither equals itself.
     subset = items["subset"].astype(object).where(items["subset"].notna(), "")
-    keyed = items.assign(subset=subset).set_index(ITEM_KEYS)[columns]
-    if not keyed.index.is_unique:
-        twice = keyed.index[keyed.index.duplicated()][0]
-        raise ValueError(f"item {dict(zip(ITEM_KEYS, twice, strict=True))} appears twice")
+    keyed = items[[*ITEM_KEYS, *columns]].assign(subset=subset).reset_index(drop=True)
+    if (twice := keyed.duplicated(ITEM_KEYS)).any():
+        raise ValueError(f"item {keyed.loc[twice, ITEM_KEYS].iloc[0].to_dict()} appears twice")
     return keyed
