@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lyapft.divergence import ALPHA, MARGIN_POINTS, POWER, SPIKE_POINTS
+from lyapft.errors import InputError
 from lyapft.records import Record, accuracies
 
 PAPER, PRECISION_ONLY = "paper", "precision_only"
@@ -29,9 +30,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.margin <= 0 or not 0 < self.alpha < 0.5 or not 0 < self.power < 1:
-            raise ValueError(f"margin > 0, 0 < alpha < 0.5 and 0 < power < 1 are needed, given {self}")
+            raise InputError(f"margin > 0, 0 < alpha < 0.5 and 0 < power < 1 are needed, given {self}")
         if min(self.speed_weight, self.memory_weight) < 0 or self.speed_weight + self.memory_weight == 0:
-            raise ValueError(f"cost weights must not be negative, nor both 0, given {self}")
+            raise InputError(f"cost weights must not be negative, nor both 0, given {self}")
 
 
 @dataclass(frozen=True)
