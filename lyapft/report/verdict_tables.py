@@ -60,26 +60,29 @@ def _rank(row: Cells) -> str:
     return f"{row['p_rank']:.3f} ({row['smallest_p_rank']:.3f})"
 
 
-RECIPE = (
-    _plain("model", "model"),
-    _plain("recipe", "recipe"),
-    _number("seeds", "seeds", "d"),
+DIFFERENCE = (
     _number("score", "recipe", ".3f", "score"),
     _number("counterpart_score", "counterpart", ".3f", "score"),
     _with_interval("difference_points", "difference [95%]", "+.2f", "signed points"),
     _plain("outcome", "outcome"),
     _p("p_equivalent", "equivalent", "p, Holm"),
     _p("p_different", "different", "p, Holm"),
-    Spec("p of ranks (least possible)", _rank),
+)
+NAMES = (_plain("model", "model"), _plain("recipe", "recipe"))
+RECIPE = (
+    *NAMES,
+    _number("seeds", "seeds", "d"),
+    *DIFFERENCE,
     _number("seeds_to_decide", "seeds to decide", "d"),
+    _with_interval("speed_ratio", "× tokens/s", ".2f", "cost"),
+    _with_interval("memory_ratio", "× memory/token", ".2f", "cost"),
+    _with_interval("cost", "× both", ".2f", "cost"),
     _with_interval("mean_abs_points", "mean |Δ| [95%]", ".2f", "size, points"),
     _number("floor_replicate_points", "same again", ".2f", "floor, points"),
     _number("floor_threads_points", "threads", ".2f", "floor, points"),
     _number("floor_seeds_points", "seeds", ".2f", "floor, points"),
     Spec("spikes", lambda row: f"{row['spikes']} of {row['scores']}"),
-    _with_interval("speed_ratio", "× tokens/s", ".2f", "cost"),
-    _with_interval("memory_ratio", "× memory/token", ".2f", "cost"),
-    _with_interval("cost", "× both", ".2f", "cost"),
+    Spec("p of ranks (least possible)", _rank),
     _with_interval("flip_rate", "flipped, %", ".1f", "answers", 100.0),
     _with_interval("kl_nats", "KL, nats", ".4f", "answers"),
     _with_interval("nll_gold_nats", "ΔNLL, nats", "+.4f", "answers"),
@@ -88,11 +91,11 @@ SPECS: dict[str, tuple[Spec, ...]] = {
     "recipes": RECIPE,
     "formats": RECIPE,
     "scores": (
-        *RECIPE[:2],
+        *NAMES,
         _plain("task", "task"),
         _number("shots", "shots", "d"),
         _number("seeds", "seeds", "d"),
-        *RECIPE[3:9],
+        *DIFFERENCE,
         _number("items", "items", "d"),
         _number("beyond_trained_length", "beyond trained length", "d"),
     ),
@@ -108,7 +111,7 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         _p("p_different", "p, Holm"),
     ),
     "learning": (
-        *RECIPE[:2],
+        *NAMES,
         _plain("task", "task"),
         _number("seeds", "seeds", "d"),
         _with_interval("gain", "gain of the 0-shot score [95%]", ".2f"),
@@ -122,7 +125,7 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         _number("mean_abs_points", "mean |Δ|, points", ".2f"),
         _number("largest_points", "largest", ".2f"),
     ),
-    "missing": (*RECIPE[:2], _number("seed", "seed", "d"), _plain("why", "why"), _plain("error", "error")),
+    "missing": (*NAMES, _number("seed", "seed", "d"), _plain("why", "why"), _plain("error", "error")),
 }
 CAPTIONS = {
     "recipes": "Each recipe against full-precision fine-tuning of all weights, seed by seed. Signed differences are "

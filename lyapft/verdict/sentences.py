@@ -23,8 +23,9 @@ def recommendations(found: Sequence[Recommendation], settings: Settings) -> list
     lines = []
     for one in found:
         lines.append(_recommended(one, settings) if one.chosen else _not_recommended(one, settings))
-        if one.chosen and one.open:
-            lines.append(f"{_where(one)}: cheaper still, but undecided: {_open(one.open, settings)}.")
+        lines += [_open(row, settings) for row in one.open[:MOST_LISTED]]
+        if more := one.open[MOST_LISTED:]:
+            lines.append(f"Undecided too: {joined([row.recipe.name for row in more])}.")
         lines += [
             f"{row.recipe.name} is not recommended: equivalent on the seeds that finished, but training broke down on "
             f"{len(row.recipe.broke_down())} of {len(row.recipe.broke_down()) + len(row.recipe.runs)}."
@@ -65,63 +66,50 @@ def _savings(cost: Cost) -> str:
 
 
 def _not_recommended(one: Recommendation, settings: Settings) -> str:
-    where, still_open = _where(one), _open(one.open, settings)
+    where = _where(one)
     if one.dear:
         names = joined([row.recipe.label for row in one.dear])
-        text = (
+        return (
             f"{where}: stay with {REFERENCE}. Equivalent to it within {margin(settings)}, but not shown to cost less: "
             f"{names}."
         )
-        return f"{text} Cheaper, but undecided: {still_open}." if one.open else text
     if one.open:
-        return (
-            f"{where}: undecided. No recipe is shown to be equivalent to {REFERENCE} within {margin(settings)}. "
-            f"Open, cheapest first: {still_open}."
-        )
+        return f"{where}: undecided. No recipe is shown to be equivalent to {REFERENCE} within {margin(settings)}."
     return f"{where}: stay with {REFERENCE}. No cheaper recipe is equivalent to it within {margin(settings)}."
 
 
-def _open(rows: Sequence[Row], settings: Settings) -> str:
-    shown = [
-        f"{row.recipe.label} at {ratio(row.cost.index.mean)} the cost, {difference(row.comparison)}, "
-        f"{needed(row.comparison, settings)}"
-        for row in rows[:MOST_LISTED]
-    ]
-    more = len(rows) - len(shown)
-    return "; ".join(shown) + (f"; {more} more in the table" if more else "")
+def _open(row: Row, settings: Settings) -> str:
+    return (
+        f"Undecided: {row.recipe.name}, at {ratio(row.cost.index.mean)} the cost, {difference(row.comparison)}; "
+        f"{needed(row.comparison, settings)}."
+    )
 
 
 def failures(evidence: Evidence, found: Sequence[Row], scores: Sequence[ScoreRow], settings: Settings) -> list[str]:
     """Recipes and single scores that lie outside the margin, whose doing it is, and trainings that broke down."""
-    lines = []
-    for row in found:
-        outcome = row.outcome(settings)
-        if outcome in ("worse", "better"):
-            lines.append(
-                f"{row.recipe.name} is {outcome} than {REFERENCE} by more than {settings.margin:g} points: "
-                f"{difference(row.comparison)}, {p_value(row.comparison.p_outside)}; score {row.score:.3f} against "
-                f"{row.counterpart_score:.3f}.{_blame(evidence, row.recipe)}"
-            )
+    lines = [_failure(evidence, row, settings) for row in found if row.outcome(settings) in ("worse", "better")]
     lines += [_outside(row, own, settings) for row, own in _scores_outside(scores, settings)]
+    if not lines and found:
+        undecided = sum(row.outcome(settings) == "undecided" for row in found)
+        open_ones = f"; {undecided} of {len(found)} are undecided, which does not mean that they agree" * bool(
+            undecided
+        )
+        lines.append(f"No recipe is shown to lie outside {margin(settings)}{open_ones}.")
     for recipe in evidence.recipes:
         if broken := recipe.broke_down():
             kinds = joined(sorted({str(run["status"]) for run in broken}))
             total = len(recipe.runs) + len(recipe.failed)
             lines.append(f"{recipe.name}: training broke down on {len(broken)} of {total} seeds ({kinds}).")
-    if not lines and found:
-        undecided = sum(row.outcome(settings) == "undecided" for row in found)
-        lines.append(
-            f"No recipe is shown to lie outside {margin(settings)}"
-            + (
-                f"; {undecided} of {len(found)} are undecided, which does not mean that they agree."
-                if undecided
-                else "."
-            )
-        )
     spikes, total = sum(row.spikes for row in found), sum(row.scores for row in found)
-    if total:
-        lines.append(_spikes(found, spikes, total, settings))
-    return lines
+    return [*lines, _spikes(found, spikes, total, settings)] if total else lines
+
+
+def _failure(evidence: Evidence, row: Row, settings: Settings) -> str:
+    return (
+        f"{row.recipe.name} is {row.outcome(settings)} than {REFERENCE} by more than {settings.margin:g} "
+        f"point{'s' * (settings.margin != 1)}: {difference(row.comparison)}, {p_value(row.comparison.p_outside)}; "
+        f"score {row.score:.3f} against {row.counterpart_score:.3f}.{_blame(evidence, row.recipe)}"
+    )
 
 
 def _spikes(found: Sequence[Row], spikes: int, total: int, settings: Settings) -> str:
