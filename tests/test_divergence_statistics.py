@@ -57,6 +57,12 @@ def test_an_interval_by_hand() -> None:
     assert (found.n, found.few, estimate(range(8)).few) == (3, True, False)
 
 
+def test_an_interval_is_cut_where_the_mean_cannot_lie() -> None:
+    assert estimate([0.1, 1.0], least=0.0).low == 0.0
+    assert estimate([0.9, 0.1], most=1.0).high == 1.0
+    assert math.isnan(estimate([0.5], least=0.0, most=1.0).low)  # one seed still has none
+
+
 def test_one_seed_has_no_interval_and_none_has_no_mean() -> None:
     one, none = estimate([0.5]), estimate([])
     assert (one.mean, one.n) == (0.5, 1)

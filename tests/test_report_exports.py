@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lyapft import report
-from lyapft.report import exports
+from lyapft.report import exports, verdict_tables
 from lyapft.report.__main__ import main
 from lyapft.report.tables import Column
 from lyapft.report.verdict_tables import SPECS, text_columns
@@ -71,6 +71,20 @@ def test_text_cannot_leave_its_latex_cell() -> None:
     text = exports.as_latex(columns, "c_d", "e")
     assert r"50\% \& \{x\} \textbackslash{} \$y\textasciicircum{}2 \#\textasciitilde{} \\" in text
     assert r"\caption{c\_d}" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "text"),
+    [
+        (0.004, "+.2f", "0.00"),
+        (-0.004, "+.2f", "0.00"),
+        (-0.5, "+.2f", "−0.50"),
+        (0.0, ".3f", "0.000"),
+        (None, "d", "–"),
+    ],
+)
+def test_zero_has_no_sign(value: float | None, form: str, text: str) -> None:
+    assert verdict_tables._form(value, form) == text
 
 
 def test_the_page_begins_with_the_verdict(folder: Path, verdict: Verdict) -> None:

@@ -174,6 +174,7 @@ def test_nothing_to_compare_says_so() -> None:
     assert "nothing can be recommended" in text(judge([record]), "Recommendation")
     assert "no counterpart for seed 0" in text(judge([record]), "What is missing")
     assert judge([]).tables == {}
+    assert judge([{"schema_version": 1, "id": "x", "status": "ok"}]).rows == ()
 
 
 @pytest.mark.parametrize("wrong", [{"margin": 0}, {"alpha": 0.7}, {"power": 1.0}, {"speed_weight": -1}])

@@ -35,8 +35,16 @@ class Estimate:
         return self.n < FEW_SEEDS
 
 
-def estimate(values: Values, resolution: float = 0.0, confidence: float = CONFIDENCE) -> Estimate:
+def estimate(
+    values: Values,
+    resolution: float = 0.0,
+    confidence: float = CONFIDENCE,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> Estimate:
     """Mean and t interval of one value per seed; NaN values are refused, no value gives NaN with n = 0.
+
+    The interval is cut at `least` and `most`, between which the mean must lie: that costs it no coverage.
 
     >>> estimate([4.0, 4.0, 4.0])
     Estimate(mean=4.0, low=4.0, high=4.0, n=3)
@@ -47,7 +55,7 @@ def estimate(values: Values, resolution: float = 0.0, confidence: float = CONFID
     if values_n.size == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
     low, high = t_interval(values_n, resolution, confidence)
-    return Estimate(float(values_n.mean()), float(low), float(high), values_n.size)
+    return Estimate(float(values_n.mean()), float(np.maximum(low, least)), float(np.minimum(high, most)), values_n.size)
 
 
 def spread(values: Values, resolution: float = 0.0) -> np.ndarray[Any, Any]:
@@ -70,6 +78,15 @@ def t_interval(
     n, mean = values_n.shape[-1], values_n.mean(axis=-1)
     half = stats.t.ppf(0.5 + confidence / 2, max(n - 1, 1)) * spread(values_n, resolution) / math.sqrt(n)
     return mean - half, mean + half
+
+
+def bca_coverage(n: int) -> float:
+    """What a 95% BCa interval over n seeds really covers of normal values; NaN below three seeds.
+
+    >>> bca_coverage(10)
+    0.88
+    """
+    return BCA_COVERAGE.get(max((known for known in BCA_COVERAGE if known <= n), default=0), math.nan)
 
 
 def bca_interval(

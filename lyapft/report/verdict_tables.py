@@ -41,11 +41,12 @@ def _with_interval(name: str, title: str, form: str, group: str = "", scale: flo
 
 
 def _form(value: Any, form: str, scale: float = 1.0) -> str:
-    return (
-        ABSENT
-        if value is None or pd.isna(value)
-        else number(float(value) * scale if "d" not in form else int(value), form)
-    )
+    if value is None or pd.isna(value):
+        return ABSENT
+    if form == "d":
+        return number(int(value), form)
+    text = number(float(value) * scale, form)
+    return text if text.strip("+−0.") else text.lstrip("+−")  # zero has no sign
 
 
 def _p(name: str, title: str, group: str = "") -> Spec:

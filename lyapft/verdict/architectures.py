@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from lyapft.divergence import Comparison, Estimate, adjusted, compare, estimate, icl_gains, ratio_of_means
 from lyapft.records import Record
-from lyapft.verdict.evidence import Evidence, Recipe, Settings, is_own_counterpart, resolution
+from lyapft.verdict.evidence import Evidence, Recipe, Settings, is_own_counterpart, resolution, seed_of
 from lyapft.verdict.recipes import Row
 
 ALL_RECIPES = "all shared recipes"
@@ -101,8 +101,8 @@ def _contrasts(model: str, twin: str, shared: Sequence[tuple[Row, Row]], setting
                     task=row.recipe.task,
                     recipe=recipe,
                     counterpart=row.counterpart,
-                    size=estimate([ours[seed] for seed in seeds]),
-                    twin_size=estimate([theirs[seed] for seed in seeds]),
+                    size=estimate([ours[seed] for seed in seeds], grain, least=0.0),
+                    twin_size=estimate([theirs[seed] for seed in seeds], grain, least=0.0),
                     comparison=compare([ours[seed] - theirs[seed] for seed in seeds], settings.margin, grain),
                     overall=not made,
                 )
@@ -141,5 +141,5 @@ def _gains(runs: Iterable[Record]) -> Mapping[str, dict[int, float]]:
     by_task: dict[str, dict[int, float]] = {}
     for run in runs:
         for task, gain in icl_gains(run.get("scores") or []).items():
-            by_task.setdefault(task, {})[int(run["seed"])] = gain
+            by_task.setdefault(task, {})[seed_of(run)] = gain
     return by_task

@@ -66,7 +66,7 @@ class Recipe:
     @property
     def seeds(self) -> tuple[int, ...]:
         """Seeds of the finished runs."""
-        return tuple(int(run["seed"]) for run in self.runs)
+        return tuple(seed_of(run) for run in self.runs)
 
     def broke_down(self) -> tuple[Record, ...]:
         """Runs whose training ended in numbers that are not finite."""
@@ -94,7 +94,7 @@ class Pair:
     @property
     def seed(self) -> int:
         """Seed of both."""
-        return int(self.run["seed"])
+        return seed_of(self.run)
 
     @property
     def mean_signed(self) -> float:
@@ -194,14 +194,19 @@ def _recipe(key: tuple[Any, ...], label: str, records: Sequence[Record]) -> Reci
     runs: dict[int, Record] = {}
     reruns = []
     for record in finished:
-        if record.get("replicate") or threads(record) != usual or record["seed"] in runs:
+        if record.get("replicate") or threads(record) != usual or seed_of(record) in runs:
             reruns.append(record)
         else:
-            runs[record["seed"]] = record
+            runs[seed_of(record)] = record
     failed = tuple(record for record in records if record["status"] != "ok")
     ordered = tuple(runs[seed] for seed in sorted(runs))
     model, data, task, precision, peft = key[:5]
     return Recipe(model, data, task, precision, peft, label, ordered, tuple(reruns), failed)
+
+
+def seed_of(record: Record) -> int:
+    """Seed of a run; 0 where a record is so incomplete that it has none."""
+    return int(record.get("seed") or 0)
 
 
 def threads(record: Record) -> int | None:

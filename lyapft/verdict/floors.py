@@ -6,7 +6,7 @@ from itertools import combinations
 
 from lyapft.divergence import paired_divergence
 from lyapft.records import Record, accuracies
-from lyapft.verdict.evidence import Evidence, Recipe, is_own_counterpart, threads
+from lyapft.verdict.evidence import Evidence, Recipe, is_own_counterpart, seed_of, threads
 
 KINDS = {
     "replicate": "the same cell again",
@@ -51,17 +51,17 @@ def floors(evidence: Evidence) -> list[Floor]:
 
 
 def _replicates(recipe: Recipe) -> Iterator[tuple[Record, Record]]:
-    first = {(run["seed"], threads(run)): run for run in recipe.runs}
+    first = {(seed_of(run), threads(run)): run for run in recipe.runs}
     for rerun in recipe.reruns:
-        twin = first.get((rerun["seed"], threads(rerun)))
+        twin = first.get((seed_of(rerun), threads(rerun)))
         if twin is not None and _scored(twin, rerun):
             yield twin, rerun
 
 
 def _thread_counts(recipe: Recipe) -> Iterator[tuple[Record, Record]]:
-    first = {run["seed"]: run for run in recipe.runs}
+    first = {seed_of(run): run for run in recipe.runs}
     for rerun in recipe.reruns:
-        twin = first.get(rerun["seed"])
+        twin = first.get(seed_of(rerun))
         if twin is not None and threads(twin) != threads(rerun) and not rerun.get("replicate") and _scored(twin, rerun):
             yield twin, rerun
 

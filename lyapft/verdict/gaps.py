@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lyapft.records import Record
-from lyapft.verdict.evidence import PAPER, Evidence, Recipe, divergence_entry
+from lyapft.verdict.evidence import PAPER, Evidence, Recipe, divergence_entry, seed_of
 
 NOT_RUN, NO_COUNTERPART = "not run", "no counterpart"
 
@@ -23,13 +23,13 @@ def gaps(evidence: Evidence) -> list[Gap]:
     seeds: dict[tuple[str, str, str], set[int]] = {}
     for recipe in evidence.recipes:
         tried = [*recipe.runs, *recipe.failed]
-        seeds.setdefault(recipe.setting, set()).update(int(run["seed"]) for run in tried if not run.get("replicate"))
+        seeds.setdefault(recipe.setting, set()).update(seed_of(run) for run in tried if not run.get("replicate"))
     return [gap for recipe in evidence.recipes for gap in _gaps(recipe, sorted(seeds[recipe.setting]))]
 
 
 def _gaps(recipe: Recipe, seeds: list[int]) -> list[Gap]:
-    failed = {int(run["seed"]): run for run in recipe.failed if not run.get("replicate")}
-    finished = {int(run["seed"]): run for run in recipe.runs}
+    failed = {seed_of(run): run for run in recipe.failed if not run.get("replicate")}
+    finished = {seed_of(run): run for run in recipe.runs}
     found = []
     for seed in seeds:
         if seed in finished:

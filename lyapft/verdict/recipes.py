@@ -121,14 +121,14 @@ def shares(evidence: Evidence, recipe: Recipe) -> tuple[Estimate, Estimate] | No
 
 
 def _row(evidence: Evidence, recipe: Recipe, own: tuple[Pair, ...], settings: Settings, counterpart: str) -> Row:
-    signed = [pair.mean_signed for pair in own]
+    signed, grain = [pair.mean_signed for pair in own], max(map(resolution, own))
     flips, kl, nll_gold = _answers(evidence, own)
     return Row(
         recipe=recipe,
         counterpart=counterpart,
         pairs=own,
-        comparison=compare(signed, settings.margin, max(map(resolution, own))),
-        size=estimate([pair.mean_abs for pair in own]),
+        comparison=compare(signed, settings.margin, grain),
+        size=estimate([pair.mean_abs for pair in own], grain, least=0.0),
         score=_mean_score(own, lambda pair: pair.run),
         counterpart_score=_mean_score(own, lambda pair: pair.counterpart),
         spikes=sum(is_spike(points, settings.spike) for pair in own for points in pair.signed.values()),
@@ -194,14 +194,20 @@ def _geometric_mean(logs: dict[int, float]) -> Estimate:
 
 def _answers(evidence: Evidence, own: Sequence[Pair]) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
     """Flip rate, KL and NLL shift over the seeds whose items are at hand on both sides."""
-    flips, kls, shifts = [], [], []
+    flips, kls, shifts, one_answer = [], [], [], 0.0
     for pair in own:
         ours, theirs = (evidence.items.get(str(side["id"])) for side in (pair.run, pair.counterpart))
         if ours is None or theirs is None:
             continue
-        flips.append(item_flips(ours, theirs).rate)
+        flipped = item_flips(ours, theirs)
+        flips.append(flipped.rate)
+        one_answer = max(one_answer, 1.0 / flipped.n)
         shift = answer_shift(ours, theirs)
         if shift.n:
             kls.append(shift.kl)
             shifts.append(shift.nll_gold)
-    return tuple(estimate(values) if values else None for values in (flips, kls, shifts))  # type: ignore[return-value]
+    return (
+        estimate(flips, one_answer, least=0.0, most=1.0) if flips else None,
+        estimate(kls, least=0.0) if kls else None,
+        estimate(shifts) if shifts else None,
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from lyapft.divergence import Comparison, Estimate
+from lyapft.divergence import Comparison, Estimate, bca_coverage, bca_interval
 from lyapft.verdict.architectures import Contrast, Gain
 from lyapft.verdict.evidence import Recipe, Settings
 from lyapft.verdict.floors import KINDS, Floor
@@ -27,6 +27,7 @@ def _recipe(row: Row, floors: Mapping[tuple[tuple[str, str, str], str], float], 
         | {"counterpart": row.counterpart, "seeds": row.n, "few_seeds": row.comparison.estimate.few}
         | {"score": row.score, "counterpart_score": row.counterpart_score}
         | _compared(row.comparison)
+        | _bootstrapped(row)
         | {
             "outcome": row.outcome(settings),
             "seeds_to_decide": needed if row.outcome(settings) == "undecided" else None,
@@ -102,6 +103,12 @@ def floor_table(found: Sequence[Floor]) -> pd.DataFrame:
 def gap_table(found: Sequence[Gap]) -> pd.DataFrame:
     """Runs that are missing or failed."""
     return pd.DataFrame([_named(g.recipe) | {"seed": g.seed, "why": g.why, "error": g.error} for g in found])
+
+
+def _bootstrapped(row: Row) -> dict[str, float]:
+    """The BCa interval beside the t interval, with what it really covers at this number of seeds."""
+    low, high = bca_interval([pair.mean_signed for pair in row.pairs])
+    return {"bca_low_points": float(low), "bca_high_points": float(high), "bca_coverage": bca_coverage(row.n)}
 
 
 def _named(recipe: Recipe) -> dict[str, Any]:

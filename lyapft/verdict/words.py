@@ -65,7 +65,8 @@ def needed(found: Comparison, settings: Settings) -> str:
     count = found.seeds_needed(settings.alpha, settings.power)
     if count is None:
         return "its mean lies so near the margin that no number of seeds can be named"
-    return f"about {max(count, found.estimate.n + 1)} seeds would decide if mean and spread stay"
+    text = f"about {max(count, found.estimate.n + 1)} seeds would decide if mean and spread stay"
+    return f"{text}, a rough guess from {found.estimate.n}" if found.estimate.few else text
 
 
 def margin(settings: Settings) -> str:
