@@ -7,15 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from lyapft.errors import InputError
-from lyapft.report import DEFAULT_NAME, write
+from lyapft.report import DEFAULT_NAME, regression, write
 from lyapft.verdict import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page of a study and the verdict's tables; 0 when they are there, 2 for bad input."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["compare"]:
+        return regression.main(given[1:])
     parser = argparse.ArgumentParser(
         prog="python -m lyapft.report",
-        description="One self-contained HTML page from a study, and its verdict as Markdown, CSV, Parquet and LaTeX.",
+        description="One self-contained HTML page from a study, and its verdict as Markdown, CSV, Parquet and LaTeX. "
+        "`python -m lyapft.report compare OLD NEW` compares two studies instead.",
     )
     parser.add_argument("study", type=Path, help="folder of a study, runs/STUDY")
     parser.add_argument("--output", type=Path, help=f"file to write (default: {DEFAULT_NAME} in the study's folder)")
@@ -28,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=float, default=value, help=f"{what} (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     try:
         settings = replace(
             default,
