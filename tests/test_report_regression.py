@@ -90,6 +90,20 @@ def test_every_number_can_be_chosen(old: tuple[Path, Records], capsys: pytest.Ca
     assert "0 of" in printed
 
 
+def test_a_run_that_fails_now_is_worse_whatever_was_chosen(
+    old: tuple[Path, Records], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = copy.deepcopy(old[1])
+    lost, stopped = (r for r in records if r["name"].startswith("mamba_tiny-skills-fp16-none") and r["seed"] < 2)
+    lost |= {"status": "nonfinite", "scores": [], "divergence": []}
+    stopped |= {"status": "interrupted", "scores": [], "divergence": []}
+    changed(tmp_path, records)
+    assert main(["compare", str(old[0]), str(tmp_path), "--fail-on=margin"]) == 1
+    printed = capsys.readouterr().out
+    assert f"fp16 · none, seed {lost['seed']}: finished before, now nonfinite" in printed
+    assert "interrupted" not in printed
+
+
 @pytest.mark.parametrize("fail_on", ["speed", ""])
 def test_bad_input_is_refused(old: tuple[Path, Records], fail_on: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(old[0]), str(old[0]), f"--fail-on={fail_on}"]) == 2

@@ -20,6 +20,7 @@ from lyapft.verdict.evidence import Evidence, Recipe, divergence_entry, gather, 
 from lyapft.verdict.words import p_value
 
 WORSE = 1  # exit code
+FAILED = ("nonfinite", "loss_scale_underflow", "oom", "failed")  # not those that are running or were interrupted
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,17 @@ def _resolution(name: str, recipe: Recipe) -> float:
     return 100.0 / sum(items) * len(recipe.runs) if name in ("score", "divergence") and items else 0.0
 
 
+def broken(old: Evidence, new: Evidence) -> list[str]:
+    """Runs that finished before and whose training or program now fails: worse, whatever number was chosen."""
+    before = {(recipe.setting, recipe.label): set(recipe.seeds) for recipe in old.recipes}
+    return [
+        f"{recipe.name}, seed {seed_of(run)}: finished before, now {run['status']}"
+        for recipe in new.recipes
+        for run in recipe.failed
+        if seed_of(run) in before.get((recipe.setting, recipe.label), set()) and run["status"] in FAILED
+    ]
+
+
 def table(found: Sequence[Change]) -> list[Column]:
     """The changes as columns of text."""
 
@@ -143,7 +155,7 @@ def table(found: Sequence[Change]) -> list[Column]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compare two studies; 0 when no chosen number got worse, 1 when one did, 2 for bad input."""
+    """Compare two studies; 0 when nothing got worse, 1 when a chosen number did or a run now fails, 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m lyapft.report compare",
         description="Did a number get worse beyond its noise? Paired over the seeds that both studies have; with one "
@@ -173,14 +185,18 @@ def _chosen(text: str) -> list[str]:
 def _report(old: Path, new: Path, quantities: Sequence[str]) -> int:
     sides = [gather([record for _, record in records.load_study(folder)]) for folder in (old, new)]
     found = changes(sides[0], sides[1], quantities)
-    if not found:
+    failed = broken(*sides)
+    if not found and not failed:
         raise InputError(
             f"{old} and {new} share no recipe with a common seed and {' or '.join(quantities)}: nothing to compare"
         )
-    print(as_text(table(found), width=160))
+    if found:
+        print(as_text(table(found), width=160))
     worse = [change for change in found if change.outcome == "worse"]
     one_seed = sum(change.comparison.estimate.n == 1 and change.outcome != "same" for change in found)
     print(f"{len(worse)} of {len(found)} numbers got worse.")
+    for line in failed:
+        print(f"✗ {line}")
     if one_seed:
         print(f"{one_seed} changed on their only common seed: run more seeds to tell that from noise.")
-    return WORSE if worse else 0
+    return WORSE if worse or failed else 0
