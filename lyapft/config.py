@@ -238,6 +238,14 @@ class MmluTask(TaskConfig):
 
 
 @dataclass
+class ArcTask(TaskConfig):
+    """Science questions of school exams."""
+
+    _target_: str = "lyapft.tasks.Arc"
+    subset: str = "ARC-Easy"  # ARC-Easy | ARC-Challenge, where the set is loaded by name
+
+
+@dataclass
 class LoraPeft(PeftConfig):
     """Low-rank adapters."""
 
@@ -267,7 +275,7 @@ class LyapunovProbe(ProbeConfig):
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"model": ModelConfig},
     "data": {"data": DataConfig, "skills": SkillsData, "mixture": MixtureData, "pydoc": PydocData, "table": TableData},
-    "task": {"task": TaskConfig, "skills": SkillsTask, "mmlu": MmluTask},
+    "task": {"task": TaskConfig, "skills": SkillsTask, "mmlu": MmluTask, "arc": ArcTask},
     "peft": {"none": FullPeft, "lora": LoraPeft},
     "precision": {"precision": PrecisionConfig},
     "probe": {"lyapunov": LyapunovProbe},

@@ -93,7 +93,8 @@ def summary(record: Record) -> dict[str, Any]:
         else:
             flat[f"stability/{name}"] = value
     for score in record.get("scores") or []:
-        flat[f"score/{score['task']}/{score['shots']}-shot"] = score["value"]
+        other = "" if score.get("metric", "acc") == "acc" else f"/{score['metric']}"
+        flat[f"score/{score['task']}/{score['shots']}-shot{other}"] = score["value"]
     for entry in record.get("divergence") or []:
         flat[f"divergence/{entry['counterpart']}/status"] = entry["status"]
         flat[f"divergence/{entry['counterpart']}/mean_abs_points"] = entry.get("mean_abs_points")

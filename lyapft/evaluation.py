@@ -148,9 +148,10 @@ def _stderr(row: dict[str, Any]) -> str:
 
 def _table(scores: list[dict[str, Any]]) -> str:
     width = max(len(row["task"]) for row in scores)
-    lines = [f"{'task':<{width}}  shots  score    n  stderr"]
+    lines = [f"{'task':<{width}}  shots  metric    score    n  stderr"]
     lines += [
-        f"{row['task']:<{width}}  {row['shots']:>5}  {row['value']:.3f}  {row['n']:>4}  {_stderr(row)}"
+        f"{row['task']:<{width}}  {row['shots']:>5}  {row['metric']:<8}  "
+        f"{row['value']:.3f}  {row['n']:>4}  {_stderr(row)}"
         for row in scores
     ]
     return "\n".join(lines)

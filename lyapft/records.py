@@ -129,6 +129,17 @@ def load_study(study: Path) -> list[tuple[Path, Record]]:
     return found
 
 
+def accuracies(record: Record) -> list[dict[str, Any]]:
+    """The scores by which cells are compared: metric `acc`, one per task and number of shots.
+
+    Other metrics (`acc_norm`) stand beside them in the record and are shown, never mixed into a divergence.
+
+    >>> accuracies({"scores": [{"metric": "acc", "value": 0.5}, {"metric": "acc_norm", "value": 0.6}]})
+    [{'metric': 'acc', 'value': 0.5}]
+    """
+    return [score for score in record.get("scores") or [] if score.get("metric", "acc") == "acc"]
+
+
 class StepSeries:
     """Rows of numbers, one per training step, kept in memory and written whole.
 

@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from lyapft.divergence import (
     Divergence,
     ScoreDivergence,
     against_counterparts,
+    answer_shift,
     item_flips,
     paired_divergence,
 )
@@ -144,6 +146,36 @@ def test_flips_agree_with_the_scores_of_the_same_items() -> None:
     signed = paired_divergence(synthetic.scores(ours), synthetic.scores(theirs)).mean_signed_points
     assert 100 * (flips.gained - flips.lost) / flips.n == pytest.approx(signed)
     assert 0 < flips.flipped < flips.n
+
+
+def test_answer_shift_by_hand() -> None:
+    """p = (1/2, 1/2) against q = (3/4, 1/4) of unnormalised likelihoods; KL(p ‖ q) = ½ ln(4/3)."""
+    ours = items([0]).assign(logprobs=[[math.log(3) - 7, -7.0]], nll_gold=[2.5])
+    theirs = items([0]).assign(logprobs=[[-3.0, -3.0]], nll_gold=[3.0])
+    found = answer_shift(ours, theirs)
+    assert found.kl == pytest.approx(0.5 * math.log(4 / 3))
+    assert (found.n, found.nll_gold, found.left_out) == (1, -0.5, 0)
+    assert answer_shift(theirs, theirs).kl == 0.0
+
+
+@given(st.lists(st.tuples(*[st.lists(st.floats(-9, 0), min_size=3, max_size=3)] * 2), min_size=1, max_size=9))
+def test_answer_shift_is_scipys_relative_entropy(rows: list[tuple[list[float], list[float]]]) -> None:
+    ours, theirs = (
+        items([0] * len(rows)).assign(logprobs=[row[side] for row in rows], nll_gold=[-row[side][0] for row in rows])
+        for side in (0, 1)
+    )
+    expected = np.mean([stats.entropy(np.exp(b), np.exp(a)) for a, b in rows])
+    found = answer_shift(ours, theirs)
+    assert found.kl == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert found.nll_gold == pytest.approx(np.mean([b[0] - a[0] for a, b in rows]))
+
+
+def test_likelihoods_that_are_not_finite_are_left_out_and_counted() -> None:
+    ours = items([0, 0]).assign(logprobs=[[-1.0, -2.0], [math.nan, -1.0]], nll_gold=[1.0, math.nan])
+    found = answer_shift(ours, items([0, 0]).assign(logprobs=[[-1.0, -2.0]] * 2, nll_gold=[1.0, 1.0]))
+    assert (found.n, found.left_out, found.kl) == (1, 1, 0.0)
+    with pytest.raises(ValueError, match="different numbers of choices"):
+        answer_shift(ours, ours.assign(logprobs=[[-1.0]] * 2))
 
 
 def test_items_of_one_side_only_are_counted_and_absent_subsets_match() -> None:

@@ -51,12 +51,12 @@ def mmlu_of_harness(folder: Path) -> list[ConfigurableTask]:
     ]
 
 
-def winogrande_of_harness(file: Path) -> list[ConfigurableTask]:
+def single_split_of_harness(yaml: str, file: Path) -> list[ConfigurableTask]:
     """The one split is scored and shown, the scored row left out by lm-eval's own sampler."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     one_split = {"training_split": None, "validation_split": None, "test_split": "rows", "fewshot_split": "rows"}
     changes = one_split | {"fewshot_config": {"sampler": "first_n"}}
-    return [harness_task("winogrande/default.yaml", {"rows": rows}, **changes)]
+    return [harness_task(yaml, {"rows": rows}, **changes)]
 
 
 def harness_items(
@@ -77,6 +77,7 @@ def harness_items(
             "item": sample["doc_id"],
             "logprobs": [float(answer[0]) for answer in sample["filtered_resps"]],
             "correct": bool(sample["acc"]),
+            "correct_norm": bool(sample["acc_norm"]) if "acc_norm" in sample else None,
         }
         for name, samples in found["samples"].items()
         for sample in samples
@@ -90,46 +91,74 @@ def assert_equal_to_the_item(
     """Every likelihood within the tolerance; every choice and verdict the same, and so the score and its error."""
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=max_positions, backend="causal")
     scores, items = tasks.evaluate(model, tokenizer, task, max_positions=max_positions, progress=False)
-    for score in scores:
-        theirs, summary = harness_items(lm, made(), score.shots, task.limit)
-        both = items[items.shots == score.shots].merge(theirs, on=["subset", "item"], validate="one_to_one")
-        assert len(both) == score.n == len(theirs)
-        expected = np.stack(both.logprobs_y)
-        np.testing.assert_allclose(np.stack(both.logprobs_x), expected, **TOL[torch.float32])
-        assert both.choice.tolist() == expected.argmax(1).tolist()
+    for shots in task.shots:
+        theirs, summary = harness_items(lm, made(), shots, task.limit)
+        own = {score.metric: score for score in scores if score.shots == shots}
+        both = items[items.shots == shots].merge(theirs, on=["subset", "item"], validate="one_to_one")
+        assert len(both) == own["acc"].n == len(theirs)
+        for ours, expected in zip(both.logprobs_x, both.logprobs_y, strict=True):  # the number of choices may vary
+            np.testing.assert_allclose(ours, expected, **TOL[torch.float32])
+        assert both.choice.tolist() == [int(np.argmax(expected)) for expected in both.logprobs_y]
         assert both.correct_x.tolist() == both.correct_y.tolist()
+        if "acc_norm" in own:
+            assert (both.choice_norm == both.gold).tolist() == both.correct_norm.tolist()
+        else:
+            assert both.choice_norm.isna().all()
         if len(summary) == 1:
             (only,) = summary.values()
-            assert score.value == pytest.approx(only["acc,none"])
-            assert score.stderr == pytest.approx(only["acc_stderr,none"])
+            assert {f"{metric},none" for metric in own} == {key for key in only if key in ("acc,none", "acc_norm,none")}
+            for metric, score in own.items():
+                assert score.value == pytest.approx(only[f"{metric},none"])
+                assert score.stderr == pytest.approx(only[f"{metric}_stderr,none"])
 
 
-def task_and_oracle(
-    name: str, mmlu: Path, winogrande: Path, **options: Any
-) -> tuple[Task, Callable[[], list[ConfigurableTask]]]:
+YAML = {
+    "winogrande": "winogrande/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+}
+MAKE = {"winogrande": tasks.Winogrande, "hellaswag": tasks.Hellaswag, "piqa": tasks.Piqa}
+NAMES = ("mmlu", *YAML)
+
+
+def task_and_oracle(name: str, data: Path, **options: Any) -> tuple[Task, Callable[[], list[ConfigurableTask]]]:
     if name == "mmlu":
-        return tasks.Mmlu("mmlu", str(mmlu), [0, 5], **options), lambda: mmlu_of_harness(mmlu)
-    return tasks.Winogrande("winogrande", str(winogrande), [0, 5], **options), lambda: winogrande_of_harness(winogrande)
+        return tasks.Mmlu("mmlu", str(data), [0, 5], **options), lambda: mmlu_of_harness(data)
+    task = MAKE.get(name, tasks.Arc)(name, str(data), [0, 5], **options)
+    return task, lambda: single_split_of_harness(YAML[name], data)
 
 
-@pytest.mark.parametrize("name", ["mmlu", "winogrande"])
+def fixture(name: str) -> Path:
+    return FIXTURES / ("mmlu" if name == "mmlu" else f"{name.split('_')[0]}.jsonl")
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("architecture", "bos"), [("llama", False), ("gpt2", True), ("mamba", True)])
 def test_fixtures_score_as_in_lm_eval(name: str, architecture: str, bos: bool) -> None:
-    task, oracle = task_and_oracle(name, FIXTURES / "mmlu", FIXTURES / "winogrande.jsonl")
+    task, oracle = task_and_oracle(name, fixture(name))
     assert_equal_to_the_item(random_model(architecture), byte_tokenizer(bos), task, oracle, 4096)
 
 
-@pytest.mark.parametrize("name", ["mmlu", "winogrande"])
+@pytest.mark.parametrize("name", ["mmlu", "winogrande", "hellaswag"])
 def test_contexts_that_do_not_fit_are_cut_as_in_lm_eval(name: str) -> None:
-    task, oracle = task_and_oracle(name, FIXTURES / "mmlu", FIXTURES / "winogrande.jsonl", truncate=True)
+    task, oracle = task_and_oracle(name, fixture(name), truncate=True)
     assert_equal_to_the_item(random_model("gpt2"), byte_tokenizer(), task, oracle, 64)
 
 
-@pytest.mark.parametrize(("name", "limit"), [("mmlu", 10), ("winogrande", 150)])
-def test_published_rows_score_as_in_lm_eval(name: str, limit: int, shared_data: Path) -> None:
-    mmlu, winogrande = shared_data / "mmlu", shared_data / "winogrande" / "winogrande_xl_validation.jsonl"
-    task, oracle = task_and_oracle(name, mmlu, winogrande, limit=limit)
-    text = winogrande.read_text(encoding="utf-8")[:200_000]
+@pytest.mark.parametrize(
+    ("name", "file", "limit"),
+    [
+        ("mmlu", "mmlu", 10),
+        ("winogrande", "winogrande/winogrande_xl_validation.jsonl", 150),
+        ("piqa", "piqa/piqa_validation.jsonl", 100),
+        ("arc_easy", "arc_easy/ARC-Easy_validation.jsonl", 100),
+    ],
+)
+def test_published_rows_score_as_in_lm_eval(name: str, file: str, limit: int, shared_data: Path) -> None:
+    task, oracle = task_and_oracle(name, shared_data / file, limit=limit)
+    text = (shared_data / "winogrande" / "winogrande_xl_validation.jsonl").read_text(encoding="utf-8")[:200_000]
     tokenizer = byte_tokenizer(texts=(text,), vocabulary=2000)
     model = random_model("llama", vocab_size=2000, max_position_embeddings=8192)
     assert_equal_to_the_item(model, tokenizer, task, oracle, 8192)

@@ -18,6 +18,7 @@ from lyapft.errors import InputError
 from lyapft.report import cells, drawing, figures
 from lyapft.report.__main__ import main
 from lyapft.report.page import render
+from lyapft.verdict import judge
 from tests import synthetic
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
@@ -34,6 +35,10 @@ class Page(HTMLParser):
         self.captions = 0
         self._open: list[str] = []
         self.feed(text)
+
+    def of(self, first: str) -> list[list[list[str]]]:
+        """The tables whose first column has this heading."""
+        return [table for table in self.tables if table[0][0] == first]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -91,7 +96,7 @@ def test_the_page_shows_every_number_of_every_record(
     matrix: tuple[Path, list[dict[str, Any]]], matrix_page: str
 ) -> None:
     made, page = matrix[1], Page(matrix_page)
-    rows = {row[0]: row for row in page.tables[0][2:]}
+    rows = {row[0]: row for row in page.of("cell")[0][2:]}
     assert len(rows) == len(made)
     for record in made:
         choices = record["choices"]
@@ -115,7 +120,7 @@ def test_signed_differences_and_flips_are_those_of_the_records(
 ) -> None:
     made, page = matrix[1], Page(matrix_page)
     pairs = [entry for record in made for entry in record["divergence"] if entry["status"] == "ok"]
-    rows = page.tables[1][2:]
+    rows = page.of("cell")[1][2:]
     assert len(rows) == len(pairs)
     by_id = {record["id"]: record for record in made}
     record = next(r for r in made if r["choices"]["precision"] == "bf16" and r["choices"]["peft"] == "lora")
@@ -221,7 +226,7 @@ def test_a_study_at_every_stage_has_a_page(unfinished: tuple[Path, list[dict[str
     folder, made = unfinished
     text = report.write(folder).read_text(encoding="utf-8")
     page = Page(text)
-    status = {row[0]: row[1] for row in page.tables[0][2:]}
+    status = {row[0]: row[1] for row in page.of("cell")[0][2:]}
     assert len(status) == len(made)
     assert status["mamba2_tiny · bf16 · lora · s0"] == "… running"
     assert status["mamba2_tiny · fp16 · lora · s0"] == "✗ nonfinite"
@@ -229,7 +234,7 @@ def test_a_study_at_every_stage_has_a_page(unfinished: tuple[Path, list[dict[str
     assert status["mamba2_tiny · tf32 · lora · s0"] == "○ interrupted"
     for message in ("made-up nonfinite", "made-up failed", "made-up interrupted"):
         assert f"RuntimeError: {message}" in text
-    orphan = next(row for row in page.tables[0] if row[0] == "mamba2_tiny · bf16 · none · s0")
+    orphan = next(row for row in page.of("cell")[0] if row[0] == "mamba2_tiny · bf16 · none · s0")
     assert "missing" in orphan
     loss = figures.loss_curves(cells.load_study(folder))
     assert loss is not None
@@ -243,7 +248,7 @@ def test_a_study_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     (tmp_path / stub["name"]).mkdir()
     records.save(tmp_path / stub["name"], stub)
     page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
-    assert page.tables[0][-1][:2] == ["mamba_tiny · bf16 · lora · s0", "… running"]
+    assert page.of("cell")[0][-1][:2] == ["mamba_tiny · bf16 · lora · s0", "… running"]
     assert page.captions == 0
     assert "… running" in report.summary_table(records.load_study(tmp_path))
 
@@ -297,7 +302,11 @@ def test_everything_from_records_is_escaped(tmp_path: Path, matrix_page: str) ->
 
 def test_the_page_is_the_same_again(tmp_path: Path) -> None:
     synthetic.study(tmp_path, synthetic.matrix()[:2], n_steps=5, n_items=4)
-    first, second = (render(cells.load_study(tmp_path), "now") for _ in range(2))
+    def page() -> str:
+        study = cells.load_study(tmp_path)
+        return render(study, judge([cell.record for cell in study.cells]), "now")
+
+    first, second = page(), page()
     assert first == second
 
 

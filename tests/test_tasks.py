@@ -39,6 +39,8 @@ from tests.tolerances import TOL
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MMLU, WINOGRANDE = str(FIXTURES / "mmlu"), str(FIXTURES / "winogrande.jsonl")
+HELLASWAG, PIQA, ARC = (str(FIXTURES / f"{name}.jsonl") for name in ("hellaswag", "piqa", "arc"))
+SINGLE_SPLIT = {tasks.Winogrande: WINOGRANDE, tasks.Hellaswag: HELLASWAG, tasks.Piqa: PIQA, tasks.Arc: ARC}
 VOCAB = 300
 SMALL = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "use_cache": False}
 ATTENTION = {"num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 4096}
@@ -321,6 +323,101 @@ def test_winogrande_fills_the_blank_and_never_shows_the_scored_row() -> None:
     assert five[0].contexts[0].startswith("Ben lent Carl his coat because Carl was freezing in the wind.\n\n")
 
 
+@pytest.mark.parametrize(
+    ("make", "context", "continuations", "gold"),
+    [
+        (
+            tasks.Hellaswag,
+            "Home and Garden: How to plant tulips. Choose the place Tulips like sun.",
+            (
+                "  Dig holes of a hand's depth.",  # the marks' spaces stay, as in lm-eval
+                " Freeze the sun for later.. Wait",
+                " Sell the garden.",
+                "  Never use soil",
+            ),
+            0,
+        ),
+        (tasks.Piqa, "Question: chair\nAnswer:", (" can be mended with a carrot", " can be mended with wood glue"), 1),
+        (
+            tasks.Arc,
+            "Question: Which force pulls an apple to the ground?\nAnswer:",
+            (" gravity", " friction", " magnetism"),
+            0,
+        ),
+    ],
+)
+def test_answers_follow_their_prompt_as_published(
+    make: type[Task], context: str, continuations: tuple[str, ...], gold: int
+) -> None:
+    asked = make("x", SINGLE_SPLIT[make], [0]).queries(0)
+    (query,) = [q for q in asked if q.contexts[0] == context]
+    assert query.contexts == (context,) * len(continuations)
+    assert (query.continuations, query.gold) == (continuations, gold)
+    assert query.lengths == tuple(len(text) - 1 for text in continuations)
+
+
+@pytest.mark.parametrize("make", SINGLE_SPLIT)
+def test_the_first_rows_are_the_shots_and_never_the_scored_one(make: type[Task]) -> None:
+    task = make("x", SINGLE_SPLIT[make], [0, 4])
+    bare, shown = task.queries(0), task.queries(4)
+    for zero, four in zip(bare, shown, strict=True):
+        heads = {four.contexts[i].removesuffix(zero.contexts[i]) for i in range(len(zero.contexts))}
+        (head,) = heads
+        solved = zero.contexts[zero.gold] + zero.continuations[zero.gold] + "\n\n"
+        assert head.count("\n\n") == 4
+        assert solved not in head
+        firsts = [q.contexts[q.gold] + q.continuations[q.gold] + "\n\n" for q in bare]
+        assert head == "".join([text for text in firsts if text != solved][:4])
+
+
+def test_arc_reads_its_authors_layout_and_number_labels(tmp_path: Path) -> None:
+    def nested(row: dict[str, Any]) -> dict[str, Any]:
+        pairs = zip(row["choices"]["text"], row["choices"]["label"], strict=True)
+        choices = [{"text": text, "label": label} for text, label in pairs]
+        return {
+            "id": row["id"],
+            "question": {"stem": row["question"], "choices": choices},
+            "answerKey": row["answerKey"],
+        }
+
+    rows = [json.loads(line) for line in Path(ARC).read_text(encoding="utf-8").splitlines()]
+    other = tmp_path / "arc.jsonl"
+    other.write_text("".join(json.dumps(nested(row)) + "\n" for row in rows), encoding="utf-8")
+    flat, theirs = tasks.Arc("arc", ARC, [0, 3]), tasks.Arc("arc", str(other), [0, 3])
+    assert flat.queries(3) == theirs.queries(3)
+    assert flat.fingerprint() == theirs.fingerprint()
+    assert sorted({len(q.continuations) for q in flat.queries(0)}) == [3, 4, 5]
+    assert [flat.queries(0)[i].gold for i in (1, 6)] == [2, 1]  # labelled 1 to 4
+
+
+def test_piqa_reads_its_authors_labels_beside_the_rows(tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(PIQA).read_text(encoding="utf-8").splitlines()]
+    bare = tmp_path / "valid.jsonl"
+    texts = [{k: v for k, v in row.items() if k != "label"} for row in rows]
+    bare.write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    labels = tmp_path / "valid-labels.lst"
+    labels.write_text("".join(f"{row['label']}\n" for row in rows), encoding="utf-8")
+    assert tasks.Piqa("p", str(bare), [2]).fingerprint() == tasks.Piqa("p", PIQA, [2]).fingerprint()
+    labels.write_text("0\n1\n", encoding="utf-8")
+    with pytest.raises(InputError, match="2 labels for 8 rows"):
+        tasks.Piqa("p", str(bare), [0]).queries(0)
+    labels.unlink()
+    with pytest.raises(InputError, match="column label is missing"):
+        tasks.Piqa("p", str(bare), [0]).queries(0)
+
+
+def test_the_normalised_choice_is_the_likeliest_per_character(tokenizer: Any) -> None:
+    task = tasks.Arc("arc", ARC, [0])
+    scores, items = tasks.evaluate(random_model("llama"), tokenizer, task, progress=False)
+    lengths = [np.array(q.lengths) for q in task.queries(0)]
+    expected = [int(np.argmax(np.array(row) / n)) for row, n in zip(items.logprobs, lengths, strict=True)]
+    assert items.choice_norm.tolist() == expected != items.choice.tolist()
+    assert [(s.metric, s.n) for s in scores] == [("acc", 8), ("acc_norm", 8)]
+    assert scores[1].value == (items.choice_norm == items.gold).mean()
+    (score, _), items = tasks.evaluate(Recorder(torch.full((VOCAB,), math.nan)), tokenizer, task, progress=False)
+    assert (score.nonfinite, set(items.choice_norm)) == (8, {-1})
+
+
 def test_skills_ask_new_and_old_rules_with_one_right_choice_each() -> None:
     task = tasks.SkillsTask("skills", shots=[0, 3], items=40)
     asked = {shots: task.queries(shots) for shots in (0, 3)}
@@ -346,9 +443,9 @@ def test_skill_queries_do_not_change_with_the_shots_or_the_limit() -> None:
     assert few.fingerprint() != many.fingerprint()
 
 
-@pytest.mark.parametrize("make", [tasks.Mmlu, tasks.Winogrande])
+@pytest.mark.parametrize("make", [tasks.Mmlu, *SINGLE_SPLIT])
 def test_the_fingerprint_is_of_content_never_of_path(make: type[Task], tmp_path: Path) -> None:
-    source, name = (Path(MMLU), "test/astronomy_test.csv") if make is tasks.Mmlu else (Path(WINOGRANDE), "")
+    source, name = (Path(MMLU), "test/astronomy_test.csv") if make is tasks.Mmlu else (Path(SINGLE_SPLIT[make]), "")
     copy = tmp_path / "elsewhere"
     for file in [source] if source.is_file() else source.rglob("*.csv"):
         target = copy / file.relative_to(source) if source.is_dir() else copy
@@ -357,7 +454,7 @@ def test_the_fingerprint_is_of_content_never_of_path(make: type[Task], tmp_path:
     before = make("x", str(source), [0, 2]).fingerprint()
     assert make("x", str(copy), [0, 2]).fingerprint() == before
     changed = copy / name if name else copy
-    changed.write_text(changed.read_text(encoding="utf-8").replace("the", "one"), encoding="utf-8")
+    changed.write_text(changed.read_text(encoding="utf-8").replace(" the ", " one "), encoding="utf-8")
     assert make("x", str(copy), [0, 2]).fingerprint() != before
 
 
@@ -367,14 +464,28 @@ def test_first_n_and_hash_are_plain_functions_of_their_input() -> None:
     assert content_hash("é", 1) == content_hash("é", 1) != content_hash("e", 1)
 
 
-@pytest.mark.parametrize(("name", "overrides"), [("skills", []), ("mmlu", [f"task.path={MMLU}"]), ("winogrande", [])])
-def test_every_choice_of_conf_makes_its_task(name: str, overrides: list[str], root: Path) -> None:
+CHOICES = {"skills": None, "mmlu": MMLU, "winogrande": WINOGRANDE, "hellaswag": HELLASWAG, "piqa": PIQA}
+CHOICES |= {"arc_easy": ARC, "arc_challenge": ARC}
+
+
+def test_every_choice_of_conf_is_tested(root: Path) -> None:
+    assert {path.stem for path in (root / "conf" / "task").glob("*.yaml")} == set(CHOICES)
+
+
+@pytest.mark.parametrize(("name", "path"), CHOICES.items())
+def test_every_choice_of_conf_makes_its_task(name: str, path: str | None, root: Path) -> None:
     config.register()
     with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-        node = compose(overrides=[f"+task={name}", *overrides]).task
+        node = compose(overrides=[f"+task={name}", *([f"task.path={path}"] if path else [])]).task
     task = instantiate(node)
-    assert (type(task).__name__.removesuffix("Task").lower(), task.name) == (name, name)
-    assert tasks.faults(OmegaConf.merge(node, {"path": WINOGRANDE if name == "winogrande" else node.path})) == []
+    assert (type(task).__name__.removesuffix("Task").lower(), task.name) == (name.split("_")[0], name)
+    assert tasks.faults(node) == []
+    if name.startswith("arc"):
+        assert task.hub() == (
+            "allenai/ai2_arc",
+            {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}[name],
+            "test",
+        )
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -437,6 +548,41 @@ def test_bad_winogrande_files_are_named(tmp_path: Path, text: str, message: str)
         task.queries(1)
 
 
+HS = '{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["x", "y"], "label": "0"}\n'
+PQ = '{"goal": "g", "sol1": "x", "sol2": "y", "label": 0}\n'
+AR = '{"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "A"}\n'
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "message"),
+    [
+        (
+            tasks.Hellaswag,
+            HS.replace('"0"', '""'),
+            "line 1: the label is '', expected one of 0, 1 .*test split has none",
+        ),
+        (tasks.Hellaswag, HS.replace('"0"', "2"), "the label is 2"),
+        (tasks.Hellaswag, HS.replace('"b"', "null"), "1 of 1 rows .*ctx_a is None"),
+        (tasks.Hellaswag, HS.replace('["x", "y"]', '["x"]'), "at least two"),
+        (tasks.Hellaswag, HS.replace('"y"', '"[step]"'), "nothing but layout marks"),
+        (tasks.Piqa, PQ.replace(": 0", ": -1"), "the label is -1, expected 0 or 1"),
+        (tasks.Piqa, PQ.replace('"y"', '" "'), "a choice is empty"),
+        (tasks.Piqa, PQ.replace('"g"', "3"), "goal is 3, expected text"),
+        (tasks.Arc, AR.replace('"answerKey": "A"', '"answerKey": "E"'), "the answerKey is 'E', expected one of A, B"),
+        (tasks.Arc, AR.replace('["A", "B"]', '["A", "A"]'), "2 choices are labelled .*one label each"),
+        (tasks.Arc, AR.replace('["A", "B"]', '["A"]'), "2 choices are labelled"),
+        (tasks.Arc, AR.replace('"q"', "null"), "the question is None"),
+        (tasks.Arc, AR.replace('"x"', "7"), "a choice is empty or no text"),
+        (tasks.Arc, AR.replace('{"text": ["x", "y"], "label": ["A", "B"]}', '"x, y"'), "the choices are None"),
+    ],
+)
+def test_bad_rows_of_the_other_tasks_are_named(tmp_path: Path, make: type[Task], text: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        make("x", str(path), [0]).queries(0)
+
+
 def test_a_few_bad_rows_are_counted_and_keep_the_others_in_place(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     lines = Path(WINOGRANDE).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -466,7 +612,7 @@ def test_a_folder_without_subjects_and_an_unknown_subject_are_refused(tmp_path: 
         tasks.Mmlu("mmlu", MMLU, [0], subjects=["alchemy"]).queries(0)
 
 
-@pytest.mark.parametrize("make", [tasks.Mmlu, tasks.Winogrande])
+@pytest.mark.parametrize("make", [tasks.Mmlu, *SINGLE_SPLIT])
 def test_a_data_set_by_name_without_a_network_says_so(make: type[Task]) -> None:
     with pytest.raises(InputError, match=r"could not be loaded by name \(the hub cannot be reached.*task\.path="):
         make("x", None, [0]).queries(0)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from lyapft.divergence import SPIKE_POINTS, is_spike
-from lyapft.records import Record
+from lyapft.records import Record, accuracies
 from lyapft.report.cells import COUNTERPARTS, COUNTERPARTS_SHORT, Study, choice, divergence_entry, read
 from lyapft.report.tables import ABSENT, NOT_APPLICABLE, Column
 
@@ -44,9 +44,7 @@ def divergence_text(record: Record, counterpart: str) -> str:
 
 def score_keys(all_records: Sequence[Record]) -> list[tuple[str, int]]:
     """Every (task, shots) that any record has, tasks in order of appearance, shots ascending."""
-    found = [
-        (str(score["task"]), int(score["shots"])) for record in all_records for score in record.get("scores") or []
-    ]
+    found = [(str(score["task"]), int(score["shots"])) for record in all_records for score in accuracies(record)]
     tasks = list(dict.fromkeys(task for task, _ in found))
     return sorted(set(found), key=lambda key: (tasks.index(key[0]), key[1]))
 
@@ -59,7 +57,7 @@ def summary_columns(all_records: Sequence[Record], names: Sequence[str]) -> list
 
     def score_column(task: str, shots: int) -> Column:
         def text(record: Record) -> str:
-            match = [s for s in record.get("scores") or [] if (s["task"], s["shots"]) == (task, shots)]
+            match = [s for s in accuracies(record) if (s["task"], s["shots"]) == (task, shots)]
             return number(match[0]["value"], ".3f") if match else ABSENT
 
         return column(task, f"{shots}-shot", text)

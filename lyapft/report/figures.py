@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lyapft.records import accuracies
 from lyapft.report.cells import COUNTERPARTS, Cell, Study, choice, divergence_entry, read
 from lyapft.report.columns import score_keys
 from lyapft.report.drawing import Figure, Panels, Style, facets_of, plain, style_key, styles, thin
@@ -175,7 +176,7 @@ class _ScorePoint:
 def _score_point(seeds: Sequence[Cell], task: str, shots: int) -> _ScorePoint | None:
     """With one seed the bar is the 95% interval over items, with several the range of the seeds."""
     found = [
-        score for cell in seeds for score in cell.record["scores"] if (score["task"], score["shots"]) == (task, shots)
+        score for cell in seeds for score in accuracies(cell.record) if (score["task"], score["shots"]) == (task, shots)
     ]
     if not found:
         return None

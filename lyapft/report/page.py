@@ -12,6 +12,8 @@ from lyapft.report import columns, figures
 from lyapft.report.cells import COUNTERPARTS, Study, choice, divergence_entry, read
 from lyapft.report.drawing import Figure
 from lyapft.report.tables import as_html
+from lyapft.report.verdict_tables import caption, text_columns
+from lyapft.verdict import Verdict
 
 CSS = """
 :root { color-scheme: light; }
@@ -19,6 +21,8 @@ body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; 
   max-width: 1320px; margin: 0 auto; padding: 24px 24px 60px; }
 h1 { font-size: 26px; margin: 0 0 2px; }
 h2 { font-size: 19px; margin: 38px 0 8px; border-top: 1px solid #ccc; padding-top: 18px; }
+h3 { font-size: 15.5px; margin: 16px 0 2px; } .verdict ul { padding-left: 20px; margin: 4px 0 10px; max-width: 1050px; }
+.verdict li { margin: 4px 0; } .verdict summary { margin: 12px 0 4px; }
 .sub { color: #555; margin: 0 0 16px; }
 ul.findings { padding-left: 20px; margin: 8px 0; } ul.findings li, ul.errors li { margin: 4px 0; }
 .scroll { overflow-x: auto; }
@@ -56,11 +60,12 @@ TERMS = {
 }
 
 
-def render(study: Study, written: str | None = None) -> str:
+def render(study: Study, verdict: Verdict, written: str | None = None) -> str:
     """The whole page.
 
     Args:
         study: what `load_study` found.
+        verdict: what `judge` made of the same records.
         written: the moment to print below the title; None is now.
     """
     written = written or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -79,9 +84,26 @@ def render(study: Study, written: str | None = None) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{CSS}</style><script>{get_plotlyjs()}</script></head><body>\n"
         f'<h1>{title}</h1><p class="sub">{html.escape(_subtitle(study))} · written {html.escape(written)}</p>\n'
-        f"{_findings(study)}\n<h2>Cells</h2>\n{table}\n{_errors(study)}\n{drawings}\n"
+        f"{_verdict(verdict)}\n<h2>Findings</h2>{_findings(study)}\n<h2>Cells</h2>\n{table}\n{_errors(study)}\n{drawings}\n"
         f"{_not_recurrent(study)}\n{_provenance(study)}\n{_terms()}\n</body></html>\n"
     )
+
+
+def _verdict(verdict: Verdict) -> str:
+    """The sentences, the recipes that they rest on, and the other tables folded away."""
+    sections = "".join(
+        f"<h3>{html.escape(section.title)}</h3><ul>"
+        + "".join(f"<li>{html.escape(line)}</li>" for line in section.lines)
+        + "</ul>"
+        for section in verdict.sections
+    )
+    shown = {name: as_html(text_columns(verdict, name), html.escape(caption(verdict, name))) for name in verdict.tables}
+    folded = "".join(
+        f"<details><summary>Table: {name}</summary>{table}</details>"
+        for name, table in shown.items()
+        if name != "recipes"
+    )
+    return f'<section class="verdict"><h2>Verdict</h2>{sections}{shown.get("recipes", "")}{folded}</section>'
 
 
 def _subtitle(study: Study) -> str:

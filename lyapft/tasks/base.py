@@ -25,11 +25,16 @@ class Query:
     continuations: tuple[str, ...]
     gold: int
     subset: str
+    lengths: tuple[int, ...] = ()  # characters of each choice, where the task reports acc_norm
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A mean over items, as a fraction 0..1, with its standard error (None for a single item)."""
+    """A mean over items, as a fraction 0..1, with its standard error (None for a single item).
+
+    `metric` is `acc`, or `acc_norm` beside it where lm-eval reports that too: the choice with the highest
+    log-likelihood per character.
+    """
 
     task: str
     shots: int

@@ -20,7 +20,19 @@ from lyapft.tasks.encoding import Pair, encode_pairs
 from lyapft.tasks.metrics import ChoiceAccuracy
 from lyapft.tasks.scoring import Autocast, log_likelihoods, progress_bar
 
-ITEM_COLUMNS = ("task", "subset", "item", "shots", "gold", "choice", "correct", "logprobs", "nll_gold", "tokens")
+ITEM_COLUMNS = (
+    "task",
+    "subset",
+    "item",
+    "shots",
+    "gold",
+    "choice",
+    "correct",
+    "logprobs",
+    "nll_gold",
+    "tokens",
+    "choice_norm",
+)
 
 
 def faults(cfg_task: DictConfig) -> list[str]:
@@ -76,7 +88,8 @@ def evaluate(
     """Accuracy of every task at every number of shots, and every item behind it.
 
     The choice is the continuation with the highest log-likelihood, the first of equals (lm-eval's `acc`); with a NaN
-    among them it is -1, which is wrong. The same inputs give the same scores; the model's mode is restored.
+    among them it is -1, which is wrong. Tasks whose queries carry `lengths` get a second score, `acc_norm`: the choice
+    with the highest log-likelihood per character. The same inputs give the same scores; the model's mode is restored.
 
     Args:
         batch_tokens: padded tokens per forward pass; None takes each task's own.
@@ -85,7 +98,8 @@ def evaluate(
         max_positions: where tasks with `truncate` cut.
     Returns:
         scores, and a frame with the columns ITEM_COLUMNS: `logprobs` are ln p per choice, `nll_gold` is -ln p of the
-        right one, `tokens` the length of the longest choice's text.
+        right one, `tokens` the length of the longest choice's text, `choice_norm` the choice of acc_norm (missing
+        where the task does not report it).
     Raises:
         InputError: a query does not fit, or its data is wrong.
     """
@@ -112,7 +126,7 @@ def evaluate(
                 rows = _items(queries, pairs, values)
                 scores += _scores(rows, trained_length, cut)
                 items += rows
-    return scores, pd.DataFrame(items, columns=list(ITEM_COLUMNS))
+    return scores, pd.DataFrame(items, columns=list(ITEM_COLUMNS)).astype({"choice_norm": "Int64"})
 
 
 def _items(queries: Sequence[Query], pairs: Sequence[Sequence[Pair]], values: Sequence[float]) -> list[dict[str, Any]]:
@@ -120,7 +134,7 @@ def _items(queries: Sequence[Query], pairs: Sequence[Sequence[Pair]], values: Se
     for query, choices in zip(queries, pairs, strict=True):
         logprobs = list(values[start : start + len(choices)])
         start += len(choices)
-        choice = -1 if np.isnan(logprobs).any() else int(np.argmax(logprobs))
+        choice = _likeliest(logprobs)
         tokens = max(len(pair.model_input()) + 1 for pair in choices)
         row = (
             query.task,
@@ -133,34 +147,45 @@ def _items(queries: Sequence[Query], pairs: Sequence[Sequence[Pair]], values: Se
             logprobs,
             -logprobs[query.gold],
             tokens,
+            _likeliest(np.divide(logprobs, query.lengths)) if query.lengths else None,
         )
         rows.append(dict(zip(ITEM_COLUMNS, row, strict=True)))
     return rows
 
 
+def _likeliest(values: Sequence[float] | np.ndarray) -> int:
+    """Index of the highest value, the first of equals; -1 with a NaN among them."""
+    return -1 if np.isnan(values).any() else int(np.argmax(values))
+
+
 def _scores(rows: Sequence[dict[str, Any]], trained_length: int | None, cut: int | None) -> list[Score]:
-    """One score per task name; rows of one task stand together and share their shots."""
+    """Scores of each task name, acc first; rows of one task stand together and share their shots."""
     scores = []
-    for name, group in groupby(rows, key=lambda row: row["task"]):
-        items, metric = list(group), ChoiceAccuracy()
-        metric.update(torch.tensor([row["choice"] for row in items]), torch.tensor([row["gold"] for row in items]))
-        found = metric.compute()
-        scores.append(
-            Score(
-                task=name,
-                shots=items[0]["shots"],
-                metric="acc",
-                value=float(found.value),
-                n=int(found.n),
-                stderr=float(found.stderr) if found.n > 1 else None,
-                truncated=sum(cut is not None and row["tokens"] - 1 > cut for row in items),
-                nonfinite=sum(row["choice"] == -1 for row in items),
-                beyond_trained_length=sum(
-                    trained_length is not None and row["tokens"] > trained_length for row in items
-                ),
-            )
-        )
+    for _, group in groupby(rows, key=lambda row: row["task"]):
+        items = list(group)
+        scores.append(_score(items, "acc", "choice", trained_length, cut))
+        if items[0]["choice_norm"] is not None:
+            scores.append(_score(items, "acc_norm", "choice_norm", trained_length, cut))
     return scores
+
+
+def _score(
+    items: Sequence[dict[str, Any]], metric: str, choice: str, trained_length: int | None, cut: int | None
+) -> Score:
+    accuracy = ChoiceAccuracy()
+    accuracy.update(torch.tensor([row[choice] for row in items]), torch.tensor([row["gold"] for row in items]))
+    found = accuracy.compute()
+    return Score(
+        task=items[0]["task"],
+        shots=items[0]["shots"],
+        metric=metric,
+        value=float(found.value),
+        n=int(found.n),
+        stderr=float(found.stderr) if found.n > 1 else None,
+        truncated=sum(cut is not None and row["tokens"] - 1 > cut for row in items),
+        nonfinite=sum(row[choice] == -1 for row in items),
+        beyond_trained_length=sum(trained_length is not None and row["tokens"] > trained_length for row in items),
+    )
 
 
 def _longest(task: Task, shots: int, tokenizer: PreTrainedTokenizerBase) -> int:

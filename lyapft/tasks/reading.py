@@ -104,7 +104,7 @@ def read_csv(path: Path, width: int) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def load_by_name(dataset: str, config: str, split: str) -> list[dict[str, Any]]:
+def load_by_name(dataset: str, config: str | None, split: str) -> list[dict[str, Any]]:
     """All rows of one split of a data set on the hub (or in the local cache of `datasets`).
 
     Raises:
@@ -119,8 +119,9 @@ def load_by_name(dataset: str, config: str, split: str) -> list[dict[str, Any]]:
             why = (
                 "" if reachable else " (the hub cannot be reached from here and the data set is not in the local cache)"
             )
+            named = ", ".join([dataset, *([f"configuration {config}"] if config else []), f"split {split}"])
             raise InputError(
-                f"data set {dataset}, configuration {config}, split {split} could not be loaded by name{why}: "
+                f"data set {named} could not be loaded by name{why}: "
                 f"{type(error).__name__}. Give local files with task.path=…, or run once with a network."
             ) from error
 

@@ -2,7 +2,7 @@
 
 Always paired: the same seed, data order, initial weights and items on both sides, so differences are taken score by
 score and item by item, never between averages of different items. Scores are fractions 0..1, divergences percentage
-points. Everything here concerns one pair; intervals and tests over seeds take the `signed_points` of many pairs.
+points. Everything here concerns one pair; `estimates` and `decisions` take the `signed_points` of many.
 """
 
 import math
@@ -10,10 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
 SPIKE_POINTS = 1.0  # percentage points: a score this far from its counterpart's is called a spike
-ITEM_KEYS = ["task", "subset", "item", "shots"]
 
 ScoreKey = tuple[str, int]  # (task, shots)
 
@@ -105,6 +102,8 @@ def _by_key(scores: Iterable[Mapping[str, Any]]) -> dict[ScoreKey, float]:
     """Score values by (task, shots), checked."""
     values: dict[ScoreKey, float] = {}
     for score in scores:
+        if score.get("metric", "acc") != "acc":  # acc_norm is shown beside it, and would count each item twice
+            continue
         key, value = (str(score["task"]), int(score["shots"])), float(score["value"])
         if key in values:
             raise ValueError(f"two scores for {key}: give one metric per task and shot count")
@@ -140,58 +139,3 @@ def against_counterparts(
             entry |= {"status": "ok"} | paired_divergence(record["scores"], counterpart["scores"]).as_record()
         entries.append(entry)
     return entries
-
-
-@dataclass(frozen=True)
-class Flips:
-    """Items, present on both sides, whose chosen answer differs.
-
-    A score can stay the same while answers change in both directions: this is far less noisy than its difference.
-    """
-
-    n: int  # items that both sides answered
-    flipped: int  # of these, chosen answer differs
-    gained: int  # wrong at the counterpart, right here
-    lost: int  # right at the counterpart, wrong here
-    unpaired: int  # items that only one side answered
-
-    @property
-    def rate(self) -> float:
-        """Share of the paired items whose chosen answer differs, 0..1."""
-        return self.flipped / self.n
-
-
-def item_flips(items: pd.DataFrame, counterpart_items: pd.DataFrame) -> Flips:
-    """Count the items whose chosen answer differs between a cell and its counterpart.
-
-    Args:
-        items, counterpart_items: tables with columns `task, subset, item, shots, choice, correct`, one row per item.
-    Raises:
-        ValueError: a column is missing, an item appears twice on one side, or no item is on both.
-    """
-    ours, theirs = _checked_items(items), _checked_items(counterpart_items)
-    both = ours.add_suffix("_cell").join(theirs.add_suffix("_counterpart"), how="inner")
-    if both.empty:
-        raise ValueError("the two item tables have no item in common")
-    right, was_right = both["correct_cell"].astype(bool), both["correct_counterpart"].astype(bool)
-    return Flips(
-        n=len(both),
-        flipped=int((both["choice_cell"] != both["choice_counterpart"]).sum()),
-        gained=int((right & ~was_right).sum()),
-        lost=int((~right & was_right).sum()),
-        unpaired=len(ours) + len(theirs) - 2 * len(both),
-    )
-
-
-def _checked_items(items: pd.DataFrame) -> pd.DataFrame:
-    """`choice` and `correct` indexed by item; every item once."""
-    missing = [column for column in [*ITEM_KEYS, "choice", "correct"] if column not in items.columns]
-    if missing:
-        raise ValueError(f"the item table lacks the columns {missing}")
-    # An absent subset is None in one table and NaN in another, and neither equals itself in an index join.
-    subset = items["subset"].astype(object).where(items["subset"].notna(), "")
-    keyed = items.assign(subset=subset).set_index(ITEM_KEYS)[["choice", "correct"]]
-    if not keyed.index.is_unique:
-        twice = keyed.index[keyed.index.duplicated()][0]
-        raise ValueError(f"item {dict(zip(ITEM_KEYS, twice, strict=True))} appears twice")
-    return keyed

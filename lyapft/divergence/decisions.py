@@ -1,0 +1,203 @@
+"""What the differences over seeds allow to say: different, equivalent within a margin, or undecided and with what n.
+
+Differences are signed: an absolute one has a positive mean even when nothing but noise differs, so a test of it against
+zero would always find something. Shape letters: `…` any number of tables at once, n seeds.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from scipy import stats
+
+from lyapft.divergence.estimates import Estimate, Values, estimate, spread
+
+Outcome = Literal["equivalent", "better", "worse", "undecided"]
+MARGIN_POINTS = 1.0  # percentage points: differences inside ± this are called equivalent
+ALPHA = 0.05
+POWER = 0.8
+MOST_SEEDS = 10_000  # beyond this a study is not planned
+
+
+def p_different(values: Values, resolution: float = 0.0) -> np.ndarray[Any, Any]:
+    """Two-sided p of the paired t test that the mean difference is 0, over the last axis."""
+    return np.minimum(1.0, 2 * np.minimum(_p_above(values, 0.0, resolution), _p_below(values, 0.0, resolution)))
+
+
+def p_equivalent(values: Values, margin: float, resolution: float = 0.0) -> np.ndarray[Any, Any]:
+    """p of two one-sided t tests (TOST) that the mean difference lies inside ± margin.
+
+    Source: Schuirmann 1987; the larger of the two one-sided p.
+    """
+    return np.maximum(_p_above(values, -margin, resolution), _p_below(values, margin, resolution))
+
+
+def p_outside(values: Values, margin: float, resolution: float = 0.0) -> np.ndarray[Any, Any]:
+    """Two-sided p of the t test that the mean difference lies outside ± margin."""
+    return np.minimum(1.0, 2 * np.minimum(_p_above(values, margin, resolution), _p_below(values, -margin, resolution)))
+
+
+def _p_above(values: Values, bound: float, resolution: float) -> np.ndarray[Any, Any]:
+    t, n = _t(values, bound, resolution)
+    return np.asarray(stats.t.sf(t, n - 1))
+
+
+def _p_below(values: Values, bound: float, resolution: float) -> np.ndarray[Any, Any]:
+    t, n = _t(values, bound, resolution)
+    return np.asarray(stats.t.cdf(t, n - 1))
+
+
+def _t(values: Values, bound: float, resolution: float) -> tuple[np.ndarray[Any, Any], int]:
+    """t statistic against a bound; NaN for one seed, and where the spread is 0 (it then says nothing)."""
+    values_n = np.asarray(values, float)
+    n, sd = values_n.shape[-1], spread(values_n, resolution)
+    return (values_n.mean(axis=-1) - bound) * math.sqrt(n) / np.where(sd > 0, sd, math.nan), n
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: rejecting where it is ≤ α keeps the chance of any false rejection ≤ α.
+
+    NaN (no test was possible) stays NaN and counts as a member of the family.
+
+    Source: Holm 1979.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    p = np.asarray(p_values, float)
+    order = np.argsort(np.where(np.isnan(p), np.inf, p), kind="stable")
+    factors = np.arange(len(p), 0, -1)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(np.nan_to_num(p[order], nan=1.0) * factors))
+    return [float(a) if not np.isnan(raw) else math.nan for a, raw in zip(adjusted, p, strict=True)]
+
+
+@dataclass(frozen=True)
+class RankTest:
+    """Exact two-sided signed-rank test; `smallest_p` is the least that this many non-zero differences can give."""
+
+    p: float
+    smallest_p: float
+    n: int  # differences that are not 0
+
+
+def rank_test(values: Values, resamples: int = 9999) -> RankTest:
+    """Wilcoxon's signed-rank test, exact with ties too (by all sign changes; sampled where there are over 9,999).
+
+    Source: Wilcoxon 1945; zero differences are left out, tied ones share their mean rank.
+
+    >>> rank_test([0.1, 0.2, 0.3])
+    RankTest(p=0.25, smallest_p=0.25, n=3)
+    """
+    kept = np.asarray(values, float)
+    kept = kept[kept != 0]
+    if kept.size == 0:
+        return RankTest(1.0, 1.0, 0)
+    ranks = np.sign(kept) * stats.rankdata(np.abs(kept))
+    if kept.size == 1:
+        return RankTest(1.0, 1.0, 1)
+    found = stats.permutation_test(
+        (ranks,),
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples,
+        rng=np.random.default_rng(0),
+    )
+    return RankTest(float(found.pvalue), 2.0 / 2**kept.size, int(kept.size))
+
+
+def power_equivalent(n: int, mean: float, sd: float, margin: float, alpha: float = ALPHA) -> float:
+    """Chance that TOST at level α finds n seeds equivalent, from the non-central t distribution.
+
+    Source: Phillips 1990 (the usual approximation, which neglects that the two statistics share their spread).
+    """
+    critical, scale = stats.t.ppf(1 - alpha, n - 1), math.sqrt(n) / sd
+    above = stats.nct.sf(critical, n - 1, (mean + margin) * scale)
+    below = stats.nct.cdf(-critical, n - 1, (mean - margin) * scale)
+    return max(0.0, float(above + below - 1.0))
+
+
+def power_outside(n: int, mean: float, sd: float, margin: float, alpha: float = ALPHA) -> float:
+    """Chance that n seeds show a mean beyond ± margin, by the two-sided test at level α."""
+    return float(stats.nct.sf(stats.t.ppf(1 - alpha / 2, n - 1), n - 1, (abs(mean) - margin) * math.sqrt(n) / sd))
+
+
+def seeds_to_decide(
+    mean: float, sd: float, margin: float = MARGIN_POINTS, alpha: float = ALPHA, power: float = POWER
+) -> int | None:
+    """Seeds with which a study would decide with the given power, if mean and spread stay what they are.
+
+    Inside the margin it would find equivalence, outside it a difference; None where 10,000 seeds would not do.
+
+    >>> seeds_to_decide(mean=0.2, sd=1.0)
+    12
+    """
+    if not (math.isfinite(mean) and math.isfinite(sd) and sd > 0):
+        return None
+    chance = power_equivalent if abs(mean) < margin else power_outside
+    low, high = 1, 2
+    while chance(high, mean, sd, margin, alpha) < power:
+        low, high = high, 2 * high
+        if low >= MOST_SEEDS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if chance(middle, mean, sd, margin, alpha) >= power else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Signed differences over seeds, tested; p values are adjusted for the table that the comparison stands in."""
+
+    estimate: Estimate
+    sd: float
+    margin: float
+    p_different: float
+    p_equivalent: float
+    p_outside: float
+    rank: RankTest
+    family: int = 1  # comparisons that share the error rate
+
+    def outcome(self, alpha: float = ALPHA) -> Outcome:
+        """What the differences allow to say; NaN p values decide nothing."""
+        if self.p_equivalent <= alpha:
+            return "equivalent"
+        if self.p_outside <= alpha:
+            return "better" if self.estimate.mean > 0 else "worse"
+        return "undecided"
+
+    def seeds_needed(self, alpha: float = ALPHA, power: float = POWER) -> int | None:
+        """Seeds that would decide, at the level that Holm leaves the least favoured of the family."""
+        return seeds_to_decide(self.estimate.mean, self.sd, self.margin, alpha / self.family, power)
+
+
+def compare(values: Values, margin: float = MARGIN_POINTS, resolution: float = 0.0) -> Comparison:
+    """Estimate and tests of the signed differences of one comparison, one value per seed.
+
+    Args:
+        values: cell minus counterpart, percentage points.
+        margin: points; inside ± this a difference does not matter.
+        resolution: what one changed answer moves a value, in points: the least spread that is believed.
+    """
+    return Comparison(
+        estimate(values, resolution),
+        float(spread(values, resolution)),
+        margin,
+        float(p_different(values, resolution)),
+        float(p_equivalent(values, margin, resolution)),
+        float(p_outside(values, margin, resolution)),
+        rank_test(values),
+    )
+
+
+def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons of one table with every p adjusted by Holm over the table."""
+    columns = [holm([getattr(c, name) for c in comparisons]) for name in ("p_different", "p_equivalent", "p_outside")]
+    return [
+        replace(c, p_different=different, p_equivalent=equivalent, p_outside=outside, family=len(comparisons))
+        for c, different, equivalent, outside in zip(comparisons, *columns, strict=True)
+    ]

@@ -1,0 +1,98 @@
+"""The verdict as files: Markdown to read, CSV and Parquet to compute with, LaTeX to print."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lyapft import records
+from lyapft.report.tables import Column
+from lyapft.report.verdict_tables import caption, text_columns
+from lyapft.verdict import Verdict
+
+MARKDOWN, TABLES = "verdict.md", "tables"
+
+
+def write(folder: Path, verdict: Verdict) -> list[Path]:
+    """Write `verdict.md` and, in `tables/`, every table as CSV, Parquet and LaTeX; returns the files.
+
+    CSV and Parquet hold one number per column in full precision; Markdown and LaTeX the text of the page.
+    """
+    written = [_write_text(folder / MARKDOWN, as_markdown(verdict))]
+    for name, table in verdict.tables.items():
+        home = folder / TABLES / name
+        parts: list[tuple[str, Callable[[Path], object]]] = [
+            (".csv", lambda path, table=table: table.to_csv(path, index=False)),  # type: ignore[misc]
+            (".parquet", lambda path, table=table: table.to_parquet(path, index=False)),  # type: ignore[misc]
+        ]
+        for suffix, save in parts:
+            records.write_atomically(home.with_suffix(suffix), lambda path, save=save: _discard(save(path)))  # type: ignore[misc]
+            written.append(home.with_suffix(suffix))
+        text = as_latex(text_columns(verdict, name), caption(verdict, name), name)
+        written.append(_write_text(home.with_suffix(".tex"), text))
+    return written
+
+
+def _discard(_: object) -> None:
+    return None
+
+
+def _write_text(path: Path, text: str) -> Path:
+    records.write_atomically(path, lambda temporary: _discard(temporary.write_text(text, encoding="utf-8")))
+    return path
+
+
+def as_markdown(verdict: Verdict) -> str:
+    """The sentences, then every table."""
+    parts = [f"# Verdict on the study {verdict.study}"]
+    for section in verdict.sections:
+        parts += [f"## {section.title}", "\n".join(f"- {_escaped(line)}" for line in section.lines)]
+    for name in verdict.tables:
+        parts += [f"## Table: {name}", caption(verdict, name), _markdown_table(text_columns(verdict, name))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(columns: Sequence[Column]) -> str:
+    heads = [f"{column.group}: {column.title}" if column.group else column.title for column in columns]
+    rules = ["---:" if column.numeric else "---" for column in columns]
+    rows = [[column.cells[i] for column in columns] for i in range(len(columns[0].cells))]
+    return "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in (heads, rules, *rows))
+
+
+def _escaped(text: str) -> str:
+    """Text in which Markdown sees neither table rules nor tags."""
+    flat = " ".join(text.split())
+    return flat.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX |= {char: f"\\{char}" for char in "&%$#_{}"}
+LATEX |= {"−": "$-$", "×": r"$\times$", "±": r"$\pm$", "·": r"$\cdot$", "Δ": r"$\Delta$", "α": r"$\alpha$"}
+LATEX |= {"–": "--", "≤": r"$\le$", "≥": r"$\ge$", "<": "$<$", ">": "$>$", "|": "$|$"}
+
+
+def as_latex(columns: Sequence[Column], text: str, label: str) -> str:
+    """A table for `\\usepackage{booktabs}`; any LaTeX engine, no packages for letters."""
+    rows = [[column.cells[i] for column in columns] for i in range(len(columns[0].cells))]
+    heads = [f"{column.group}: {column.title}" if column.group else column.title for column in columns]
+    lines = [" & ".join(map(_latex, row)) + r" \\" for row in (heads, *rows)]
+    align = "".join("r" if column.numeric else "l" for column in columns)
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering\small",
+            rf"\caption{{{_latex(text)}}}",
+            rf"\label{{tab:{label}}}",
+            rf"\begin{{tabular}}{{{align}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(char, char) for char in " ".join(text.split()))

@@ -1,0 +1,158 @@
+"""The verdict's tables as columns of text: a number and its interval side by side, headings in words."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from lyapft.report.columns import number
+from lyapft.report.tables import ABSENT, Column
+from lyapft.verdict import Verdict
+
+Cells = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How one column of text is made from a row of numbers."""
+
+    title: str
+    text: Callable[[Cells], str]
+    group: str = ""
+    numeric: bool = True
+
+
+def _plain(name: str, title: str) -> Spec:
+    return Spec(title, lambda row: ABSENT if pd.isna(row[name]) else str(row[name]), numeric=False)
+
+
+def _number(name: str, title: str, form: str, group: str = "") -> Spec:
+    return Spec(title, lambda row: _form(row[name], form), group)
+
+
+def _with_interval(name: str, title: str, form: str, group: str = "", scale: float = 1.0) -> Spec:
+    def text(row: Cells) -> str:
+        mean, low, high = (_form(row[key], form, scale) for key in (name, f"{name}_low", f"{name}_high"))
+        return mean if low == ABSENT else f"{mean} [{low}, {high}]"
+
+    return Spec(title, text, group)
+
+
+def _form(value: Any, form: str, scale: float = 1.0) -> str:
+    if value is None or pd.isna(value):
+        return ABSENT
+    if form == "d":
+        return number(int(value), form)
+    text = number(float(value) * scale, form)
+    return text if text.strip("+−0.") else text.lstrip("+−")  # zero has no sign
+
+
+def _p(name: str, title: str, group: str = "") -> Spec:
+    def text(row: Cells) -> str:
+        value = row[name]
+        return ABSENT if value is None or math.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+    return Spec(title, text, group)
+
+
+def _rank(row: Cells) -> str:
+    return f"{row['p_rank']:.3f} ({row['smallest_p_rank']:.3f})"
+
+
+DIFFERENCE = (
+    _number("score", "recipe", ".3f", "score"),
+    _number("counterpart_score", "counterpart", ".3f", "score"),
+    _with_interval("difference_points", "difference [95%]", "+.2f", "signed points"),
+    _plain("outcome", "outcome"),
+    _p("p_equivalent", "equivalent", "p, Holm"),
+    _p("p_different", "different", "p, Holm"),
+)
+NAMES = (_plain("model", "model"), _plain("recipe", "recipe"))
+RECIPE = (
+    *NAMES,
+    _number("seeds", "seeds", "d"),
+    *DIFFERENCE,
+    _number("seeds_to_decide", "seeds to decide", "d"),
+    _with_interval("speed_ratio", "× tokens/s", ".2f", "cost"),
+    _with_interval("memory_ratio", "× memory/token", ".2f", "cost"),
+    _with_interval("cost", "× both", ".2f", "cost"),
+    _with_interval("mean_abs_points", "mean |Δ| [95%]", ".2f", "size, points"),
+    _number("floor_replicate_points", "same again", ".2f", "floor, points"),
+    _number("floor_threads_points", "threads", ".2f", "floor, points"),
+    _number("floor_seeds_points", "seeds", ".2f", "floor, points"),
+    Spec("spikes", lambda row: f"{row['spikes']} of {row['scores']}"),
+    Spec("p of ranks (least possible)", _rank),
+    _with_interval("flip_rate", "flipped, %", ".1f", "answers", 100.0),
+    _with_interval("kl_nats", "KL, nats", ".4f", "answers"),
+    _with_interval("nll_gold_nats", "ΔNLL, nats", "+.4f", "answers"),
+)
+SPECS: dict[str, tuple[Spec, ...]] = {
+    "recipes": RECIPE,
+    "formats": RECIPE,
+    "scores": (
+        *NAMES,
+        _plain("task", "task"),
+        _number("shots", "shots", "d"),
+        _number("seeds", "seeds", "d"),
+        *DIFFERENCE,
+        _number("items", "items", "d"),
+        _number("beyond_trained_length", "beyond trained length", "d"),
+    ),
+    "architectures": (
+        _plain("model", "model"),
+        _plain("twin", "twin"),
+        _plain("recipe", "recipe"),
+        _plain("counterpart", "against"),
+        _number("seeds", "seeds", "d"),
+        _with_interval("mean_abs_points", "model [95%]", ".2f", "mean |Δ|, points"),
+        _with_interval("twin_mean_abs_points", "twin [95%]", ".2f", "mean |Δ|, points"),
+        _with_interval("difference_points", "difference [95%]", "+.2f", "mean |Δ|, points"),
+        _p("p_different", "p, Holm"),
+    ),
+    "learning": (
+        *NAMES,
+        _plain("task", "task"),
+        _number("seeds", "seeds", "d"),
+        _with_interval("gain", "gain of the 0-shot score [95%]", ".2f"),
+        _plain("twin", "twin"),
+        _with_interval("relative_to_twin", "% of the twin's [95%]", ".0f", scale=100.0),
+    ),
+    "floors": (
+        _plain("model", "model"),
+        _plain("floor", "runs that differ in"),
+        _number("pairs", "pairs", "d"),
+        _number("mean_abs_points", "mean |Δ|, points", ".2f"),
+        _number("largest_points", "largest", ".2f"),
+    ),
+    "missing": (*NAMES, _number("seed", "seed", "d"), _plain("why", "why"), _plain("error", "error")),
+}
+CAPTIONS = {
+    "recipes": "Each recipe against full-precision fine-tuning of all weights, seed by seed. Signed differences are "
+    "tested, p adjusted by Holm over the table; sizes stand beside their noise floors. Equivalent: in the margin by "
+    "two one-sided tests.",
+    "formats": "Each recipe against full precision with the same peft: what the number format alone did.",
+    "scores": "Every score beside its counterpart's: means over seeds, differences in points.",
+    "architectures": "Mean absolute divergence of models with a recurrent state beside the Transformer of their size.",
+    "learning": "In-context learning gain: mean over shots of (score − 0-shot score) / 0-shot score.",
+    "floors": "How far runs lie apart that differ in nothing that should matter.",
+    "missing": "Runs that the tables lack.",
+}
+
+
+def text_columns(verdict: Verdict, name: str) -> list[Column]:
+    """One of the verdict's tables as columns of text; columns that are empty throughout are left out."""
+    rows = verdict.tables[name].to_dict("records")
+    made = [Column(spec.group, spec.title, [spec.text(row) for row in rows], spec.numeric) for spec in SPECS[name]]
+    return [column for column in made if any(cell not in (ABSENT, "") for cell in column.cells)]
+
+
+def caption(verdict: Verdict, name: str) -> str:
+    """What a table shows."""
+    text = CAPTIONS[name]
+    return (
+        f"{text} Margin ±{verdict.settings.margin:g} points, α = {verdict.settings.alpha:g}."
+        if name == "recipes"
+        else text
+    )

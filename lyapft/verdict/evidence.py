@@ -1,0 +1,215 @@
+"""Records sorted into recipes: which runs are seeds of one thing, which are reruns, which failed."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from lyapft.divergence import ALPHA, MARGIN_POINTS, POWER, SPIKE_POINTS
+from lyapft.errors import InputError
+from lyapft.records import Record, accuracies
+
+PAPER, PRECISION_ONLY = "paper", "precision_only"
+BROKE_DOWN = ("nonfinite", "loss_scale_underflow")  # the recipe's own doing: a result, not an accident
+NOT_THE_RECIPE = ("seed", "replicate", "runs_as.threads")  # what may differ between runs of one recipe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the reader decides: how much difference matters, at what risk, and what is paid for."""
+
+    margin: float = MARGIN_POINTS  # percentage points: differences inside ± this do not matter
+    alpha: float = ALPHA
+    power: float = POWER  # of the study that an undecided recipe would need
+    spike: float = SPIKE_POINTS  # percentage points: a single score further off is called a spike
+    speed_weight: float = 1.0  # how much time counts in the cost
+    memory_weight: float = 1.0  # how much memory counts in the cost
+
+    def __post_init__(self) -> None:
+        if self.margin <= 0 or not 0 < self.alpha < 0.5 or not 0 < self.power < 1:
+            raise InputError(f"margin > 0, 0 < alpha < 0.5 and 0 < power < 1 are needed, given {self}")
+        if min(self.speed_weight, self.memory_weight) < 0 or self.speed_weight + self.memory_weight == 0:
+            raise InputError(f"cost weights must not be negative, nor both 0, given {self}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to fine-tune one model on one data set: everything but the seed.
+
+    `runs` are its finished runs, one per seed; `reruns` the same again (another replicate or thread count); `failed`
+    the others.
+    """
+
+    model: str
+    data: str
+    task: str
+    precision: str
+    peft: str
+    label: str
+    runs: tuple[Record, ...]
+    reruns: tuple[Record, ...] = ()
+    failed: tuple[Record, ...] = ()
+
+    @property
+    def setting(self) -> tuple[str, str, str]:
+        """What recipes must share to be compared: model, data and task."""
+        return self.model, self.data, self.task
+
+    @property
+    def name(self) -> str:
+        """Model and recipe, as sentences name it."""
+        return f"{self.model} · {self.label}"
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the finished runs."""
+        return tuple(seed_of(run) for run in self.runs)
+
+    def broke_down(self) -> tuple[Record, ...]:
+        """Runs whose training ended in numbers that are not finite."""
+        return tuple(run for run in self.failed if run["status"] in BROKE_DOWN)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All recipes of a study, its records by identity, and the answers of those whose items are at hand."""
+
+    study: str
+    recipes: tuple[Recipe, ...]
+    by_id: Mapping[str, Record]
+    items: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run beside its counterpart: signed differences in points by (task, shots)."""
+
+    run: Record
+    counterpart: Record
+    signed: Mapping[tuple[str, int], float]
+
+    @property
+    def seed(self) -> int:
+        """Seed of both."""
+        return seed_of(self.run)
+
+    @property
+    def mean_signed(self) -> float:
+        """Mean difference over tasks and shots."""
+        return sum(self.signed.values()) / len(self.signed)
+
+    @property
+    def mean_abs(self) -> float:
+        """Mean size of the difference over tasks and shots: the paper's mean full-precision divergence."""
+        return sum(map(abs, self.signed.values())) / len(self.signed)
+
+
+def gather(records: Sequence[Record], items: Mapping[str, pd.DataFrame] | None = None) -> Evidence:
+    """Sort the records of one study into recipes, in the order in which they are given."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault((*_choices(record), _science(record)), []).append(record)
+    names = _labels(groups)
+    recipes = [_recipe(key, name, runs) for (key, runs), name in zip(groups.items(), names, strict=True)]
+    study = next((str(record["study"]) for record in records if record.get("study")), "")
+    return Evidence(study, tuple(recipes), {str(record["id"]): record for record in records}, items or {})
+
+
+def pairs(evidence: Evidence, recipe: Recipe, counterpart: str) -> list[Pair]:
+    """The recipe's runs with their counterparts, by seed; those that have none are left out (see `missing`)."""
+    found = []
+    for run in recipe.runs:
+        entry = divergence_entry(run, counterpart)
+        other = evidence.by_id.get(str(entry.get("reference_id"))) if entry else None
+        if entry and entry.get("status") == "ok" and other is not None and entry["per_score"]:
+            signed = {(str(s["task"]), int(s["shots"])): float(s["signed_points"]) for s in entry["per_score"]}
+            found.append(Pair(run, other, signed))
+    return sorted(found, key=lambda pair: pair.seed)
+
+
+def divergence_entry(record: Record, counterpart: str) -> dict[str, Any] | None:
+    """The record's divergence from one kind of counterpart, if it has any entry for it."""
+    return next((e for e in record.get("divergence") or [] if e.get("counterpart") == counterpart), None)
+
+
+def is_own_counterpart(recipe: Recipe) -> bool:
+    """Whether the recipe is full precision with every weight trained: what the others are measured against."""
+    return any((divergence_entry(run, PAPER) or {}).get("status") == "self" for run in recipe.runs)
+
+
+def resolution(pair: Pair) -> float:
+    """Points by which one changed answer moves the mean over tasks and shots; the largest, where scores differ in n."""
+    return 100.0 / (min(items_of(pair.run).values()) * len(pair.signed))
+
+
+def items_of(record: Record) -> dict[tuple[str, int], int]:
+    """Number of items behind each score."""
+    return {(str(s["task"]), int(s["shots"])): int(s["n"]) for s in accuracies(record)}
+
+
+def values_of(record: Record) -> dict[tuple[str, int], float]:
+    """Each score, as a fraction."""
+    return {(str(s["task"]), int(s["shots"])): float(s["value"]) for s in accuracies(record)}
+
+
+def _choices(record: Record) -> tuple[str, ...]:
+    chosen = record.get("choices") or {}
+    return tuple(str(chosen.get(group, "?")) for group in ("model", "data", "task", "precision", "peft"))
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, default=str)
+    return flat
+
+
+def _science(record: Record) -> frozenset[tuple[str, str]]:
+    """The config of a run without what may differ between runs of one recipe."""
+    return frozenset((k, v) for k, v in _flat(record.get("config") or {}).items() if k not in NOT_THE_RECIPE)
+
+
+def _labels(groups: Mapping[tuple[Any, ...], Any]) -> list[str]:
+    """Precision and peft, and the settings that tell recipes apart which share both."""
+    names = []
+    for key in groups:
+        alike = [dict(other[-1]) for other in groups if other[:-1] == key[:-1]]
+        varying = sorted(k for k in {k for one in alike for k in one} if len({one.get(k) for one in alike}) > 1)
+        own = dict(key[-1])
+        names.append(" · ".join([key[3], key[4], *(f"{k}={own[k]}" for k in varying if k in own)]))
+    return names
+
+
+def _recipe(key: tuple[Any, ...], label: str, records: Sequence[Record]) -> Recipe:
+    finished = [record for record in records if record["status"] == "ok"]
+    # The usual thread count stands for the recipe, the others measure the floor.
+    counts = Counter(threads(record) for record in finished if not record.get("replicate"))
+    usual = max(counts, key=lambda count: counts[count], default=None)
+    runs: dict[int, Record] = {}
+    reruns = []
+    for record in finished:
+        if record.get("replicate") or threads(record) != usual or seed_of(record) in runs:
+            reruns.append(record)
+        else:
+            runs[seed_of(record)] = record
+    failed = tuple(record for record in records if record["status"] != "ok")
+    ordered = tuple(runs[seed] for seed in sorted(runs))
+    model, data, task, precision, peft = key[:5]
+    return Recipe(model, data, task, precision, peft, label, ordered, tuple(reruns), failed)
+
+
+def seed_of(record: Record) -> int:
+    """Seed of a run; 0 where a record is so incomplete that it has none."""
+    return int(record.get("seed") or 0)
+
+
+def threads(record: Record) -> int | None:
+    """CPU threads that the run had."""
+    count = (record.get("environment") or {}).get("threads")
+    return None if count is None else int(count)

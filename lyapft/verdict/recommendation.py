@@ -1,0 +1,49 @@
+"""Which recipe to use: the cheapest that is shown to be equivalent, and what stays open."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lyapft.verdict.evidence import Settings
+from lyapft.verdict.recipes import Row
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Of one model, data set and task.
+
+    `chosen` is the cheapest recipe that is shown to be equivalent and to cost less than its counterpart, or None.
+    `open` are undecided ones that may be cheaper still, cheapest first. `unsound` are equivalent on the seeds that
+    finished, but broke down on others; `dear` are equivalent, but not shown to cost less.
+    """
+
+    setting: tuple[str, str, str]
+    chosen: Row | None
+    open: tuple[Row, ...]
+    unsound: tuple[Row, ...]
+    dear: tuple[Row, ...]
+
+
+def recommend(found: Sequence[Row], settings: Settings) -> list[Recommendation]:
+    """A recommendation for every model, data set and task, from the rows against the paper's counterpart."""
+    made = []
+    for setting in dict.fromkeys(row.recipe.setting for row in found):
+        own = sorted((row for row in found if row.recipe.setting == setting), key=_cost)
+        equivalent = [row for row in own if row.outcome(settings) == "equivalent"]
+        sound = [row for row in equivalent if not row.recipe.broke_down()]
+        chosen = next((row for row in sound if row.cheaper), None)
+        bound = _cost(chosen) if chosen else 1.0
+        made.append(
+            Recommendation(
+                setting,
+                chosen,
+                open=tuple(row for row in own if row.outcome(settings) == "undecided" and _cost(row) < bound),
+                unsound=tuple(row for row in equivalent if row.recipe.broke_down()),
+                dear=tuple(row for row in sound if not row.cheaper),
+            )
+        )
+    return made
+
+
+def _cost(row: Row) -> float:
+    return math.inf if math.isnan(row.cost.index.mean) else row.cost.index.mean

@@ -1,0 +1,246 @@
+"""The verdict in plain sentences: each number with its n, nothing said that the tables do not show."""
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+from lyapft.divergence import is_spike
+from lyapft.verdict.architectures import Contrast, Gain
+from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, Evidence, Recipe, Settings, items_of
+from lyapft.verdict.floors import KINDS, Floor
+from lyapft.verdict.gaps import Gap
+from lyapft.verdict.recipes import Cost, Row, ScoreRow, shares
+from lyapft.verdict.recommendation import Recommendation
+from lyapft.verdict.words import difference, interval, joined, margin, needed, p_value, ratio, seeds, signed, size
+
+REFERENCE = "full-precision fine-tuning of all weights"
+AGAINST = {PAPER: REFERENCE, PRECISION_ONLY: "full precision with the same peft"}
+MOST_LISTED = 3
+
+
+def recommendations(found: Sequence[Recommendation], settings: Settings) -> list[str]:
+    """Which recipe to use for each model, what it saves, and what stays open."""
+    lines = []
+    for one in found:
+        lines.append(_recommended(one, settings) if one.chosen else _not_recommended(one, settings))
+        lines += [_open(row, settings) for row in one.open[:MOST_LISTED]]
+        if more := one.open[MOST_LISTED:]:
+            lines.append(f"Undecided too: {joined([row.recipe.name for row in more])}.")
+        lines += [
+            f"{row.recipe.name} is not recommended: equivalent on the seeds that finished, but training broke down on "
+            f"{len(row.recipe.broke_down())} of {len(row.recipe.broke_down()) + len(row.recipe.runs)}."
+            for row in one.unsound
+        ]
+    return lines or [f"No recipe has a counterpart to be compared with ({REFERENCE}): nothing can be recommended."]
+
+
+def _where(one: Recommendation) -> str:
+    model, data, task = one.setting
+    return f"{model} on {data}, scored on {task}" if data != task else f"{model} on {data}"
+
+
+def _recommended(one: Recommendation, settings: Settings) -> str:
+    row = one.chosen
+    assert row is not None
+    family = row.comparison.family
+    return (
+        f"{_where(one)}: use {row.recipe.label}, the cheapest recipe that is equivalent to {REFERENCE} within "
+        f"{margin(settings)}: {difference(row.comparison)}; TOST {p_value(row.comparison.p_equivalent)}"
+        f"{f', adjusted for {family} recipes' if family > 1 else ''}; score {row.score:.3f} against "
+        f"{row.counterpart_score:.3f}. {_savings(row.cost)}"
+    )
+
+
+def _savings(cost: Cost) -> str:
+    """What a recipe saves, in time and memory."""
+    parts = ["its speed was not measured", "its memory was not measured"]
+    if cost.speed.n:
+        parts[0] = f"it trains {ratio(cost.speed.mean)} the tokens/s ({interval(cost.speed, '.2f')})"
+    if cost.memory.n:
+        less = round(100 * (1 - cost.memory.mean))
+        amount = "as much memory" if less == 0 else f"{abs(less)}% {'less' if less > 0 else 'more'} memory"
+        parts[1] = f"needs {amount} per token"
+    note = " Half precision was emulated: this is not the speed of hardware that has it." if cost.emulated else ""
+    text = " and ".join(parts)
+    return f"{text[0].upper()}{text[1:]}.{note}"
+
+
+def _not_recommended(one: Recommendation, settings: Settings) -> str:
+    where = _where(one)
+    if one.dear:
+        names = joined([row.recipe.label for row in one.dear])
+        return (
+            f"{where}: stay with {REFERENCE}. Equivalent to it within {margin(settings)}, but not shown to cost less: "
+            f"{names}."
+        )
+    if one.open:
+        return f"{where}: undecided. No recipe is shown to be equivalent to {REFERENCE} within {margin(settings)}."
+    return f"{where}: stay with {REFERENCE}. No cheaper recipe is equivalent to it within {margin(settings)}."
+
+
+def _open(row: Row, settings: Settings) -> str:
+    return (
+        f"Undecided: {row.recipe.name}, at {ratio(row.cost.index.mean)} the cost, {difference(row.comparison)}; "
+        f"{needed(row.comparison, settings)}."
+    )
+
+
+def failures(evidence: Evidence, found: Sequence[Row], scores: Sequence[ScoreRow], settings: Settings) -> list[str]:
+    """Recipes and single scores that lie outside the margin, whose doing it is, and trainings that broke down."""
+    lines = [_failure(evidence, row, settings) for row in found if row.outcome(settings) in ("worse", "better")]
+    lines += [_outside(row, own, settings) for row, own in _scores_outside(scores, settings)]
+    if not lines and found:
+        undecided = sum(row.outcome(settings) == "undecided" for row in found)
+        open_ones = f"; {undecided} of {len(found)} are undecided, which does not mean that they agree" * bool(
+            undecided
+        )
+        lines.append(f"No recipe is shown to lie outside {margin(settings)}{open_ones}.")
+    for recipe in evidence.recipes:
+        if broken := recipe.broke_down():
+            kinds = joined(sorted({str(run["status"]) for run in broken}))
+            total = len(recipe.runs) + len(recipe.failed)
+            lines.append(f"{recipe.name}: training broke down on {len(broken)} of {total} seeds ({kinds}).")
+    spikes, total = sum(row.spikes for row in found), sum(row.scores for row in found)
+    return [*lines, _spikes(found, spikes, total, settings)] if total else lines
+
+
+def _failure(evidence: Evidence, row: Row, settings: Settings) -> str:
+    return (
+        f"{row.recipe.name} is {row.outcome(settings)} than {REFERENCE} by more than {settings.margin:g} "
+        f"point{'s' * (settings.margin != 1)}: {difference(row.comparison)}, {p_value(row.comparison.p_outside)}; "
+        f"score {row.score:.3f} against {row.counterpart_score:.3f}.{_blame(evidence, row.recipe)}"
+    )
+
+
+def _spikes(found: Sequence[Row], spikes: int, total: int, settings: Settings) -> str:
+    fewest = min(n for row in found for pair in row.pairs for n in items_of(pair.run).values())
+    grain = 100.0 / fewest
+    note = f"; one answer is worth {grain:.2f} points there, so few answers make one" if is_spike(grain, 0.2) else ""
+    return (
+        f"Spikes: {spikes} of {total} single scores lie over {settings.spike:g} point from their counterpart's{note}."
+    )
+
+
+def _blame(evidence: Evidence, recipe: Recipe) -> str:
+    """Peft or number format: the two parts add up to the whole."""
+    parts = shares(evidence, recipe)
+    if parts is None or recipe.precision == "fp32":
+        return ""
+    peft, form = parts
+    if recipe.peft == "none":
+        return " All of it is the number format's: every weight trains in both."
+    ours = (
+        f"{signed(peft.mean)} is the peft's ({recipe.peft}) and {signed(form.mean)} the format's ({recipe.precision})"
+    )
+    return f" Of it {ours}."
+
+
+def _scores_outside(scores: Sequence[ScoreRow], settings: Settings) -> list[tuple[Row, list[ScoreRow]]]:
+    outside = [score for score in scores if score.comparison.outcome(settings.alpha) in ("worse", "better")]
+    return [(group[0].row, group) for _, rows in groupby(outside, key=lambda s: id(s.row)) if (group := list(rows))]
+
+
+def _outside(row: Row, own: Sequence[ScoreRow], settings: Settings) -> str:
+    worst = sorted(own, key=lambda score: -abs(score.comparison.estimate.mean))
+    shown = [
+        f"{s.task} {s.shots}-shot {signed(s.comparison.estimate.mean)} "
+        f"({s.score:.3f} against {s.counterpart_score:.3f})"
+        for s in worst[:MOST_LISTED]
+    ]
+    more = f" and {len(worst) - len(shown)} more" if len(worst) > len(shown) else ""
+    return f"{row.recipe.name}: single scores outside {margin(settings)}, {seeds(row.n)}: {'; '.join(shown)}{more}."
+
+
+def architectures(
+    found: Sequence[Contrast], recurrent: Sequence[str], floors: Sequence[Floor], settings: Settings
+) -> list[str]:
+    """Whether models with a recurrent state diverge less than the Transformer of their size."""
+    if not found:
+        beside = f" beside {joined(list(recurrent))}" if recurrent else ""
+        return [f"The study has no recipe of both a Mamba and a Transformer{beside}: nothing can be compared."]
+    lines = [_contrast(contrast, settings) + _floors_of(contrast, floors) for contrast in found if contrast.overall]
+    return [*lines, "Each line is about these checkpoints on this data, not about the architectures as such."]
+
+
+def _floors_of(contrast: Contrast, floors: Sequence[Floor]) -> str:
+    """What another seed alone does to both, beside a comparison of sizes, which hold that noise too."""
+    by_model = {f.setting[0]: f.mean_abs for f in floors if f.kind == "seeds" and f.setting[1] == contrast.data}
+    ours, theirs = by_model.get(contrast.model), by_model.get(contrast.twin)
+    if ours is None or theirs is None:
+        return ""
+    return f" Another seed alone moves them by {ours:.2f} and {theirs:.2f} points."
+
+
+def _contrast(contrast: Contrast, settings: Settings) -> str:
+    found, pair = contrast.comparison, f"{contrast.model} and {contrast.twin}"
+    sizes = f"{size(contrast.size)} against {size(contrast.twin_size)}"
+    from_ = f"from {AGAINST[contrast.counterpart]}, {contrast.recipe}"
+    if found.estimate.n < 2:
+        return f"{pair} ({from_}): {sizes}; one common seed has no interval, so neither can be called steadier."
+    gap = f"difference {difference(found)}, {p_value(found.p_different)}"
+    if found.p_different <= settings.alpha:
+        steadier = contrast.model if found.estimate.mean < 0 else contrast.twin
+        other = contrast.twin if steadier == contrast.model else contrast.model
+        return f"{steadier} is steadier than {other} ({from_}): mean divergence of {pair}: {sizes}; {gap}."
+    return f"{pair} ({from_}): neither is shown to be steadier. Mean divergence {sizes}; {gap}."
+
+
+def learning(found: Sequence[Gain]) -> list[str]:
+    """In-context learning of the counterparts, relative to the Transformer twin."""
+    lines = []
+    for gain in found:
+        if gain.reference and gain.twin and gain.relative is not None:
+            share = gain.relative
+            relative = (
+                f"{100 * share.mean:.0f}% of {gain.twin}'s ({interval(share, '.0%')})"
+                if math.isfinite(share.mean)
+                else f"{gain.twin} gains too little there for a ratio"
+            )
+            lines.append(
+                f"In-context learning of {gain.recipe.name} on {gain.task}: gain {gain.gain.mean:.2f} of the 0-shot "
+                f"score ({interval(gain.gain, '.2f')}); {relative}."
+            )
+    return lines
+
+
+def noise(found: Sequence[Floor], settings: Settings) -> list[str]:
+    """How far runs lie apart that should not differ, or that this was not measured."""
+    lines = []
+    for setting, own in groupby(found, key=lambda floor: floor.setting):
+        parts = [f"{KINDS[f.kind]} {f.mean_abs:.2f} points ({f.n} pair{'s' * (f.n != 1)})" for f in own]
+        lines.append(f"Noise floor of {setting[0]}, mean size of a difference: {'; '.join(parts)}.")
+    measured = {floor.kind for floor in found}
+    if absent := [name for kind, name in KINDS.items() if kind not in measured]:
+        lines.append(f"Not measured: {joined(absent)}.")
+    lines.append(
+        "A mean size is positive even where nothing but noise differs: compare it with its floor. The tests above are "
+        "of signed differences, which are not."
+    )
+    return lines
+
+
+def missing(found: Sequence[Gap]) -> list[str]:
+    """Runs that the tables lack."""
+    lines = []
+    for name, group in groupby(found, key=lambda gap: gap.recipe.name):
+        parts = [
+            f"{why} for seed{'s' * (len(own) > 1)} {', '.join(str(gap.seed) for gap in own)}"
+            for why, rows in groupby(group, key=lambda gap: gap.why)
+            if (own := list(rows))
+        ]
+        lines.append(f"{name}: {'; '.join(parts)}.")
+    return lines or ["Nothing is missing: every recipe has every seed, with its counterpart."]
+
+
+def beyond_training(scores: Sequence[ScoreRow]) -> list[str]:
+    """Scores on texts that are longer than the sequences that the model was trained on."""
+    lines = []
+    for model, rows in groupby(scores, key=lambda score: score.row.recipe.model):
+        found = {(s.task, s.shots): s for s in rows if s.beyond_trained_length}
+        parts = [f"{task} {shots}-shot ({s.beyond_trained_length} of {s.items})" for (task, shots), s in found.items()]
+        if parts:
+            lines.append(
+                f"{model}: beyond the trained length: {', '.join(parts)} items are longer than the sequences that the "
+                "base model was trained on; these scores also measure extrapolation."
+            )
+    return lines

@@ -1,0 +1,133 @@
+"""The verdict's numbers as tidy tables: one row per case, one column per number, units in the names."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from lyapft.divergence import Comparison, Estimate, bca_coverage, bca_interval
+from lyapft.verdict.architectures import Contrast, Gain
+from lyapft.verdict.evidence import Recipe, Settings
+from lyapft.verdict.floors import KINDS, Floor
+from lyapft.verdict.gaps import Gap
+from lyapft.verdict.recipes import Row, ScoreRow
+
+
+def recipe_table(found: Sequence[Row], floors: Sequence[Floor], settings: Settings) -> pd.DataFrame:
+    """Every recipe against one kind of counterpart: raw scores, difference, tests, outcome, cost, answers, floors."""
+    by_setting = {(floor.setting, floor.kind): floor.mean_abs for floor in floors}
+    return pd.DataFrame([_recipe(row, by_setting, settings) for row in found])
+
+
+def _recipe(row: Row, floors: Mapping[tuple[tuple[str, str, str], str], float], settings: Settings) -> dict[str, Any]:
+    cost = row.cost
+    needed = row.comparison.seeds_needed(settings.alpha, settings.power)
+    return (
+        _named(row.recipe)
+        | {"counterpart": row.counterpart, "seeds": row.n, "few_seeds": row.comparison.estimate.few}
+        | {"score": row.score, "counterpart_score": row.counterpart_score}
+        | _compared(row.comparison)
+        | _bootstrapped(row)
+        | {
+            "outcome": row.outcome(settings),
+            "seeds_to_decide": needed if row.outcome(settings) == "undecided" else None,
+        }
+        | _estimated("mean_abs_points", row.size)
+        | {f"floor_{kind}_points": floors.get((row.recipe.setting, kind)) for kind in KINDS}
+        | {"spikes": row.spikes, "scores": row.scores}
+        | _estimated("speed_ratio", cost.speed)
+        | _estimated("memory_ratio", cost.memory)
+        | _estimated("cost", cost.index)
+        | {"emulated": cost.emulated, "broke_down": len(row.recipe.broke_down())}
+        | _estimated("flip_rate", row.flips)
+        | _estimated("kl_nats", row.kl)
+        | _estimated("nll_gold_nats", row.nll_gold)
+    )
+
+
+def score_table(found: Sequence[ScoreRow], settings: Settings) -> pd.DataFrame:
+    """Every score of every recipe beside its counterpart's, with the signed difference."""
+    return pd.DataFrame(
+        [
+            _named(one.row.recipe)
+            | {"counterpart": one.row.counterpart, "task": one.task, "shots": one.shots}
+            | {"seeds": one.comparison.estimate.n, "items": one.items}
+            | {"score": one.score, "counterpart_score": one.counterpart_score}
+            | _compared(one.comparison)
+            | {"outcome": one.comparison.outcome(settings.alpha), "beyond_trained_length": one.beyond_trained_length}
+            for one in found
+        ]
+    )
+
+
+def contrast_table(found: Sequence[Contrast]) -> pd.DataFrame:
+    """Mean absolute divergence of each recurrent model beside its Transformer twin's, and their difference."""
+    return pd.DataFrame(
+        [
+            {"model": c.model, "twin": c.twin, "data": c.data, "recipe": c.recipe, "counterpart": c.counterpart}
+            | {"seeds": c.comparison.estimate.n}
+            | _estimated("mean_abs_points", c.size)
+            | _estimated("twin_mean_abs_points", c.twin_size)
+            | _estimated("difference_points", c.comparison.estimate)
+            | {"p_different": c.comparison.p_different}
+            for c in found
+        ]
+    )
+
+
+def gain_table(found: Sequence[Gain]) -> pd.DataFrame:
+    """In-context learning gain per recipe and task, and relative to the Transformer twin."""
+    return pd.DataFrame(
+        [
+            _named(gain.recipe)
+            | {"task": gain.task, "seeds": gain.gain.n}
+            | _estimated("gain", gain.gain)
+            | {"twin": gain.twin}
+            | _estimated("relative_to_twin", gain.relative)
+            for gain in found
+        ]
+    )
+
+
+def floor_table(found: Sequence[Floor]) -> pd.DataFrame:
+    """Noise floors."""
+    return pd.DataFrame(
+        [
+            {"model": f.setting[0], "data": f.setting[1], "floor": f.kind, "pairs": f.n}
+            | {"mean_abs_points": f.mean_abs, "largest_points": f.largest}
+            for f in found
+        ]
+    )
+
+
+def gap_table(found: Sequence[Gap]) -> pd.DataFrame:
+    """Runs that are missing or failed."""
+    return pd.DataFrame([_named(g.recipe) | {"seed": g.seed, "why": g.why, "error": g.error} for g in found])
+
+
+def _bootstrapped(row: Row) -> dict[str, float]:
+    """The BCa interval beside the t interval, with what it really covers at this number of seeds."""
+    low, high = bca_interval([pair.mean_signed for pair in row.pairs])
+    return {"bca_low_points": float(low), "bca_high_points": float(high), "bca_coverage": bca_coverage(row.n)}
+
+
+def _named(recipe: Recipe) -> dict[str, Any]:
+    return {"model": recipe.model, "data": recipe.data, "recipe": recipe.label}
+
+
+def _estimated(name: str, found: Estimate | None) -> dict[str, float | None]:
+    if found is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def _compared(found: Comparison) -> dict[str, float]:
+    """Signed difference and Holm-adjusted p values; the rank test is not adjusted and says what it could reach."""
+    return _estimated("difference_points", found.estimate) | {  # type: ignore[return-value]
+        "sd_points": found.sd,
+        "p_different": found.p_different,
+        "p_equivalent": found.p_equivalent,
+        "p_outside": found.p_outside,
+        "p_rank": found.rank.p,
+        "smallest_p_rank": found.rank.smallest_p,
+    }

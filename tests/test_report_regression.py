@@ -1,0 +1,118 @@
+"""Two studies before and after a change: what got worse beyond its noise ends the command with 1, nothing else does."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lyapft.report.__main__ import main
+from lyapft.report.regression import QUANTITIES, changes
+from lyapft.verdict.evidence import gather
+from tests import synthetic
+
+Records = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Records]:
+    folder = tmp_path_factory.mktemp("old")
+    return folder, synthetic.study(folder, synthetic.matrix(seeds=5))
+
+
+def changed(folder: Path, records: Records, score: float = 0.0, speed: float = 1.0, noise: float = 0.0) -> Records:
+    """The study again, bf16 · lora moved by so many points and by a factor in speed."""
+    rng = np.random.default_rng(0)
+    made = copy.deepcopy(records)
+    for record in made:
+        if (record["choices"]["precision"], record["choices"]["peft"]) == ("bf16", "lora"):
+            off = (score + noise * rng.standard_normal()) / 100
+            for one in record["scores"]:
+                one["value"] += off
+            record["cost"]["tokens_per_s"] *= speed * float(np.exp(0.02 * rng.standard_normal()))
+        home = folder / record["name"]
+        home.mkdir(parents=True)
+        (home / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("options", "fail_on", "code"),
+    [
+        ({}, "score", 0),
+        ({"score": -3.0, "noise": 0.5}, "score", 1),
+        ({"score": -3.0, "noise": 0.5}, "loss,margin", 0),  # what is not chosen does not fail
+        ({"score": 3.0, "noise": 0.5}, "score", 0),
+        ({"score": -0.3, "noise": 2.0}, "score", 0),  # within its noise
+        ({"speed": 0.7}, "score,tokens_per_s", 1),
+        ({"speed": 1.4}, "tokens_per_s,peak_bytes_per_token", 0),
+    ],
+)
+def test_only_what_got_worse_beyond_its_noise_fails(
+    old: tuple[Path, Records], tmp_path: Path, options: dict[str, float], fail_on: str, code: int
+) -> None:
+    changed(tmp_path, old[1], **options)
+    assert main(["compare", str(old[0]), str(tmp_path), f"--fail-on={fail_on}"]) == code
+
+
+def test_p_is_that_of_a_paired_t_test(old: tuple[Path, Records], tmp_path: Path) -> None:
+    new = changed(tmp_path, old[1], score=-2.0, noise=1.0)
+    found = {c.recipe.label: c for c in changes(gather(old[1]), gather(new), ["score"])}
+    change = found["bf16 · lora"]
+    means = [
+        [
+            np.mean([s["value"] for s in r["scores"]])
+            for r in side
+            if r["name"].startswith("mamba_tiny-skills-bf16-lora")
+        ]
+        for side in (old[1], new)
+    ]
+    expected = stats.ttest_rel(*means).pvalue * change.comparison.family
+    assert change.comparison.p_different == pytest.approx(min(1.0, expected))
+    assert change.outcome == "worse"
+    assert {c.outcome for label, c in found.items() if label != "bf16 · lora"} == {"same"}
+
+
+def test_one_seed_is_never_called_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = synthetic.study(tmp_path / "old", synthetic.matrix(seeds=1))
+    changed(tmp_path / "new", records, score=-20.0)
+    assert main(["compare", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
+    assert "1 changed on their only common seed" in capsys.readouterr().out
+
+
+def test_every_number_can_be_chosen(old: tuple[Path, Records], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(old[0]), str(old[0]), f"--fail-on={','.join(QUANTITIES)}"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in QUANTITIES)
+    assert "0 of" in printed
+
+
+def test_a_run_that_fails_now_is_worse_whatever_was_chosen(
+    old: tuple[Path, Records], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = copy.deepcopy(old[1])
+    lost, stopped = (r for r in records if r["name"].startswith("mamba_tiny-skills-fp16-none") and r["seed"] < 2)
+    lost |= {"status": "nonfinite", "scores": [], "divergence": []}
+    stopped |= {"status": "interrupted", "scores": [], "divergence": []}
+    changed(tmp_path, records)
+    assert main(["compare", str(old[0]), str(tmp_path), "--fail-on=margin"]) == 1
+    printed = capsys.readouterr().out
+    assert f"fp16 · none, seed {lost['seed']}: finished before, now nonfinite" in printed
+    assert "interrupted" not in printed
+
+
+@pytest.mark.parametrize("fail_on", ["speed", ""])
+def test_bad_input_is_refused(old: tuple[Path, Records], fail_on: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(old[0]), str(old[0]), f"--fail-on={fail_on}"]) == 2
+    assert "choose from score, loss" in capsys.readouterr().err
+
+
+def test_studies_that_share_nothing_are_refused(
+    old: tuple[Path, Records], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    synthetic.study(tmp_path, [synthetic.record("llama_tiny")])
+    assert main(["compare", str(old[0]), str(tmp_path)]) == 2
+    assert "share no recipe" in capsys.readouterr().err

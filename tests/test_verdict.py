@@ -1,0 +1,330 @@
+"""The verdict on made-up studies whose answer is known, each number by hand."""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from lyapft.divergence import against_counterparts, estimate, seeds_to_decide
+from lyapft.errors import InputError
+from lyapft.verdict import Settings, Verdict, judge
+from tests import synthetic
+
+ITEMS = 1000  # one answer is 0.1 points
+STEADY = [0.2, -0.3, 0.1, 0.0, -0.2, 0.3, -0.1, 0.1]  # points by seed: equivalent within ±1
+WORSE = [-3.1, -2.8, -3.3, -2.9, -3.0, -3.2, -2.7, -3.0]
+WILD = [4.0, -5.0, 3.0, -4.0, 5.0, -3.0, 4.0, -4.0]
+BASE = [0.50, 0.51, 0.49, 0.52, 0.50, 0.48, 0.51, 0.50]  # the counterpart's score, by seed
+
+
+def run(
+    model: str,
+    precision: str,
+    peft: str,
+    seed: int,
+    values: dict[int, float],
+    *,
+    speed: float = 1000.0,
+    memory: float = 100.0,
+    parameters: int = 230_000,
+    beyond: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """One finished record with the given score at each number of shots."""
+    record = synthetic.record(model, precision, peft, seed, **options)
+    record["cost"] = {"tokens_per_s": speed, "peak_bytes_per_token": memory}
+    record["model"]["parameters_total"] = parameters
+    record["environment"]["threads"] = 2
+    record["scores"] = [
+        {"task": "t", "shots": shots, "metric": "acc", "value": value, "n": ITEMS, "beyond_trained_length": beyond}
+        for shots, value in values.items()
+    ]
+    return record
+
+
+def study(
+    cells: dict[tuple[str, str], Sequence[float]],
+    model: str = "mamba_tiny",
+    costs: dict[tuple[str, str], tuple[float, float]] | None = None,
+    base: Sequence[float] = BASE,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """The counterpart, and recipes that lie the given points off at 0 shots and at 5, seed by seed."""
+    seeds = range(max(map(len, cells.values())))
+    made = {("fp32", "none", s): run(model, "fp32", "none", s, {0: base[s] / 2, 5: base[s]}, **options) for s in seeds}
+    for (precision, peft), points in cells.items():
+        speed, memory = (costs or {}).get((precision, peft), (1.5, 0.5))
+        for seed, off in enumerate(points):
+            values = {0: base[seed] / 2 + off / 100, 5: base[seed] + off / 100}
+            made[precision, peft, seed] = run(
+                model, precision, peft, seed, values, speed=1000 * speed, memory=100 * memory, **options
+            )
+    for (_, peft, seed), record in made.items():
+        record["divergence"] = counterparts(record, made["fp32", "none", seed], made.get(("fp32", peft, seed)))
+    return list(made.values())
+
+
+def counterparts(
+    record: dict[str, Any], paper: dict[str, Any], same_peft: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    found = {"paper": None if paper is record else paper}
+    if same_peft is not None:
+        found["precision_only"] = None if same_peft is record else same_peft
+    return against_counterparts(record, found)
+
+
+def text(verdict: Verdict, title: str) -> str:
+    return "\n".join(line for section in verdict.sections if section.title == title for line in section.lines)
+
+
+# --- recommendation --------------------------------------------------------------------------------------------------
+
+
+def test_the_cheapest_equivalent_recipe_is_recommended_with_its_numbers() -> None:
+    cells = {("bf16", "lora"): STEADY, ("bf16", "none"): STEADY, ("fp16", "lora"): WORSE}
+    costs = {("bf16", "lora"): (2.0, 0.5), ("bf16", "none"): (1.2, 0.9), ("fp16", "lora"): (4.0, 0.25)}
+    found = judge(study(cells, costs=costs))
+    (advice,) = found.recommendations
+    assert advice.chosen is not None
+    assert advice.chosen.recipe.label == "bf16 · lora"
+    ours, by_hand = advice.chosen.comparison.estimate, estimate(STEADY)
+    assert (ours.mean, ours.low, ours.high) == pytest.approx((by_hand.mean, by_hand.low, by_hand.high))
+    said = text(found, "Recommendation")
+    assert "mamba_tiny on skills: use bf16 · lora, the cheapest recipe that is equivalent" in said
+    mean = sum(STEADY) / 8
+    assert f"+{mean:.2f} points" in said
+    assert "n = 8 seeds)" in said
+    assert "adjusted for 3 recipes" in said
+    assert "It trains 2 × the tokens/s (95% 2.00 to 2.00, n = 8 seeds) and needs 50% less memory per token." in said
+    score = sum(b * 0.75 for b in BASE) / 8
+    assert f"score {score + mean / 100:.3f} against {score:.3f}" in said
+    assert "emulated" in said  # the made-up bf16 says that it was
+
+
+def test_cost_weights_are_the_readers() -> None:
+    cells = {("bf16", "lora"): STEADY, ("fp16", "none"): STEADY}
+    costs = {("bf16", "lora"): (1.1, 0.3), ("fp16", "none"): (3.0, 0.9)}
+    chosen = []
+    for settings in (Settings(speed_weight=0), Settings(memory_weight=0), Settings()):
+        (advice,) = judge(study(cells, costs=costs), settings=settings).recommendations
+        assert advice.chosen is not None
+        chosen.append((advice.chosen.recipe.label, advice.chosen.cost.index.mean))
+    assert [label for label, _ in chosen] == ["bf16 · lora", "fp16 · none", "bf16 · lora"]
+    assert [index for _, index in chosen] == pytest.approx([0.3, 1 / 3, math.sqrt(0.3 / 1.1)])
+
+
+def test_the_margin_is_the_readers() -> None:
+    records = study({("bf16", "lora"): [x - 0.7 for x in STEADY]})
+    outcomes = [
+        judge(records, settings=Settings(margin=m)).rows[0].outcome(Settings(margin=m)) for m in (0.2, 0.7, 1.5)
+    ]
+    assert outcomes == ["worse", "undecided", "equivalent"]
+
+
+def test_too_little_power_is_undecided_with_the_seeds_that_would_decide() -> None:
+    found = judge(study({("bf16", "lora"): WILD, ("fp16", "lora"): WORSE}))
+    wild = next(row for row in found.rows if row.recipe.label == "bf16 · lora")
+    needed = seeds_to_decide(0.0, wild.comparison.sd, 1.0, 0.05 / 2)
+    assert needed is not None
+    assert f"about {needed} seeds would decide" in text(found, "Recommendation")
+    assert "undecided. No recipe is shown to be equivalent" in text(found, "Recommendation")
+
+
+def test_one_seed_decides_nothing_however_small_the_difference() -> None:
+    found = judge(study({("bf16", "lora"): [0.0]}))
+    assert found.rows[0].outcome(found.settings) == "undecided"
+    assert "no interval, n = 1 seed, preliminary" in text(found, "Recommendation")
+    assert "use " not in text(found, "Recommendation").split("undecided")[0]
+
+
+def test_two_equal_seeds_are_no_proof_of_equality() -> None:
+    found = judge(study({("bf16", "lora"): [0.9, 0.9]}))
+    assert found.rows[0].outcome(found.settings) == "undecided"
+
+
+def test_few_seeds_are_labelled() -> None:
+    assert "n = 4 seeds, preliminary" in text(judge(study({("bf16", "lora"): STEADY[:4]})), "Recommendation")
+
+
+def test_what_costs_no_less_is_not_recommended() -> None:
+    found = judge(study({("bf16", "none"): STEADY}, costs={("bf16", "none"): (0.5, 1.0)}))
+    assert "stay with full-precision" in text(found, "Recommendation")
+    assert "not shown to cost less: bf16 · none" in text(found, "Recommendation")
+
+
+def test_a_recipe_that_broke_down_on_a_seed_is_not_recommended() -> None:
+    records = study({("fp16", "lora"): STEADY})
+    records[-1] |= {
+        "status": "nonfinite",
+        "error": {"type": "X", "message": "loss is nan"},
+        "scores": [],
+        "divergence": [],
+    }
+    found = judge(records)
+    assert found.recommendations[0].chosen is None
+    assert "training broke down on 1 of 8" in text(found, "Recommendation")
+    assert "training broke down on 1 of 8 seeds (nonfinite)" in text(found, "Where it fails")
+    assert "mamba_tiny · fp16 · lora: nonfinite for seed 7." in text(found, "What is missing")
+
+
+def test_nothing_to_compare_says_so() -> None:
+    record = run("mamba_tiny", "bf16", "lora", 0, {0: 0.5})
+    assert "nothing can be recommended" in text(judge([record]), "Recommendation")
+    assert "no counterpart for seed 0" in text(judge([record]), "What is missing")
+    assert judge([]).tables == {}
+    assert judge([{"schema_version": 1, "id": "x", "status": "ok"}]).rows == ()
+
+
+@pytest.mark.parametrize("wrong", [{"margin": 0}, {"alpha": 0.7}, {"power": 1.0}, {"speed_weight": -1}])
+def test_settings_that_mean_nothing_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=r"are needed|must not"):
+        Settings(**wrong)
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_names_its_parts_which_add_up() -> None:
+    peft = [x - 2.5 for x in STEADY]
+    whole = [p + x - 0.5 for p, x in zip(peft, reversed(STEADY), strict=True)]
+    found = judge(study({("fp32", "lora"): peft, ("fp16", "lora"): whole}))
+    said = text(found, "Where it fails")
+    line = next(line for line in said.splitlines() if line.startswith("mamba_tiny · fp16 · lora is worse"))
+    part, form = sum(peft) / 8, (sum(whole) - sum(peft)) / 8
+    assert f"Of it {part:.2f}".replace("-", "−") in line
+    assert f"and {form:.2f} the format's (fp16)".replace("-", "−") in line
+    assert "single scores outside ±1 point" in said
+
+
+def test_no_failure_is_not_called_agreement() -> None:
+    said = text(judge(study({("bf16", "lora"): WILD})), "Where it fails")
+    assert "1 of 1 are undecided, which does not mean that they agree" in said
+
+
+def test_spikes_say_what_one_answer_is_worth() -> None:
+    records = study({("bf16", "lora"): [1.5, 0.2]})
+    assert "Spikes: 2 of 4 single scores" in text(judge(records), "Where it fails")
+    for record in records:
+        for score in record["scores"]:
+            score["n"] = 50
+    assert "one answer is worth 2.00 points there" in text(judge(records), "Where it fails")
+
+
+# --- Mamba against Transformer ---------------------------------------------------------------------------------------
+
+
+def two_models(ours: Sequence[float], theirs: Sequence[float]) -> list[dict[str, Any]]:
+    twin = study({("bf16", "lora"): theirs}, model="llama_tiny", parameters=320_000)
+    other = study({("bf16", "lora"): WORSE}, model="pythia_tiny", parameters=9_000_000)
+    return study({("bf16", "lora"): ours}) + twin + other
+
+
+def test_the_steadier_model_is_named_with_both_sizes_and_their_difference() -> None:
+    found = judge(two_models(STEADY, WORSE))
+    (contrast,) = [c for c in found.contrasts if c.counterpart == "paper" and c.overall]
+    apart = [abs(a) - abs(b) for a, b in zip(STEADY, WORSE, strict=True)]
+    assert (contrast.model, contrast.twin) == ("mamba_tiny", "llama_tiny")  # nearest in parameters
+    assert contrast.comparison.estimate.mean == pytest.approx(sum(apart) / 8)
+    said = text(found, "Mamba against Transformer")
+    assert "mamba_tiny is steadier than llama_tiny" in said
+    assert "not about the architectures as such" in said
+    turned = judge(two_models(WORSE, STEADY))
+    assert "llama_tiny is steadier than mamba_tiny" in text(turned, "Mamba against Transformer")
+
+
+def test_no_difference_in_size_is_not_called_steadiness() -> None:
+    found = judge(two_models(WILD, [-x for x in reversed(WILD)]))
+    assert "neither is shown to be steadier" in text(found, "Mamba against Transformer")
+    one = judge(two_models(WILD[:1], STEADY[:1]))
+    assert "one common seed has no interval, so neither can be called steadier" in text(
+        one, "Mamba against Transformer"
+    )
+
+
+def test_in_context_learning_is_relative_to_the_twin() -> None:
+    flat = [0.5] * 8
+    records = study({("bf16", "lora"): STEADY}, base=flat)
+    twin = study({("bf16", "lora"): STEADY}, model="llama_tiny", base=flat)
+    for record in twin:
+        if record["choices"]["precision"] == "fp32":
+            record["scores"][1]["value"] = 0.75  # gain (0.75 − 0.25) / 0.25 = 2, of Mamba (0.5 − 0.25) / 0.25 = 1
+    found = judge(records + twin)
+    (gain,) = [g for g in found.gains if g.reference and g.twin]
+    assert gain.gain.mean == pytest.approx(1.0)
+    assert gain.relative is not None
+    assert gain.relative.mean == pytest.approx(0.5)
+    assert "50% of llama_tiny's" in text(found, "Mamba against Transformer")
+
+
+# --- noise, gaps, labels ---------------------------------------------------------------------------------------------
+
+
+def test_floors_by_hand() -> None:
+    records = study({("bf16", "lora"): [0.0, 0.0]})
+    again = run("mamba_tiny", "bf16", "lora", 0, {0: 0.252, 5: 0.501}, replicate=1)
+    threads = run("mamba_tiny", "bf16", "lora", 1, {0: 0.255, 5: 0.510})
+    threads["environment"]["threads"] = 1
+    found = judge([*records, again, threads])
+    assert {(f.kind, f.n): f.mean_abs for f in found.floors} == {
+        ("replicate", 1): pytest.approx((0.2 + 0.1) / 2),  # 0.250 and 0.500 the first time
+        ("threads", 1): pytest.approx(0.0),  # 0.255 and 0.510 with two threads
+        ("seeds", 1): pytest.approx((0.5 + 1.0) / 2),
+    }
+    assert "the same cell again 0.15 points (1 pair)" in text(found, "Noise")
+    assert len(found.rows) == 1
+    assert found.tables["recipes"].floor_seeds_points[0] == pytest.approx(0.75)
+    assert "Not measured: the same cell again and" in text(judge(records), "Noise")
+
+
+def test_what_is_missing_is_named() -> None:
+    records = study({("bf16", "lora"): STEADY[:3], ("fp16", "lora"): STEADY[:2]})
+    records[4] |= {"status": "oom", "error": {"type": "E", "message": "out of memory"}, "scores": [], "divergence": []}
+    found = judge(records)
+    said = text(found, "What is missing")
+    assert "mamba_tiny · bf16 · lora: oom for seed 1." in said
+    assert "mamba_tiny · fp16 · lora: not run for seed 2." in said
+    assert found.tables["missing"].error.tolist() == ["out of memory", ""]
+
+
+def test_scores_beyond_the_trained_length_are_labelled() -> None:
+    said = text(judge(study({("bf16", "lora"): STEADY}, beyond=7)), "Beyond the trained length")
+    assert "t 5-shot (7 of 1000)" in said
+    assert text(judge(study({("bf16", "lora"): STEADY})), "Beyond the trained length") == ""
+
+
+def test_recipes_that_share_precision_and_peft_are_told_apart_by_what_differs() -> None:
+    records = study({("bf16", "lora"): STEADY})
+    other = study({("bf16", "lora"): WORSE})[8:]
+    for record in other:
+        record["config"] = {**record["config"], "peft": {"r": 64}}
+        record["id"] = record["id"][::-1]
+    found = judge([*records, *other])
+    assert {row.recipe.label: row.outcome(found.settings) for row in found.rows} == {
+        "bf16 · lora": "equivalent",
+        "bf16 · lora · peft.r=64": "worse",
+    }
+
+
+def test_the_order_of_the_records_does_not_matter() -> None:
+    records = two_models(STEADY, WILD)
+    first = judge(records)
+    random.Random(0).shuffle(records)
+    second = judge(records)
+    assert {(s.title, line) for s in first.sections for line in s.lines} == {
+        (s.title, line) for s in second.sections for line in s.lines
+    }
+
+
+def test_items_add_flips_and_shifts(tmp_path: Any) -> None:
+    import pandas as pd
+
+    records = synthetic.study(tmp_path, synthetic.matrix(seeds=3))
+    items = {r["id"]: pd.read_parquet(tmp_path / r["name"] / "items.parquet") for r in records}
+    table = judge(records, items).tables["recipes"].set_index("recipe")
+    assert table.loc["bf16 · none", "flip_rate"] > 0.01
+    assert table.loc["bf16 · none", "kl_nats"] == 0.0  # the made-up likelihoods are all alike
+    without = judge(records).tables["recipes"]
+    assert without.flip_rate.isna().all()
+    assert table.difference_points.tolist() == without.difference_points.tolist()
