@@ -12,16 +12,35 @@
 
 from lyapft.lyapunov.diagonal import DiagonalJacobian, selective_scan_exponents, slowest, ssd_exponents
 from lyapft.lyapunov.matrix import MatrixJacobian
-from lyapft.lyapunov.summary import Stability, log_one_step_norm, stability, stability_tensors
+from lyapft.lyapunov.summary import (
+    FIELDS,
+    NEUTRAL_ZONE,
+    Profile,
+    Stability,
+    gain,
+    log_one_step_norm,
+    log_running_product,
+    memory,
+    stability,
+    stability_profile,
+    stability_tensors,
+)
 
 __all__ = [
+    "FIELDS",
+    "NEUTRAL_ZONE",
     "DiagonalJacobian",
     "MatrixJacobian",
+    "Profile",
     "Stability",
+    "gain",
     "log_one_step_norm",
+    "log_running_product",
+    "memory",
     "selective_scan_exponents",
     "slowest",
     "ssd_exponents",
     "stability",
+    "stability_profile",
     "stability_tensors",
 ]

@@ -9,6 +9,16 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def check_tokens(tokens_B: Tensor) -> None:
+    """
+    Raises:
+        ValueError: a sequence without a real token.
+    """
+    if bool((tokens_B == 0).any()):
+        empty = torch.nonzero(tokens_B == 0).flatten().tolist()
+        raise ValueError(f"sequences {empty} have no real token: drop empty rows first")
+
+
 def real_tokens(mask_BL: Tensor) -> Tensor:
     """Tokens per sequence.
 
@@ -16,9 +26,7 @@ def real_tokens(mask_BL: Tensor) -> Tensor:
         ValueError: a sequence without a real token.
     """
     tokens_B = mask_BL.sum(1)
-    if bool((tokens_B == 0).any()):
-        empty = torch.nonzero(tokens_B == 0).flatten().tolist()
-        raise ValueError(f"sequences {empty} have no real token: drop empty rows first")
+    check_tokens(tokens_B)
     return tokens_B
 
 
