@@ -65,10 +65,8 @@ class LyapunovProbe(Callback):
         self._mask = batch["attention_mask"]
         self._seam.tap = self._reduce if trainer.global_step % self.every == 0 else None
 
-    @torch.no_grad()
     def _reduce(self, layer: Layer, delta: Tensor, A: Tensor) -> None:
-        with torch.autocast(delta.device.type, enabled=False):
-            self.profiles[layer.name] = lyapunov.stability_profile(delta, A, self._mask)
+        self.profiles[layer.name] = lyapunov.stability_profile(delta, A, self._mask)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int

@@ -9,6 +9,8 @@ compiler vectorises without being allowed to forget about NaN. Sums run in float
 # mypy: ignore-errors
 # (numba types the kernel, and refuses what does not fit)
 
+from functools import cache
+
 import numpy as np
 import torch
 from numba import types
@@ -16,63 +18,80 @@ from torch import Tensor
 
 from lyapft.scan.compiled import Kernel, jit
 
-_SIGNATURE = types.void(
+_SIGNATURE = types.boolean(
     types.float32[:, :, ::1],
-    types.float32[::1],
+    types.float32[:, ::1],
     types.int64[:, ::1],
     types.UniTuple(types.int32, 3),
     types.float32[:, ::1],
+    types.float32[::1],
+    types.float32[::1],
     types.int64[::1],
-    types.float64[::1],
-    types.float64[::1],
 )
 
 
 def _make(digest: int):
     @jit
-    def kernel(delta_BLC, rate_C, mask_BL, edges, least_BL, tokens_B, lambda_B, numbers):
+    def kernel(delta_BLC, A_CN, mask_BL, edges, log_norm_BL, lambda_B, numbers, tokens_B):
         digest  # noqa: B018
         B, L, C = delta_BLC.shape
-        sums, row = np.empty(C), np.empty(C, np.float32)
-        bits, least_bits = row.view(np.int32), least_BL.view(np.int32)
+        rate_C, sums_C, row_C, least = (
+            np.empty(C, np.float32),
+            np.empty(C),
+            np.empty(C, np.float32),
+            np.empty(1, np.int32),
+        )
+        bits_C, least_as_float = row_C.view(np.int32), least.view(np.float32)
+        for c in range(C):
+            slowest = A_CN[c].max()
+            if not slowest <= 0:
+                return False
+            rate_C[c] = np.float32(0.0) - slowest  # not the negative: that of 0 has the bits of a large number
         wide, middle, narrow = edges
-        numbers[:] = 0.0
-        numbers[0] = numbers[2] = numbers[3] = -np.inf
+        inside_wide, inside_middle, inside_narrow, tokens = 0, 0, 0, 0
+        worst, mean, worst_bound, one_step = -np.inf, 0.0, -np.inf, -np.inf
         for b in range(B):
-            sums[:] = 0.0
-            bound = 0.0
+            sums_C[:] = 0.0
+            bound, real = 0.0, 0
             for t in range(L):
+                log_norm_BL[b, t] = 0.0
                 if mask_BL[b, t] == 0:
                     continue
                 for c in range(C):
-                    row[c] = delta_BLC[b, t, c] * rate_C[c]
-                least, in_wide, in_middle, in_narrow = np.int32(0x7FFFFFFF), np.int32(0), np.int32(0), np.int32(0)
+                    row_C[c] = delta_BLC[b, t, c] * rate_C[c]
+                low, in_wide, in_middle, in_narrow = np.int32(0x7FFFFFFF), np.int32(0), np.int32(0), np.int32(0)
                 for c in range(C):
-                    sums[c] += row[c]
-                    y = bits[c]
-                    least = min(least, y)
+                    sums_C[c] += row_C[c]
+                    y = bits_C[c]
+                    low = min(low, y)
                     in_wide += np.int32(y < wide)
                     in_middle += np.int32(y < middle)
                     in_narrow += np.int32(y < narrow)
-                least_bits[b, t] = least
-                tokens_B[b] += 1
-                bound -= least_BL[b, t]
-                numbers[3] = max(numbers[3], -least_BL[b, t])
-                numbers[4] += in_wide
-                numbers[5] += in_middle
-                numbers[6] += in_narrow
+                least[0] = low
+                log_norm = np.float32(0.0) - least_as_float[0]
+                log_norm_BL[b, t] = log_norm
+                bound += log_norm
+                one_step = max(one_step, log_norm)
+                real += 1
+                inside_wide += in_wide
+                inside_middle += in_middle
+                inside_narrow += in_narrow
+            tokens_B[b] = real
+            tokens += real
             total, slowest = 0.0, np.inf
             for c in range(C):
-                total += sums[c]
-                slowest = min(slowest, sums[c])
-            if np.isnan(total):
-                slowest = np.nan
-            if tokens_B[b]:
-                lambda_B[b] = -slowest / tokens_B[b]
-                numbers[1] += lambda_B[b] / B
-                numbers[0] = max(numbers[0], lambda_B[b]) if numbers[1] == numbers[1] else np.nan
-                numbers[2] = max(numbers[2], bound / tokens_B[b])
-        numbers[4:] /= max(1, tokens_B.sum() * C)
+                total += sums_C[c]
+                slowest = min(slowest, sums_C[c])
+            exponent = np.nan if np.isnan(total) else -slowest / max(1, real)
+            lambda_B[b] = exponent
+            mean += exponent / B
+            worst = max(worst, exponent)
+            worst_bound = max(worst_bound, bound / max(1, real))
+        pairs = max(1, tokens) * C
+        numbers[0], numbers[1] = np.nan if np.isnan(mean) else worst, mean
+        numbers[2], numbers[3] = worst_bound, one_step
+        numbers[4], numbers[5], numbers[6] = inside_wide / pairs, inside_middle / pairs, inside_narrow / pairs
+        return True
 
     return kernel
 
@@ -80,23 +99,26 @@ def _make(digest: int):
 _kernel = Kernel("stability summary", _make, _SIGNATURE)
 
 
-def profile(delta_BLC: Tensor, A_C: Tensor, mask_BL: Tensor, edges: tuple[float, ...]) -> tuple[Tensor, ...]:
+def profile(delta_BLC: Tensor, A: Tensor, mask_BL: Tensor, edges: tuple[float, ...]) -> tuple[Tensor, ...] | None:
     """`summary.FIELDS` (7,), log‖J_t‖ per token (B, L) with 0 at padding, λ and tokens per sequence (B,).
 
     Args:
-        delta_BLC: float32 on the CPU, ≥ 0. A_C: float32, ≤ 0. mask_BL: 1 for real tokens, 0 for padding.
+        delta_BLC: float32 on the CPU, ≥ 0. A: float32, (C, N) or (C,). mask_BL: 1 for real tokens, 0 for padding.
         edges: |ΔA| below which a pair is inside, from the widest zone to the narrowest.
+    Returns:
+        None where an A is positive or not a number: states that grow are left to the reference.
     """
     B, L, _ = delta_BLC.shape
-    least_BL, tokens_B, lambda_B, numbers = (
-        np.zeros((B, L), np.float32),
-        np.zeros(B, np.int64),
-        np.zeros(B),
-        np.zeros(7),
-    )
-    delta, mask = delta_BLC.detach().contiguous(), mask_BL.to(torch.int64).contiguous()
-    bits = tuple(np.array(edges, np.float32).view(np.int32).tolist())
-    rate = (0.0 - A_C.detach()).numpy()  # not the negative: that of 0 is the bits of a large number
-    _kernel.prepare()(delta.numpy(), rate, mask.numpy(), bits, least_BL, tokens_B, lambda_B, numbers)
-    log_norm_BL = np.subtract(0.0, least_BL)
-    return tuple(torch.from_numpy(array) for array in (numbers, log_norm_BL, lambda_B, tokens_B))
+    A_CN = A.contiguous() if A.dim() == 2 else A.contiguous()[:, None]
+    outputs = np.empty((B, L), np.float32), np.empty(B, np.float32), np.empty(7, np.float32), np.empty(B, np.int64)
+    inputs = (delta_BLC.contiguous(), A_CN, mask_BL.to(torch.int64).contiguous())
+    run = _kernel.prepare()
+    if not run(*(tensor.detach().numpy() for tensor in inputs), _bits(edges), *outputs):
+        return None
+    log_norm_BL, lambda_B, numbers, tokens_B = (torch.from_numpy(array) for array in outputs)
+    return numbers, log_norm_BL, lambda_B, tokens_B
+
+
+@cache
+def _bits(edges: tuple[float, ...]) -> tuple[int, ...]:
+    return tuple(np.array(edges, np.float32).view(np.int32).tolist())

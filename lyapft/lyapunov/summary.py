@@ -20,6 +20,7 @@ from lyapft.lyapunov.tokens import check_tokens, mean_over_tokens, wide
 
 # |ΔA| below which exp(ΔA) rounds to exactly 1: half the spacing of the format just below 1
 NEUTRAL_ZONE = {"bf16": 2.0**-9, "fp16": 2.0**-12, "fp32": 2.0**-25}
+_EDGES = tuple(NEUTRAL_ZONE.values())
 FIELDS = ("lambda_max", "lambda_mean", "norm_bound", "one_step_norm", *(f"neutral_{name}" for name in NEUTRAL_ZONE))
 
 
@@ -130,16 +131,21 @@ def stability_profile(delta_BLC: Tensor, A: Tensor, mask_BL: Tensor) -> Profile:
     Raises:
         ValueError: a sequence without a real token.
     """
-    A_C = slowest(wide(A))
-    compiled = delta_BLC.device.type == "cpu" and delta_BLC.dtype == A_C.dtype == torch.float32
-    if compiled and scan.available()["cpu"] is None and float(A_C.max()) <= 0:
-        from lyapft.lyapunov.compiled import profile  # needs numba
+    found = None
+    if (
+        delta_BLC.device.type == "cpu"
+        and delta_BLC.dtype == A.dtype == torch.float32
+        and scan.available()["cpu"] is None
+    ):
+        from lyapft.lyapunov import compiled  # needs numba
 
-        numbers, log_norm_BL, lambda_B, tokens_B = profile(delta_BLC, A_C, mask_BL, tuple(NEUTRAL_ZONE.values()))
-    else:
-        numbers, log_norm_BL, lambda_B, tokens_B = _profile(wide(delta_BLC), A_C, mask_BL)
+        found = compiled.profile(delta_BLC, A, mask_BL, _EDGES)
+    if found is None:
+        with torch.no_grad(), torch.autocast(delta_BLC.device.type, enabled=False):
+            found = _profile(wide(delta_BLC), slowest(wide(A)), mask_BL)
+    numbers, log_norm_BL, lambda_B, tokens_B = found
     check_tokens(tokens_B)
-    return Profile(numbers.to(log_norm_BL.dtype), log_norm_BL, lambda_B.to(log_norm_BL.dtype))
+    return Profile(numbers, log_norm_BL, lambda_B)
 
 
 def _profile(delta_BLC: Tensor, A_C: Tensor, mask_BL: Tensor) -> tuple[Tensor, ...]:
@@ -148,7 +154,7 @@ def _profile(delta_BLC: Tensor, A_C: Tensor, mask_BL: Tensor) -> tuple[Tensor, .
     log_norm_BL = steps_BLC.amax(-1)
     lambda_B, bound_B = mean_over_tokens(steps_BLC, mask_BL).amax(-1), mean_over_tokens(log_norm_BL, mask_BL)
     one_step = log_norm_BL.masked_fill(~real_BL, -torch.inf).max()
-    inside = [((steps_BLC.abs() < edge) & real_BL[..., None]).sum() for edge in NEUTRAL_ZONE.values()]
+    inside = [((steps_BLC.abs() < edge) & real_BL[..., None]).sum() for edge in _EDGES]
     shares = [count / (tokens_B.sum() * len(A_C)) for count in inside]
     numbers = torch.stack((lambda_B.max(), lambda_B.mean(), bound_B.max(), one_step, *shares))
     return numbers, log_norm_BL.masked_fill(~real_BL, 0), lambda_B, tokens_B

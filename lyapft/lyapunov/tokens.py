@@ -14,7 +14,7 @@ def check_tokens(tokens_B: Tensor) -> None:
     Raises:
         ValueError: a sequence without a real token.
     """
-    if bool((tokens_B == 0).any()):
+    if not bool(tokens_B.all()):
         empty = torch.nonzero(tokens_B == 0).flatten().tolist()
         raise ValueError(f"sequences {empty} have no real token: drop empty rows first")
 
