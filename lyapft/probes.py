@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 
 
 class LyapunovProbe(Callback):
-    """λ_max, norm bound and margin of every recurrent layer at every step, from the Δ of the forward pass.
+    """λ_max, margin, norms and neutral zones of every recurrent layer at every step, from the Δ of the forward pass.
 
-    The tap keeps a detached reference per layer until the end of the micro-batch; a recomputation under gradient
-    checkpointing replaces it by the same values. Over the micro-batches of one optimizer step, and over layers, the
-    maximum is reported.
+    Each layer's Δ is reduced when the tap shows it, while it is still in the cache, and is not kept. Over the
+    micro-batches of one optimizer step, and over layers, the maximum of each number (the worst) is reported.
+
+    Attributes:
+        profiles: layer -> the last measured micro-batch per sequence and per token.
     """
 
     def __init__(self, every: int = 1, per_layer: bool = True) -> None:
@@ -44,9 +46,10 @@ class LyapunovProbe(Callback):
         """
         self.every = every
         self.per_layer = per_layer
-        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
         self._seam: Seam | None = None
+        self._mask = torch.empty(0)
         self._worst: dict[str, list[float]] = {}
+        self.profiles: dict[str, lyapunov.Profile] = {}
 
     def bind(self, seam: Seam) -> None:
         """Observe the recurrence of this model."""
@@ -58,42 +61,40 @@ class LyapunovProbe(Callback):
         """Open the tap on the steps that are measured."""
         if self._seam is None or not self._seam.layers:
             return
-        self._kept.clear()
-        self._seam.tap = self._keep if trainer.global_step % self.every == 0 else None
+        self.profiles = {}
+        self._mask = batch["attention_mask"]
+        self._seam.tap = self._reduce if trainer.global_step % self.every == 0 else None
 
-    def _keep(self, layer: Layer, delta: Tensor, A: Tensor) -> None:
-        self._kept[layer.name] = (delta, A)
+    def _reduce(self, layer: Layer, delta: Tensor, A: Tensor) -> None:
+        self.profiles[layer.name] = lyapunov.stability_profile(delta, A, self._mask)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        """Reduce what the tap kept to three numbers a layer, with one copy to the host."""
-        if self._seam is None or not self._kept:
+        """Take over what the layers said, with one copy to the host."""
+        if self._seam is None or not self.profiles:
             return
         self._seam.tap = None
         module = cast("FineTuner", pl_module)
-        with torch.no_grad(), torch.autocast(pl_module.device.type, enabled=False):
-            mask = batch["attention_mask"]
-            layers = [lyapunov.stability_tensors(delta, A, mask) for delta, A in self._kept.values()]
-            numbers = torch.stack(layers).tolist()
+        numbers = torch.stack([profile.numbers for profile in self.profiles.values()]).tolist()
         if batch_idx % module.settings.accumulate == 0:
             self._worst = {}
-        for name, row in zip(self._kept, numbers, strict=True):
+        for name, row in zip(self.profiles, numbers, strict=True):
             self._worst[name] = [max(pair) for pair in zip(row, self._worst.get(name, row), strict=True)]
-        self._kept.clear()
         module.observed.update(self._summary())
 
     def _summary(self) -> dict[str, float]:
         worst = [max(column) for column in zip(*self._worst.values(), strict=True)]
-        summary = {"lambda_max": worst[0], "norm_bound": worst[2], "margin": -worst[0]}
+        summary = _named(worst, "")
         if self.per_layer:
-            for name, (lambda_max, _, norm_bound) in self._worst.items():
-                summary |= {
-                    f"lambda_max/{name}": lambda_max,
-                    f"norm_bound/{name}": norm_bound,
-                    f"margin/{name}": -lambda_max,
-                }
+            for name, numbers in self._worst.items():
+                summary |= _named(numbers, f"/{name}")
         return summary
+
+
+def _named(numbers: list[float], suffix: str) -> dict[str, float]:
+    named = {f"{field}{suffix}": number for field, number in zip(lyapunov.FIELDS, numbers, strict=True)}
+    return named | {f"margin{suffix}": -named[f"lambda_max{suffix}"]}
 
 
 class AdapterLiveness(Callback):

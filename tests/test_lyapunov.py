@@ -73,6 +73,62 @@ def test_heads_are_channels_with_one_state(shape, seed):
     assert lyapunov.stability(delta, A[:, 0], mask).lambda_max == pytest.approx(heads.max().item(), rel=1e-12)
 
 
+def test_the_compiled_pass_equals_the_reference_in_torch():
+    for shape, seed in (((3, 37, 20, 4), 1), ((1, 1, 1, 1), 2), ((2, 5, 70, 16), 3)):
+        delta, A, mask = random_layer(shape, seed)
+        A = A.clamp(max=-1e-2)
+        exact = lyapunov.stability_profile(delta, A, mask)  # float64: never compiled
+        fast = lyapunov.stability_profile(delta.float(), A.float(), mask)
+        assert (exact.numbers.dtype, fast.numbers.dtype) == (torch.float64, torch.float32)
+        for one, other in zip(fast, exact, strict=True):
+            assert_close(one.double(), other, **TOL[torch.float32])
+
+
+def test_the_compiled_pass_shows_nan_and_leaves_growth_to_torch():
+    delta, A, mask = (t.float() for t in random_layer((2, 4, 5, 2), 5))
+    delta[0, 0, 1] = torch.nan
+    assert lyapunov.stability_tensors(delta, A, mask)[:2].isnan().all()
+    growing = lyapunov.stability(torch.ones(1, 3, 2), torch.tensor([-1.0, 0.5]), torch.ones(1, 3))
+    assert (growing.lambda_max, growing.one_step_norm) == (0.5, 0.5)
+    assert growing.memory == growing.gain == float("inf")
+
+
+@pytest.mark.parametrize("name", lyapunov.NEUTRAL_ZONE)
+def test_the_neutral_zone_is_where_the_decay_rounds_to_one(name):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    exponent = torch.rand(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 30
+    x = -(2.0**-exponent)
+    away = (x.abs() / lyapunov.NEUTRAL_ZONE[name] - 1).abs() > 0.02  # e^x is not 1 + x: the edge is this sharp
+    to_one = torch.exp(x).to(dtype) == 1
+    assert to_one[away].equal((x.abs() < lyapunov.NEUTRAL_ZONE[name])[away])
+    share = lyapunov.stability_tensors(
+        -x.view(1, -1, 1), torch.tensor([-1.0], dtype=torch.float64), torch.ones(1, 4000)
+    )
+    assert share[lyapunov.FIELDS.index(f"neutral_{name}")].item() == pytest.approx(
+        to_one.double().mean().item(), abs=1e-3
+    )
+
+
+@given(shape=SHAPES, seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=20)
+def test_the_running_product_ends_at_the_exponent_times_the_tokens(shape, seed):
+    delta, A, mask = random_layer(shape, seed)
+    product_BL = lyapunov.log_running_product(delta, A, mask)
+    profile = lyapunov.stability_profile(delta, A, mask)
+    assert_close(product_BL[:, -1], profile.lambda_B * mask.sum(1), **TOL[torch.float64])
+    assert (product_BL.diff(dim=1) <= 0).all()
+    assert (product_BL <= (profile.log_norm_BL * mask).cumsum(1) + 1e-12).all()
+
+
+def test_memory_and_gain_say_what_a_perturbation_and_a_repeated_error_do():
+    found = lyapunov.stability(torch.full((1, 9, 1), 0.05), torch.tensor([-1.0]), torch.ones(1, 9))
+    decay, error = torch.tensor(found.lambda_max).exp().item(), 0.0
+    for _ in range(2000):
+        error = decay * error + 1.0
+    assert found.gain == pytest.approx(error, rel=1e-5)
+    assert decay**found.memory == pytest.approx(torch.tensor(-1.0).exp().item(), rel=1e-5)
+
+
 def test_sum_of_exponents_is_the_mean_log_determinant():
     delta, A, mask = random_layer((2, 3, 6, 3), seed=7)
     for b, tokens in enumerate(mask.sum(1).tolist()):

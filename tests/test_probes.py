@@ -97,7 +97,7 @@ def test_micro_batches_report_their_worst_and_every_skips_steps():
             if target is not module:
                 singles.append(target.observed["lambda_max"])
     assert module.observed["lambda_max"] == max(singles)
-    assert set(module.observed) == {"lambda_max", "norm_bound", "margin"}
+    assert set(module.observed) == {*lyapunov.FIELDS, "margin"}
     module.observed.clear()
     trainer = types.SimpleNamespace(global_step=1)
     probe.on_train_batch_start(trainer, module, batch, 0)
@@ -154,3 +154,25 @@ def test_the_recorder_writes_one_row_a_step_and_feeds_the_loggers(tmp_path):
     assert logged == [(1, 1.0), (2, 3.0)]
     assert series.path.exists()
     assert all(row["tokens_per_s"] == pytest.approx(row["tokens"] / row["step_s"]) for row in series.rows)
+
+
+def test_training_is_bitwise_the_same_with_and_without_the_probe():
+    weights = []
+    for probed in (False, True):
+        torch.manual_seed(0)
+        model, module, probe = MambaForCausalLM(MAMBA).train(), a_module(), LyapunovProbe()
+        model.activation_checkpointing_enable()
+        seam = recurrence.install(model)
+        if probed:
+            probe.bind(seam)
+        optimizer, batch = torch.optim.AdamW(model.parameters(), lr=1e-2), a_batch()
+        for step in range(3):
+            trainer = types.SimpleNamespace(global_step=step)
+            probe.on_train_batch_start(trainer, module, batch, step)
+            model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            probe.on_train_batch_end(trainer, module, None, batch, step)
+        assert ("lambda_max" in module.observed) is probed
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(one.equal(other) for one, other in zip(*weights, strict=True))

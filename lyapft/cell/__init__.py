@@ -178,7 +178,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         record["kernels"], record["kernel_fallbacks"] = dict(seam.kernels), dict(seam.fallbacks)
         record["training"] = summary.training(series, skipped, config.learning_rate(cfg))
         record["cost"] = summary.cost(series, memory, cfg.trainer.accumulate)
-        record["stability"] = summary.stability(series, seam)
+        record["stability"] = summary.stability(series, seam, strategy.scan_format)
         evaluation = time.perf_counter()
         scores, items = tasks.evaluate(
             base.model.to(cell.device),

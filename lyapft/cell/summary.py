@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 
-from lyapft import config, records, recurrence
+from lyapft import config, lyapunov, records, recurrence
 from lyapft.cell.preparation import Cell
 from lyapft.environment import PeakMemory, describe
 from lyapft.records import Record
@@ -40,8 +40,12 @@ def cost(series: pd.DataFrame, memory: PeakMemory, accumulate: int) -> dict[str,
     }
 
 
-def stability(series: pd.DataFrame, seam: recurrence.Seam) -> dict[str, Any]:
-    """The worst numbers of the whole training, for the model and per layer."""
+def stability(series: pd.DataFrame, seam: recurrence.Seam, scan_format: str) -> dict[str, Any]:
+    """The worst numbers of the whole training, for the model and per layer.
+
+    scan_format is the one of fp32, bf16 and fp16 that the recurrence ran in: its neutral zone is the real one, the
+    others say what a change of format would do.
+    """
     if not seam.layers and seam.unknown:
         return {"not_applicable": f"lyapft does not know the recurrence of {', '.join(seam.unknown)}"}
     if not seam.layers:
@@ -50,16 +54,14 @@ def stability(series: pd.DataFrame, seam: recurrence.Seam) -> dict[str, Any]:
         return {"not_applicable": "no Lyapunov probe was switched on (probe=lyapunov)"}
 
     def worst(suffix: str) -> dict[str, float]:
-        lambda_max = float(series[f"lambda_max{suffix}"].max())
-        return {
-            "lambda_max": lambda_max,
-            "margin": -lambda_max,
-            "norm_bound": float(series[f"norm_bound{suffix}"].max()),
-        }
+        numbers = {field: float(series[f"{field}{suffix}"].max()) for field in lyapunov.FIELDS}
+        lambda_max = numbers["lambda_max"]
+        derived = {"margin": -lambda_max, "memory": lyapunov.memory(lambda_max), "gain": lyapunov.gain(lambda_max)}
+        return numbers | derived
 
     measured = [layer for layer in seam.layers if f"lambda_max/{layer.name}" in series]
     layers = [{"layer": layer.name, "family": layer.family} | worst(f"/{layer.name}") for layer in measured]
-    return worst("") | {"layers": layers}
+    return worst("") | {"scan_format": scan_format, "layers": layers}
 
 
 def stub(cell: Cell) -> Record:

@@ -71,6 +71,7 @@ class Precision:
     Attributes:
         plugin: for `Trainer(plugins=[…])`, which must get no `precision=` beside it.
         emulated: half matmuls are emulated while this is entered.
+        scan_format: the format that recurrences run in: fp32, bf16 or fp16.
     """
 
     def __init__(self, cfg: Settings, device_type: str) -> None:
@@ -78,6 +79,7 @@ class Precision:
         self.device_type = device_type
         self.dtype = (MIXED | TRUE_HALF).get(cfg.name)
         self.emulated = self.dtype is not None and device_type == "cpu" and _wants_emulation(cfg.emulate, self.dtype)
+        self.scan_format = "fp32"  # recurrences run outside autocast
         self.plugin: FullPlugin | MixedPlugin = FullPlugin()
         if self.dtype is not None:
             plugin = MixedPlugin if cfg.name in MIXED else TrueHalfPlugin
