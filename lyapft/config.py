@@ -236,14 +236,27 @@ class MmluTask(TaskConfig):
 
 
 @dataclass
-class LoraPeft(PeftConfig):
+class AdapterPeft(PeftConfig):
+    """Adapters of peft: which layers they go on."""
+
+    targets: Any = "auto"  # auto | sll | all | memory_buffer | usual | a list of module names | a regular expression
+    min_coverage: float = 1.0  # least share of the layers of a name that has to be adapted, of names that are at all
+    memory_buffer: str = "tied"  # tied | untied, for targets=memory_buffer
+
+
+@dataclass
+class LoraPeft(AdapterPeft):
     """Low-rank adapters."""
 
     _target_: str = "lyapft.peft.Lora"
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: Any = "auto"  # auto | sll | usual | a list of module names | a regular expression
+    rank_stabilized: bool = False  # scale by alpha / sqrt(r) instead of alpha / r
+    dora: bool = False  # train magnitudes apart from directions
+    init: str = "zero"  # zero | pissa
+    lr_ratio: float = 1.0  # rate of B over that of A
+    lr_ratio_embedding: float = 1.0  # rate of an embedding's adapter over that of A
 
 
 @dataclass

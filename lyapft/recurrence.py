@@ -92,6 +92,10 @@ class Seam:
             )
         return kernel
 
+    def reads_raw(self, layer: Layer) -> frozenset[str]:
+        """Names of the layers of a mixer whose weight the kernel that will run reads as a matrix, without a call."""
+        return frozenset({"dt_proj", "conv1d"} if layer.family == "selective_scan" else {"conv1d"})
+
     def record(self, operation: str, implementation: str) -> None:
         """Note what ran; two implementations of one operation are both kept."""
         known = self.kernels.get(operation)
