@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from lyapft.peft import FullFineTuning, Strategy
+
 IGNORED = -100  # label of a token that carries no loss
 
 
@@ -67,17 +69,21 @@ class FineTuner(L.LightningModule):
         skipped_steps: optimizer steps whose update was withheld, by the loss scaler or by the guard.
     """
 
-    def __init__(self, model: nn.Module, settings: DictConfig, learning_rate: float) -> None:
+    def __init__(
+        self, model: nn.Module, settings: DictConfig, learning_rate: float, strategy: Strategy | None = None
+    ) -> None:
         """
         Args:
             model: a causal language model of transformers, its adapters attached.
             settings: the trainer group of a config.
             learning_rate: the peak rate.
+            strategy: what was attached to the model; None is full fine-tuning.
         """
         super().__init__()
         self.model = model
         self.settings = settings
         self.learning_rate = learning_rate
+        self.strategy = strategy or FullFineTuning()
         self.observed: dict[str, float | int | bool] = {}
         self.skipped_steps = 0
         self._nonfinite_in_a_row = 0
@@ -85,13 +91,18 @@ class FineTuner(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one micro-batch. `batch`: input_ids, attention_mask, labels, each (B, L)."""
-        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        loss = response_loss(output.logits, batch["labels"])
+        loss = self.loss(batch)
         if batch_idx % self.settings.accumulate == 0:
             self.observed = {"loss": 0.0, "tokens": 0}
         self.observed["loss"] += loss.item() / self.settings.accumulate
         self.observed["tokens"] += int(batch["attention_mask"].sum())
-        return loss
+        penalty = self.strategy.penalty()
+        return loss if penalty is None else loss + penalty
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Loss of a batch on the task alone, without what the strategy adds."""
+        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        return response_loss(output.logits, batch["labels"])
 
     def configure_gradient_clipping(
         self,
@@ -121,6 +132,8 @@ class FineTuner(L.LightningModule):
         self.observed["loss_scale"] = 1.0 if scale is None else scale
         self.observed["skipped"] = self._step_skipped
         self.skipped_steps += self._step_skipped
+        if not self._step_skipped:
+            self.strategy.after_step(self.trainer.global_step - self.skipped_steps)
         self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if self._step_skipped else 0
         self._stop_if_hopeless(scale)
 
@@ -130,15 +143,11 @@ class FineTuner(L.LightningModule):
             scheduler.step()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the trainable tensors; weight decay on matrices only."""
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": self.settings.weight_decay},
-            {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.learning_rate, betas=tuple(self.settings.betas)
-        )
+        """AdamW over the groups of the strategy: by default one rate, and weight decay on matrices only."""
+        groups = self.strategy.parameter_groups(self.model, self.learning_rate, self.settings.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=tuple(self.settings.betas), fused=True)
+        # gradients are unscaled before they are clipped: a GradScaler must not leave that to the fused update
+        optimizer._step_supports_amp_scaling = False
         scheduler = LambdaLR(optimizer, lambda step: schedule_factor(step, self.settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -27,6 +27,8 @@ KERNELS = ("auto", "reference", "cpu", "torch", "stock")
 # family -> the function that a mixer of it calls on whole sequences
 FAMILIES = {"selective_scan": "mamba_selective_scan", "ssd": "mamba2_chunk_scan"}
 CONVOLUTION = "causal_conv1d_fn"
+# Parameters that a mixer may hold besides its own: h_0, and h' in y_t = C_t (h_t + h')
+INITIAL_STATE, STATE_OFFSET = "initial_state", "state_offset"
 RECORDED_SCAN = {"cpu": "cpu-numba", "torch": "torch", "reference": "reference-float64"}
 FUSED = ("mamba_inner_fn", "mamba2_split_conv1d_scan_combined")
 # recurrences that carry a state and have no adapter here: a function that the forward calls, or the name of the class
@@ -252,6 +254,8 @@ def _selective_scan(layer: Layer, seam: Seam, stock: Callable) -> Callable:
     ) -> Any:
         """(B,D,L) in and out, B and C (B,N,L); float32 whatever autocast says, result in the dtype of the input."""
         kernel = seam.choose("selective_scan", hidden_states.device)
+        start, offset = (getattr(layer.module, name, None) for name in (INITIAL_STATE, STATE_OFFSET))
+        kernel = kernel if start is None and offset is None else "torch"
         if kernel == "stock":
             if seam.tap is not None:
                 with torch.autocast(hidden_states.device.type, enabled=False):
@@ -266,7 +270,15 @@ def _selective_scan(layer: Layer, seam: Seam, stock: Callable) -> Callable:
         run = _scan_fused if kernel == "cpu" else _scan_plain
         x, u, b, c = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))
         with torch.autocast(hidden_states.device.type, enabled=False):
-            y, last, delta = run(kernel, x, u, A, b, c, D, z, delta_bias, delta_softplus)
+            if start is None and offset is None:
+                y, last, delta = run(kernel, x, u, A, b, c, D, z, delta_bias, delta_softplus)
+            else:
+                delta = _step_sizes(u, delta_bias, delta_softplus)
+                start = None if start is None else start.expand(len(x), -1, -1)
+                y, last = scan.selective_scan(x.to(delta.dtype), delta, A, b, c, start, kernel=kernel)
+                y = y if offset is None else y + c.to(y.dtype) @ offset.T
+                y = y if D is None else y + x * D
+                y = y if z is None else y * F.silu(z.transpose(1, 2).to(y.dtype))
         seam.record("selective_scan", RECORDED_SCAN[kernel])
         seam.show(layer, delta, A)
         y = y.to(hidden_states.dtype).transpose(1, 2)
@@ -343,6 +355,9 @@ def _ssd(layer: Layer, seam: Seam, stock: Callable) -> Callable:
     ) -> Any:
         """(B,L,H,P) in and out; float32 whatever autocast says, as the stock function, and like it returns float32."""
         kernel = seam.choose("ssd", hidden_states.device)
+        start, offset = (getattr(layer.module, name, None) for name in (INITIAL_STATE, STATE_OFFSET))
+        if start is not None and initial_states is None:
+            initial_states = start.expand(len(hidden_states), -1, -1, -1)
         with torch.autocast(hidden_states.device.type, enabled=False):
             if kernel != "stock" or seam.tap is not None:
                 delta = _step_sizes(dt, dt_bias, dt_softplus).clamp(*dt_limit)
@@ -351,6 +366,9 @@ def _ssd(layer: Layer, seam: Seam, stock: Callable) -> Callable:
                 x = hidden_states.to(delta.dtype)
                 y, last = scan.ssd(x, delta, A, B, C, initial_states, kernel=kernel)
                 seam.record("ssd", {"reference": "reference-float64"}.get(kernel, "torch-chunked"))
+                if offset is not None:
+                    per_head = C.repeat_interleave(x.shape[2] // C.shape[2], 2).to(y.dtype)
+                    y = y + torch.einsum("blhn,hpn->blhp", per_head, offset)
                 y = y if D is None else y + x * D[:, None]
                 return (y, last) if return_final_states else y
         seam.record("ssd", "stock")

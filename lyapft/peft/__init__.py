@@ -10,22 +10,34 @@ from typing import TYPE_CHECKING, cast
 
 from hydra.utils import get_class
 
+from lyapft.peft.adalora import AdaLora
 from lyapft.peft.base import Strategy
+from lyapft.peft.bitfit import BitFit
 from lyapft.peft.carry import TiedHead, adapted_layers, effective_weight
 from lyapft.peft.full import FullFineTuning
+from lyapft.peft.ia3 import Ia3
 from lyapft.peft.liveness import Liveness, LivenessError
 from lyapft.peft.lora import Lora
+from lyapft.peft.sdt import SelectiveDimensionTuning
+from lyapft.peft.state import StateTuning
+from lyapft.peft.vera import Vera
 
 if TYPE_CHECKING:
     from lyapft.config import PeftConfig
 
 __all__ = [
+    "AdaLora",
+    "BitFit",
     "FullFineTuning",
+    "Ia3",
     "Liveness",
     "LivenessError",
     "Lora",
+    "SelectiveDimensionTuning",
+    "StateTuning",
     "Strategy",
     "TiedHead",
+    "Vera",
     "adapted_layers",
     "effective_weight",
     "faults",

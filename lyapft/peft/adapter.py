@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft import AdaLoraConfig
 from peft import PeftConfig as TunerConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class Adapter(Strategy):
     def faults(cls, cfg: PeftConfig) -> list[str]:
         """Values out of range."""
         own = cast("AdapterPeft", cfg)
-        return cls._common_faults(own.min_coverage, own.memory_buffer, own.get("dropout", 0.0))  # type: ignore[attr-defined]
+        return cls._common_faults(own.min_coverage, own.memory_buffer, getattr(own, "dropout", 0.0))
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -149,7 +150,9 @@ class Adapter(Strategy):
         targets = [leaf for leaf, counts in found.items() if counts["adapted"]]
         buffer = {"memory_buffer": self.memory_buffer} if self.targets == "memory_buffer" else {}
         chosen = {"method": self.name} | self.settings() | buffer
-        return chosen | {"targets": targets, "coverage": found} | self.parameters()
+        plain = self.plain_peft()
+        loads = {"plain_peft": "loads it" if plain is None else plain}
+        return chosen | {"targets": targets, "coverage": found} | loads | self.parameters()
 
     def identity(self) -> dict[str, Any]:
         """Base weights, settings and adapted modules."""
@@ -178,14 +181,23 @@ class Adapter(Strategy):
                 return f"peft refuses {name}, or adapts it where the model does not look"
         return None
 
+    def tied_heads(self) -> list[str]:
+        """Name of the output layer where it uses the adapter of the embeddings."""
+        return [name for name, module in self.backbone.model.named_modules() if isinstance(module, TiedHead)]
+
     def _plain_config(self) -> TunerConfig:
         """The config of the tuner as plain peft needs it."""
         config = cast(TunerConfig, self.tuner.peft_config[ADAPTER])
-        fields = config.to_dict() | {"task_type": "CAUSAL_LM", "base_model_name_or_path": self.backbone.name}
-        tied = any(isinstance(module, TiedHead) for module in self.backbone.model.modules())
-        if "ensure_weight_tying" in fields:
-            fields["ensure_weight_tying"] = tied
-        return type(config)(**json.loads(json.dumps(fields, default=sorted)))
+        fields: dict[str, Any] = {"task_type": "CAUSAL_LM", "base_model_name_or_path": self.backbone.name}
+        if isinstance(config, AdaLoraConfig):  # else peft expects the tensors without their pruned rows
+            fields["rank_pattern"] = None
+        head = self.tied_heads()
+        if head:  # peft ties the adapters of layers that are both targets
+            fields |= {"target_modules": {*cast(set[str], config.target_modules), *head}, "ensure_weight_tying": True}
+        plain = copy.copy(config)
+        for key, value in fields.items():
+            setattr(plain, key, value)
+        return plain
 
     def _as_linear(self, model: PreTrainedModel) -> list[str]:
         """Put views in the place of layers that the method cannot adapt as they are; names of what it is to adapt."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,10 @@ class Strategy(ABC):
         """What the saved tensors belong to: they are refused where any of it differs."""
         return {"method": self.name, "base_hash": self.backbone.hash}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved, by its name in the model: every tensor that trains."""
+        return {name: p for name, p in self.backbone.model.named_parameters() if p.requires_grad}
+
     def stored_name(self, name: str) -> str:
         """The name in the file of a parameter of the model."""
         return name
@@ -115,7 +119,7 @@ class Strategy(ABC):
 
     def write(self, folder: Path) -> None:
         """Write the tensors and their identity into a folder that exists."""
-        tensors = {self.stored_name(n): p.detach().cpu().contiguous() for n, p in self._trainable().items()}
+        tensors = {self.stored_name(n): p.detach().cpu().contiguous() for n, p in self.tensors().items()}
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         (folder / IDENTITY).write_text(json.dumps(self.identity(), indent=2) + "\n", encoding="utf-8")
 
@@ -135,15 +139,12 @@ class Strategy(ABC):
                     f"the adapter in {where} was trained with {key}={saved.get(key)}, this one has {key}={mine}: "
                     "give the model and the peft settings that it was trained with"
                 )
-        places = {self.stored_name(n): p for n, p in self._trainable().items()}
+        places = {self.stored_name(n): p for n, p in self.tensors().items()}
         copy_into(places, load_file(where / TENSORS), set(places), where)
 
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.backbone.model.named_parameters() if p.requires_grad}
 
-
-def copy_into(places: dict[str, nn.Parameter], weights: dict[str, Tensor], expected: set[str], folder: Path) -> None:
-    """Copy tensors into parameters by name: every one must have its place, every expected one its value."""
+def copy_into(places: Mapping[str, Tensor], weights: dict[str, Tensor], expected: set[str], folder: Path) -> None:
+    """Copy tensors into others by name: every one must have its place, every expected one its value."""
     wrong = sorted(set(weights) - set(places)) + sorted(expected - set(weights))
     wrong += [n for n in weights if n in places and weights[n].shape != places[n].shape]
     if wrong:

@@ -99,6 +99,12 @@ class Lora(Adapter):
         )
         return Unrefusing(model, config, ADAPTER)
 
+    def plain_peft(self) -> str | None:
+        """As for every adapter; and peft ties the output layer to embeddings under plain LoRA only."""
+        if self.tied_heads() and (self.dora or self.pissa):
+            return f"peft does not tie the output layer to the embeddings under {self.name}"
+        return super().plain_peft()
+
     def parameter_groups(self, model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """One rate for all, or those of LoRA+ as peft sorts them."""
         if self.lr_ratio == self.lr_ratio_embedding == 1:
