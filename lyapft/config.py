@@ -246,14 +246,87 @@ class ArcTask(TaskConfig):
 
 
 @dataclass
-class LoraPeft(PeftConfig):
+class AdapterPeft(PeftConfig):
+    """Adapters of peft: which layers they go on."""
+
+    targets: Any = "auto"  # auto | sll | all | memory_buffer | usual | a list of module names | a regular expression
+    min_coverage: float = 1.0  # least share of the layers of a name that has to be adapted, of names that are at all
+    memory_buffer: str = "tied"  # tied | untied, for targets=memory_buffer
+
+
+@dataclass
+class LoraPeft(AdapterPeft):
     """Low-rank adapters."""
 
     _target_: str = "lyapft.peft.Lora"
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: Any = "auto"  # auto | sll | usual | a list of module names | a regular expression
+    rank_stabilized: bool = False  # scale by alpha / sqrt(r) instead of alpha / r
+    dora: bool = False  # train magnitudes apart from directions
+    init: str = "zero"  # zero | pissa
+    lr_ratio: float = 1.0  # rate of B over that of A
+    lr_ratio_embedding: float = 1.0  # rate of an embedding's adapter over that of A
+
+
+@dataclass
+class AdaLoraPeft(AdapterPeft):
+    """Low-rank adapters whose ranks move to where they matter."""
+
+    _target_: str = "lyapft.peft.AdaLora"
+    init_r: int = 12  # ranks a layer at first
+    target_r: int = 8  # on average, at the end
+    alpha: float = 16.0
+    dropout: float = 0.0
+    warmup: float = 0.1  # share of the steps before the budget shrinks
+    final: float = 0.3  # share of the steps after it has
+    every: int = 1  # steps between two allocations
+    orthogonality: float = 0.5  # weight of the penalty on factors that are not orthonormal
+    steps: int = MISSING  # of the training
+
+
+@dataclass
+class VeraPeft(AdapterPeft):
+    """Trained vectors around frozen random factors."""
+
+    _target_: str = "lyapft.peft.Vera"
+    r: int = 256
+    d_initial: float = 0.1
+    dropout: float = 0.0
+    projection_seed: int = 0  # draws the frozen factors
+
+
+@dataclass
+class Ia3Peft(AdapterPeft):
+    """One factor per activation."""
+
+    _target_: str = "lyapft.peft.Ia3"
+
+
+@dataclass
+class BitFitPeft(PeftConfig):
+    """The biases alone."""
+
+    _target_: str = "lyapft.peft.BitFit"
+
+
+@dataclass
+class StatePeft(PeftConfig):
+    """A state of the recurrence that is learnt."""
+
+    _target_: str = "lyapft.peft.StateTuning"
+    state: str = MISSING  # initial_state | state_offset
+
+
+@dataclass
+class SdtPeft(PeftConfig):
+    """Selected channels and states of the recurrence."""
+
+    _target_: str = "lyapft.peft.SelectiveDimensionTuning"
+    channels: float = 0.1  # share of the channels (Mamba-2: heads) of each layer
+    states: float = 0.25  # share of the states
+    warmup_steps: int = 10  # after which the dimensions that changed most are selected
+    warmup_learning_rate: float = 1e-3
 
 
 @dataclass
@@ -276,7 +349,16 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"model": ModelConfig},
     "data": {"data": DataConfig, "skills": SkillsData, "mixture": MixtureData, "pydoc": PydocData, "table": TableData},
     "task": {"task": TaskConfig, "skills": SkillsTask, "mmlu": MmluTask, "arc": ArcTask},
-    "peft": {"none": FullPeft, "lora": LoraPeft},
+    "peft": {
+        "none": FullPeft,
+        "lora": LoraPeft,
+        "adalora": AdaLoraPeft,
+        "vera": VeraPeft,
+        "ia3": Ia3Peft,
+        "bitfit": BitFitPeft,
+        "state": StatePeft,
+        "sdt": SdtPeft,
+    },
     "precision": {"precision": PrecisionConfig},
     "probe": {"lyapunov": LyapunovProbe},
     "kernel": {"kernel": KernelConfig},

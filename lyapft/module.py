@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from lyapft.peft import FullFineTuning, Strategy
 from lyapft.recurrence import Seam
 
 IGNORED = -100  # label of a token that carries no loss
@@ -72,13 +73,19 @@ class FineTuner(L.LightningModule):
     """
 
     def __init__(
-        self, model: nn.Module, settings: DictConfig, learning_rate: float, seam: Seam | None = None
+        self,
+        model: nn.Module,
+        settings: DictConfig,
+        learning_rate: float,
+        strategy: Strategy | None = None,
+        seam: Seam | None = None,
     ) -> None:
         """
         Args:
             model: a causal language model of transformers, its adapters attached.
             settings: the trainer group of a config.
             learning_rate: the peak rate.
+            strategy: what was attached to the model; None is full fine-tuning.
             seam: of the model; packed batches need it, so that recurrences start anew at each sequence.
         """
         super().__init__()
@@ -87,23 +94,29 @@ class FineTuner(L.LightningModule):
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.settings = settings
         self.learning_rate = learning_rate
+        self.strategy = strategy or FullFineTuning()
         self.observed: dict[str, float | int | bool] = {}
         self.skipped_steps = 0
         self._nonfinite_in_a_row = 0
         self._step_skipped = False
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of one micro-batch.
-
-        `batch`: input_ids, attention_mask, labels, and of packed rows sequence and position_ids, each (B, L).
-        """
-        output = self.model(input_ids=batch["input_ids"], use_cache=False, **self._which_tokens(batch))
-        loss = response_loss(output.logits, batch["labels"])
+        """Loss of one micro-batch, `loss` of the task and what the strategy adds."""
+        loss = self.loss(batch)
         if batch_idx % self.settings.accumulate == 0:
             self.observed = {"loss": 0.0, "tokens": 0}
         self.observed["loss"] += loss.item() / self.settings.accumulate
         self.observed["tokens"] += int(batch["attention_mask"].sum())
-        return loss
+        penalty = self.strategy.penalty()
+        return loss if penalty is None else loss + penalty
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Loss of a batch on the task alone, without what the strategy adds.
+
+        `batch`: input_ids, attention_mask, labels, and of packed rows sequence and position_ids, each (B, L).
+        """
+        output = self.model(input_ids=batch["input_ids"], use_cache=False, **self._which_tokens(batch))
+        return response_loss(output.logits, batch["labels"])
 
     def _which_tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What keeps tokens apart: a mask of padding, or, packed, the seam and positions that start at 0 again."""
@@ -143,6 +156,8 @@ class FineTuner(L.LightningModule):
         self.observed["loss_scale"] = 1.0 if scale is None else scale
         self.observed["skipped"] = self._step_skipped
         self.skipped_steps += self._step_skipped
+        if not self._step_skipped:
+            self.strategy.after_step(self.trainer.global_step - self.skipped_steps)
         self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if self._step_skipped else 0
         self._stop_if_hopeless(scale)
 
@@ -152,15 +167,9 @@ class FineTuner(L.LightningModule):
             scheduler.step()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the trainable tensors, in one fused call per group; weight decay on matrices only."""
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": self.settings.weight_decay},
-            {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.learning_rate, betas=tuple(self.settings.betas), fused=True
-        )
+        """AdamW over the groups of the strategy: by default one rate, and weight decay on matrices only."""
+        groups = self.strategy.parameter_groups(self.model, self.learning_rate, self.settings.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=tuple(self.settings.betas), fused=True)
         # gradients are unscaled before they are clipped: a GradScaler must not leave that to the fused update
         optimizer._step_supports_amp_scaling = False
         scheduler = LambdaLR(optimizer, lambda step: schedule_factor(step, self.settings))

@@ -29,7 +29,7 @@ from lyapft.cell.state import clean_state, log_file, only_one
 from lyapft.environment import PeakMemory
 from lyapft.errors import InputError
 from lyapft.module import FineTuner, NonFiniteTrainingError
-from lyapft.peft import Liveness, LivenessError
+from lyapft.peft import Liveness, LivenessError, Strategy
 from lyapft.probes import AdapterLiveness, LyapunovProbe, ProgressBar, StepRecorder
 from lyapft.records import Record
 
@@ -169,12 +169,12 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
             "recurrences_unknown": seam.unknown,
             "data": dataset.record(),
             "tasks": cell.task.record(),
-            "peft": peft.record(),
+            "peft": peft.record(),  # of an attempt that fails too; what training selects or allocates comes after it
         }
         memory = PeakMemory(base.model, cell.device)
         liveness = Liveness(base.model, steps=min(3, cfg.trainer.steps))
-        series, skipped = _fit(cell, base.model, seam, strategy, dataset, loggers, liveness)
-        record["peft"] |= {"proven_alive": liveness.proven, "stalled": liveness.stalled}
+        series, skipped = _fit(cell, base.model, peft, seam, strategy, dataset, loggers, liveness)
+        record["peft"] = peft.record() | {"proven_alive": liveness.proven, "stalled": liveness.stalled}
         record["kernels"], record["kernel_fallbacks"] = dict(seam.kernels), dict(seam.fallbacks)
         record["training"] = summary.training(series, skipped, config.learning_rate(cfg))
         record["cost"] = summary.cost(series, memory, cfg.trainer.accumulate)
@@ -200,6 +200,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
 def _fit(
     cell: Cell,
     model: torch.nn.Module,
+    peft: Strategy,
     seam: recurrence.Seam,
     strategy: precision.Precision,
     dataset: data.TokenDataset,
@@ -208,7 +209,7 @@ def _fit(
 ) -> tuple[pd.DataFrame, int]:
     """Train; returns the step series and how many steps were skipped."""
     settings = cell.config.trainer
-    module = FineTuner(model, settings, config.learning_rate(cell.config), seam)
+    module = FineTuner(model, settings, config.learning_rate(cell.config), peft, seam)
     probes = [instantiate(node) for node in cell.config.probe.values()]
     for probe in probes:
         if isinstance(probe, LyapunovProbe):
@@ -236,8 +237,9 @@ def _fit(
         log_every_n_steps=1,
     )
     model.train()
-    log.info("training %s: %d steps", _title(cell), settings.steps)
     loader = data.batches(dataset, settings.batch_size, settings.steps * settings.accumulate, cell.config.seed)
+    peft.prepare(module.to(cell.device).loss, loader)
+    log.info("training %s: %d steps", _title(cell), settings.steps)
     try:
         trainer.fit(module, loader)
     except SystemExit:  # what Lightning makes of Ctrl-C, after it has switched the signal off

@@ -89,8 +89,8 @@ def pack(dataset: TokenDataset, max_length: int) -> PackedDataset:
     """Fill packs with rows, first fit in the rows' own order; an ordered source fills one pack after the other.
 
     >>> import numpy as np
-    >>> rows = dict(ids=np.arange(9, dtype=np.int32), is_target=np.ones(9, bool), starts=np.array([0, 4, 7, 9]), pad_id=0)
-    >>> pack(TokenDataset(name="n", hash="h", **rows), 6).packs
+    >>> ids, starts = np.arange(9, dtype=np.int32), np.array([0, 4, 7, 9])
+    >>> pack(TokenDataset("n", "h", ids, np.ones(9, bool), starts, pad_id=0), 6).packs
     [[0, 2], [1]]
     """
     lengths = (dataset.starts[1:] - dataset.starts[:-1]).tolist()

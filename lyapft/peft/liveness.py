@@ -15,24 +15,26 @@ class LivenessError(InputError):
 class Liveness:
     """Proves that every trainable tensor gets a finite, non-zero gradient and moves; only reads, until it has proof.
 
-    A factor of a product whose other factor is exactly zero has a zero gradient by construction (LoRA's A while B is
-    zero): such a step is not counted against it.
+    A factor of a product in which another factor is exactly zero has a zero gradient by construction (LoRA's A while B
+    is zero, AdaLoRA's A and B while E is, VeRA's d while b is): such a step is not counted against it.
 
     Args:
         model: with its trainable parameters chosen.
         steps: optimizer steps within which every tensor has to show life.
     """
 
-    PARTNERS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+    PRODUCTS = (  # factors of one product, as peft names them
+        ("lora_A", "lora_E", "lora_B"),
+        ("lora_embedding_A", "lora_embedding_B"),
+        ("vera_lambda_b", "vera_lambda_d"),
+    )
 
     def __init__(self, model: nn.Module, steps: int = 3) -> None:
         self.steps = steps
         tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._without_gradient = dict(tensors)
         self._still: dict[str, tuple[Tensor, tuple[float, float]]] | None = None  # filled before the first step
-        self._partner = {
-            name: tensors[other] for name in tensors for other in self._partners_of(name) if other in tensors
-        }
+        self._partners = {name: [tensors[o] for o in self._partners_of(name) if o in tensors] for name in tensors}
         self._chances = dict.fromkeys(tensors, 0)
 
     @property
@@ -59,8 +61,7 @@ class Liveness:
                 if peak > 0:
                     del self._without_gradient[name]
                     continue
-            partner = self._partner.get(name)
-            self._chances[name] += int(partner is None or bool(partner.detach().any()))
+            self._chances[name] += all(bool(partner.detach().any()) for partner in self._partners[name])
 
     def verdict(self, step: int) -> None:
         """After an optimizer step: stop the run if a tensor has had its chances and shows no life.
@@ -93,11 +94,10 @@ class Liveness:
             )
 
     def _partners_of(self, name: str) -> Iterator[str]:
-        for a, b in self.PARTNERS:
-            if f".{a}." in name:
-                yield name.replace(f".{a}.", f".{b}.")
-            if f".{b}." in name:
-                yield name.replace(f".{b}.", f".{a}.")
+        for factors in self.PRODUCTS:
+            for factor in factors:
+                if f".{factor}." in name:
+                    yield from (name.replace(f".{factor}.", f".{other}.") for other in factors if other != factor)
 
 
 def _is_half(tensor: Tensor) -> bool:
