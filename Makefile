@@ -50,9 +50,12 @@ $(VENV)/.runtime: requirements.lock pyproject.toml lyapft/__init__.py | $(BIN)/p
 	@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
-	@echo "Adding the tools of requirements-dev.lock"
+# mamba-ssm is for the tests of the CUDA path; where it cannot be had they are skipped, but not in CI.
+$(VENV)/.dev: requirements-dev.lock requirements-kernels.lock $(VENV)/.runtime
+	@echo "Adding the tools of requirements-dev.lock, and mamba-ssm without CUDA"
 	@$(INSTALL) -r requirements.lock -r requirements-dev.lock
+	@MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(INSTALL) --no-deps -r requirements-kernels.lock || \
+	  { echo "mamba-ssm cannot be built here: tests that run its kernels will be skipped" >&2; test -z "$$CI"; }
 	@touch $@
 
 clean: ## remove the environment and caches; runs/ stays

@@ -135,7 +135,7 @@ def adapters(kind: str) -> Measured:
         for layer in (module for module in model.modules() if isinstance(module.__dict__.get("forward"), object)):
             layer.__dict__.pop("forward", None)
         seam = recurrence.install(model, kernel)
-        carry.adapters(model, seam)
+        carry.carry(model)
         result = step(model)
         if kernel == "mamba_ssm":
             alive, ran = result, seam

@@ -50,6 +50,11 @@ def dev_lock(root: Path) -> dict[str, str]:
     return locked(root / "requirements-dev.lock")
 
 
+@pytest.fixture(scope="module")
+def kernels_lock(root: Path) -> dict[str, str]:
+    return locked(root / "requirements-kernels.lock")
+
+
 def tracked(root: Path) -> list[Path]:
     """Files that git tracks or would add."""
     if not (root / ".git").exists():
@@ -99,10 +104,11 @@ def test_licence_text_and_name_agree(project, root):
     assert "Version 2.0, January 2004" in text
 
 
-def test_every_dependency_is_locked_at_a_version_it_admits(project, runtime_lock, dev_lock):
+def test_every_dependency_is_locked_at_a_version_it_admits(project, runtime_lock, dev_lock, kernels_lock):
     runtime = requirements(project["project"]["dependencies"])
     dev = requirements(project["project"]["optional-dependencies"]["dev"])
-    for wanted, lock in ((runtime, runtime_lock), (dev, dev_lock)):
+    kernels = requirements(project["project"]["optional-dependencies"]["kernels"])
+    for wanted, lock in ((runtime, runtime_lock), (dev, dev_lock), (kernels, kernels_lock)):
         for name, requirement in wanted.items():
             assert name in lock, f"{name} is not locked"
             assert lock[name] in requirement.specifier, f"{requirement} does not admit the locked {lock[name]}"
@@ -138,7 +144,7 @@ def test_imports_and_dependencies_are_the_same_set(project, root):
     assert not runtime.keys() - used - INDIRECT.keys(), "declared but never imported"
     test_sources = [path for folder in ("tests", "benchmarks") for path in (root / folder).rglob("*.py")]
     used_in_tests = imported(test_sources) - {"packaging"}  # packaging comes with pytest itself
-    declared = runtime.keys() | extras["dev"].keys() | extras["cuda"].keys()
+    declared = runtime.keys() | extras["dev"].keys() | extras["cuda"].keys() | extras["kernels"].keys()
     assert not used_in_tests - declared, "imported but not declared"
     assert not extras["dev"].keys() - used_in_tests - COMMANDS, "declared but never used"
 

@@ -30,6 +30,7 @@ class Mixture:
     name: str = "mixture"
     path: str | None = None
     max_length: int = 64
+    packing: bool = False
     max_bad_fraction: float = 0.01
     limit: int | None = None
     rows: int = 72_000

@@ -114,6 +114,7 @@ class Pydoc:
     name: str = "pydoc"
     path: str | None = None
     max_length: int = 256
+    packing: bool = False
     max_bad_fraction: float = 0.01
     limit: int | None = None
     kind: str = "pairs"

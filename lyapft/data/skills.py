@@ -193,6 +193,7 @@ class Skills:
     name: str = "skills"
     path: str | None = None
     max_length: int = 64
+    packing: bool = False
     max_bad_fraction: float = 0.01
     limit: int | None = None
     rules: Sequence[str] = NEW_RULES

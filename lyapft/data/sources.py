@@ -41,6 +41,7 @@ class Table(ABC):
     name: str
     path: str | None = None
     max_length: int = 512
+    packing: bool = False
     max_bad_fraction: float = 0.01
     limit: int | None = None
     split: str = "train"
