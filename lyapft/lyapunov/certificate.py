@@ -1,0 +1,178 @@
+"""A bound on what rounding does to a recurrent state, from the exact trajectory and the arithmetic of the kernel.
+
+Letters: B batch, L tokens, and any state axes behind them. All numbers here are float64.
+
+The exact state follows x_t = ā_t x_{t−1} + b_t with ā_t = exp(Δ_t A); a kernel computes x̂_t with rounded ā, b,
+products and sums, from inputs that may have been rounded or changed before. For e_t ≥ |x̂_t − x_t|, with nothing of
+second order dropped:
+
+    η_t = |computed decay − ā_t| ≤ ā_t (e^{|δ(ΔA)|} (1 + ε) − 1)                      ε of exp itself
+    β_t = |computed write − b_t| ≤ |δb_t| + γ_w (|b_t| + |δb_t|)                      γ_k = k u / (1 − k u)
+    e_t ≤ (ā_t + η_t) e_{t−1} + η_t |x_{t−1}| + β_t + γ_p m_t |x̂_{t−1}| + γ_s |b̂_t| + κ_t + s,    |x̂| ≤ |x| + e
+
+m_t is the factor that is really multiplied, ā_t or its distance from 1, and κ_t what adding the product to the state
+rounds away. `KERNELS` says why each constant is what it is. Overflow is outside: exclude and count it.
+Source: Higham, Accuracy and Stability of Numerical Algorithms (2002), §2.2 and §3.1, for u, s and γ.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# unit roundoff and smallest subnormal
+FORMATS = {"fp32": (2.0**-24, 2.0**-149), "bf16": (2.0**-8, 2.0**-133), "fp16": (2.0**-11, 2.0**-24)}
+_ULP = 2 * 2.0**-24  # of float32, relative to the number: 2u at most
+# Elementwise half operations of torch run in float32 and round once more: u of half plus that of the float32 result.
+_DOUBLE_ROUNDING = 2.0**-23
+_CPU_CHUNK = 16  # tokens after which the compiled scan folds what happened into its base
+_REFERENCE = 8 * 2.0**-53  # the exact trajectory is itself a float64 loop: exp, two products, two sums, with room
+_BOUNDARY = (0.34, 0.36)  # |ΔA| between which a kernel may take either branch of its decay
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The arithmetic of one step of a kernel.
+
+    Attributes:
+        unit, tiny: u and s of the format it computes in.
+        argument: roundings of ΔA before the exponential.
+        exponential: relative error of that function, ε.
+        writes: roundings of b = Δ u B. products, sums: those that ā x̂ and b̂ go through in the step.
+        near_one: decays close to 1 are kept as their distance from 1 and the product is added to the state.
+        compensated: the sum is kept in two parts (the state at the start of a chunk, and the change since).
+        stored: u and s of the format in which the state waits for the next token, if narrower.
+    """
+
+    unit: float
+    tiny: float
+    argument: int = 1
+    exponential: float = _ULP
+    writes: int = 2
+    products: int = 2
+    sums: int = 1
+    near_one: bool = False
+    compensated: bool = False
+    stored: tuple[float, float] = (0.0, 0.0)
+
+
+def _loop(name: str) -> Rounding:
+    """x = exp(Δ·A)·x + (Δ·u)·B, each operation rounded to the format: the loop of transformers and mamba's reference.
+
+    One rounding of ΔA; exp within 1 ulp of float32 (SLEEF and MKL), then rounded to half; two roundings of the write;
+    the product is rounded and then the sum, so ā x̂ passes two and b̂ one.
+    """
+    unit, tiny = FORMATS[name]
+    if name == "fp32":
+        return Rounding(unit, tiny)
+    unit += _DOUBLE_ROUNDING
+    return Rounding(unit, tiny, exponential=(1 + unit) * (1 + _ULP) - 1)
+
+
+# `scan/torch_scan.py`: expm1 within 1 ulp; h ← (b + e·h) + h, so e·h passes the product and two sums, b two sums, and
+# the last sum rounds h itself (κ = u|x̂|). Far from 1 it is the loop.
+_TORCH = Rounding(*FORMATS["fp32"], products=3, sums=2, near_one=True)
+# `scan/selective_scan_cpu.py`: a rounded log₂e times A, then times Δ: three roundings of the argument; `simd.decay` is
+# within 2e-7 ≤ 4u. h is rounded from base + change (one on the product's factor), the multiply-add may be two
+# operations (products 3, sums 1), and the change is rounded when it grows (κ = u|change|, in `_carry`).
+_CPU = replace(_TORCH, argument=3, exponential=4 * 2.0**-24, sums=1, compensated=True)
+
+KERNELS: dict[str, Rounding] = {
+    "loop fp32": _loop("fp32"),
+    "loop bf16": _loop("bf16"),
+    "loop fp16": _loop("fp16"),
+    "stored bf16": replace(_loop("fp32"), stored=FORMATS["bf16"]),
+    "stored fp16": replace(_loop("fp32"), stored=FORMATS["fp16"]),
+    "torch": _TORCH,
+    "cpu": _CPU,
+}
+
+
+def exact_states(log_decay: Tensor, write: Tensor, initial: Tensor) -> Tensor:
+    """(B, L + 1, …) states x_0 … x_L of the float64 loop."""
+    states = [initial]
+    for t in range(write.shape[1]):
+        states.append(log_decay[:, t].exp() * states[-1] + write[:, t])
+    return torch.stack(states, dim=1)
+
+
+def certificate(
+    rounding: Rounding,
+    log_decay: Tensor,
+    write: Tensor,
+    states: Tensor,
+    *,
+    log_decay_deviation: Tensor | None = None,
+    write_deviation: Tensor | None = None,
+    initial_deviation: Tensor | None = None,
+    write_factor: float = 1.0,
+) -> Tensor:
+    """(B, L, …) upper bounds of |x̂_t − x_t|.
+
+    Args:
+        rounding: one of `KERNELS`.
+        log_decay: Δ_t A ≤ 0 of the exact trajectory. write: b_t. states: x_0 … x_L from `exact_states`.
+        log_decay_deviation: |δ(ΔA)|, the kernel's inputs against the exact ones: rounded, or an A that was adapted.
+        write_deviation: |δb| of the inputs. initial_deviation: of the initial state.
+        write_factor: largest |B|: what an underflow of Δ u is multiplied with.
+    """
+    zero = torch.zeros(())
+    e = torch.zeros_like(states[:, 0]) if initial_deviation is None else initial_deviation.clone()
+    base, bounds = states[:, 0].abs() + e, []
+    for t in range(write.shape[1]):
+        before, after, b = states[:, t].abs(), states[:, t + 1].abs(), write[:, t].abs()
+        input_deviation = zero if log_decay_deviation is None else log_decay_deviation[:, t]
+        decay, eta, factor, near = _decay(rounding, log_decay[:, t], input_deviation)
+        given = zero if write_deviation is None else write_deviation[:, t]
+        floor = rounding.tiny * (1 + write_factor)
+        beta = given + _gamma(rounding.writes, rounding.unit) * (b + given) + floor
+        state = before + e
+        local = _gamma(rounding.products, rounding.unit) * (factor + eta) * state
+        local = local + _gamma(rounding.sums, rounding.unit) * (b + beta) + 2 * rounding.tiny
+        local = local + _REFERENCE * (decay * before + b)
+        e = (decay + eta) * e + eta * before + beta + local
+        e, base, seen = _carry(rounding, e, near, state, after, base, t)
+        unit, tiny = rounding.stored
+        e = e * (1 + unit) + unit * after + tiny
+        bounds.append(seen * (1 + unit) + unit * after + tiny)
+    return torch.stack(bounds, dim=1)
+
+
+def _gamma(k: int, unit: float) -> float:
+    return k * unit / (1 - k * unit)
+
+
+def _decay(rounding: Rounding, log_decay: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ā, η, the factor m that is multiplied, and 1 where the state itself is added to the product."""
+    decay, distance = log_decay.exp(), -torch.expm1(log_decay)
+    argument = _gamma(rounding.argument, rounding.unit) * (log_decay.abs() + deviation) + rounding.tiny
+    shift = torch.expm1(deviation + argument)  # relative change of ā by the argument alone
+    far = decay * (shift + rounding.exponential * (1 + shift)) + rounding.tiny
+    if not rounding.near_one:
+        return decay, far, decay, torch.zeros_like(decay)
+    low, high = _BOUNDARY
+    slack = deviation + argument
+    surely = log_decay.abs() + slack < low
+    close = decay * shift + rounding.exponential * (distance + decay * shift) + rounding.tiny
+    near = (log_decay.abs() - slack <= high).to(decay.dtype)
+    return decay, torch.where(surely, close, far), torch.where(surely, distance, decay), near
+
+
+def _carry(
+    rounding: Rounding, e: Tensor, near: Tensor, state: Tensor, after: Tensor, base: Tensor, t: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(e, base, e as seen): with κ, what the state's own addition rounds away. state ≥ |x̂_{t−1}|, after = |x_t|.
+
+    Compensated: only the change since the chunk began is rounded, |change| ≤ |x̂_t| + |base|, with e_t on both sides. At
+    the end of a chunk the two parts are split anew, exactly if |base| ≥ |change|, else to within 2u |change|; states
+    below 1e-36 become 0. What is seen is the sum of both parts, rounded.
+    """
+    unit = rounding.unit
+    if not rounding.compensated:
+        e = e + near * unit * state
+        return e, base, e
+    e = (e + near * unit * (after + base)) / (1 - unit)
+    if (t + 1) % _CPU_CHUNK == 0:
+        e = e + 2 * _gamma(1, unit) * (after + e + base) + 2e-36
+        base = (after + e) * (1 + unit)
+    return e, base, e + unit * (after + e)
