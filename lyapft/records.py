@@ -140,6 +140,12 @@ def accuracies(record: Record) -> list[dict[str, Any]]:
     return [score for score in record.get("scores") or [] if score.get("metric", "acc") == "acc"]
 
 
+def divergence_entry(record: Record, counterpart: str) -> dict[str, Any] | None:
+    """The record's divergence from one kind of counterpart, if it has any entry for it."""
+    entries: list[dict[str, Any]] = record.get("divergence") or []
+    return next((entry for entry in entries if entry.get("counterpart") == counterpart), None)
+
+
 class StepSeries:
     """Rows of numbers, one per training step, kept in memory and written whole.
 

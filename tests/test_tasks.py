@@ -612,6 +612,34 @@ def test_a_folder_without_subjects_and_an_unknown_subject_are_refused(tmp_path: 
         tasks.Mmlu("mmlu", MMLU, [0], subjects=["alchemy"]).queries(0)
 
 
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (tasks.Winogrande, ("allenai/winogrande", "winogrande_xl", "validation")),
+        (tasks.Hellaswag, ("Rowan/hellaswag", None, "validation")),
+        (tasks.Piqa, ("baber/piqa", None, "validation")),
+        (tasks.Arc, ("allenai/ai2_arc", "ARC-Easy", "test")),
+    ],
+)
+def test_a_data_set_by_name_is_the_file_of_the_same_rows(
+    make: type[Task], name: tuple[str, str | None, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.loads(line) for line in Path(SINGLE_SPLIT[make]).read_text(encoding="utf-8").splitlines()]
+    asked: list[tuple[str | None, ...]] = []
+    monkeypatch.setattr("lyapft.tasks.single_split.load_by_name", lambda *which: asked.append(which) or rows)
+    task = make("x", None, [0, 2])
+    assert task.fingerprint() == make("x", SINGLE_SPLIT[make], [0, 2]).fingerprint()
+    assert asked == [name]
+    rows[0].pop(next(iter(set(rows[0]) & set(task.COLUMNS))))
+    with pytest.raises(InputError, match=f"{name[0]}: column .* is missing"):
+        make("x", None, [0]).queries(0)
+
+
+def test_an_unknown_subset_of_arc_is_refused() -> None:
+    with pytest.raises(InputError, match=r"task\.subset=hard: use one of ARC-Easy, ARC-Challenge"):
+        tasks.Arc("arc", ARC, [0], subset="hard")
+
+
 @pytest.mark.parametrize("make", [tasks.Mmlu, *SINGLE_SPLIT])
 def test_a_data_set_by_name_without_a_network_says_so(make: type[Task]) -> None:
     with pytest.raises(InputError, match=r"could not be loaded by name \(the hub cannot be reached.*task\.path="):

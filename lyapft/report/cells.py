@@ -10,7 +10,7 @@ import pandas as pd
 from lyapft import records
 from lyapft.divergence import Flips, item_flips
 from lyapft.errors import InputError
-from lyapft.records import Record
+from lyapft.records import Record, divergence_entry
 
 COUNTERPARTS = {
     "paper": "full-precision fine-tuning of all weights",  # the paper's reference
@@ -70,12 +70,6 @@ def read(record: Record, *keys: str) -> Any:
 def choice(record: Record, group: str) -> str:
     """The chosen name in a config group."""
     return str(read(record, "choices", group) or "?")
-
-
-def divergence_entry(record: Record, counterpart: str) -> dict[str, Any] | None:
-    """The record's divergence from one kind of counterpart, if it has any entry for it."""
-    entries: list[dict[str, Any]] = record.get("divergence") or []
-    return next((entry for entry in entries if entry.get("counterpart") == counterpart), None)
 
 
 def facet(record: Record, group_by: Sequence[str]) -> str:

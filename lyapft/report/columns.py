@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from lyapft.divergence import SPIKE_POINTS, is_spike
-from lyapft.records import Record, accuracies
-from lyapft.report.cells import COUNTERPARTS, COUNTERPARTS_SHORT, Study, choice, divergence_entry, read
+from lyapft.records import Record, accuracies, divergence_entry
+from lyapft.report.cells import COUNTERPARTS, COUNTERPARTS_SHORT, Study, choice, read
 from lyapft.report.tables import ABSENT, NOT_APPLICABLE, Column
 
 STATUS_MARK = {"ok": "✓", "running": "…", "interrupted": "○"}  # every other status is a failure: ✗

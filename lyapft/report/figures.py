@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lyapft.records import accuracies
-from lyapft.report.cells import COUNTERPARTS, Cell, Study, choice, divergence_entry, read
+from lyapft.records import accuracies, divergence_entry
+from lyapft.report.cells import COUNTERPARTS, Cell, Study, choice, read
 from lyapft.report.columns import score_keys
 from lyapft.report.drawing import Figure, Panels, Style, facets_of, plain, style_key, styles, thin
 

@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from plotly.offline import get_plotlyjs
 
 from lyapft.divergence import SPIKE_POINTS, is_spike
+from lyapft.records import divergence_entry
 from lyapft.report import columns, figures
-from lyapft.report.cells import COUNTERPARTS, Study, choice, divergence_entry, read
+from lyapft.report.cells import COUNTERPARTS, Study, choice, read
 from lyapft.report.drawing import Figure
 from lyapft.report.tables import as_html
 from lyapft.report.verdict_tables import caption, text_columns

@@ -13,10 +13,10 @@ from pathlib import Path
 from lyapft import records
 from lyapft.divergence import ALPHA, Comparison, adjusted, compare
 from lyapft.errors import InputError
-from lyapft.records import Record
+from lyapft.records import Record, divergence_entry
 from lyapft.report.cells import read
 from lyapft.report.tables import Column, as_text
-from lyapft.verdict.evidence import Evidence, Recipe, divergence_entry, gather, seed_of, values_of
+from lyapft.verdict.evidence import Evidence, Recipe, gather, seed_of, values_of
 from lyapft.verdict.words import p_value
 
 WORSE = 1  # exit code

@@ -10,6 +10,7 @@ import pandas as pd
 from lyapft.report.columns import number
 from lyapft.report.tables import ABSENT, Column
 from lyapft.verdict import Verdict
+from lyapft.verdict.words import margin
 
 Cells = Mapping[str, Any]
 
@@ -151,8 +152,4 @@ def text_columns(verdict: Verdict, name: str) -> list[Column]:
 def caption(verdict: Verdict, name: str) -> str:
     """What a table shows."""
     text = CAPTIONS[name]
-    return (
-        f"{text} Margin ±{verdict.settings.margin:g} points, α = {verdict.settings.alpha:g}."
-        if name == "recipes"
-        else text
-    )
+    return f"{text} Margin {margin(verdict.settings)}, α = {verdict.settings.alpha:g}." if name == "recipes" else text

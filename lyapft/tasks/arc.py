@@ -7,7 +7,10 @@ Source: Clark et al. 2018 (arXiv 1803.05457); the text of a query is that of lm-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lyapft.errors import InputError
 from lyapft.tasks.single_split import Item, SingleSplit, answers_after, bad_choices, not_text
+
+SUBSETS = ("ARC-Easy", "ARC-Challenge")
 
 
 @dataclass
@@ -25,6 +28,11 @@ class Arc(SingleSplit):
     COLUMNS: ClassVar = ("question", "answerKey")
 
     subset: str = "ARC-Easy"
+
+    def __post_init__(self) -> None:
+        SingleSplit.__post_init__(self)
+        if self.subset not in SUBSETS:
+            raise InputError(f"task.subset={self.subset}: use one of {', '.join(SUBSETS)}")
 
     def hub(self) -> tuple[str, str | None, str]:
         """`allenai/ai2_arc`."""

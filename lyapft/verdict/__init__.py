@@ -61,7 +61,7 @@ def judge(
     paper, same_peft = (rows(evidence, settings, counterpart) for counterpart in (PAPER, PRECISION_ONLY))
     scores = score_rows(paper, settings)
     advice = recommend(paper, settings)
-    apart = [*contrasts(evidence, paper, settings), *contrasts(evidence, same_peft, settings)]
+    apart = contrasts(evidence, [*paper, *same_peft], settings)
     gained, floor, gap = gains(evidence), floors(evidence), gaps(evidence)
     texts = {
         "Recommendation": sentences.recommendations(advice, settings),

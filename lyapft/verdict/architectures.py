@@ -62,18 +62,27 @@ def twins(evidence: Evidence) -> dict[str, str]:
 
 
 def contrasts(evidence: Evidence, found: Sequence[Row], settings: Settings) -> list[Contrast]:
-    """A row per recipe that both have on at least one common seed, and one over all such recipes together."""
+    """A row per recipe that both have on at least one common seed, and one over all such recipes together.
+
+    Args:
+        found: rows against any kinds of counterparts; each kind is compared by itself.
+    """
+    by_key = {(row.recipe.model, *_place(row), row.recipe.label): row for row in found}
     raw: list[Contrast] = []
-    by_key = {(row.recipe.model, row.recipe.data, row.recipe.task, row.recipe.label): row for row in found}
     for model, twin in twins(evidence).items():
         shared = [
             (row, by_key[twin, *key[1:]])
             for key, row in by_key.items()
             if key[0] == model and (twin, *key[1:]) in by_key
         ]
-        for data, task in dict.fromkeys((row.recipe.data, row.recipe.task) for row, _ in shared):
-            raw += _contrasts(model, twin, [p for p in shared if p[0].recipe.setting[1:] == (data, task)], settings)
+        for place in dict.fromkeys(_place(row) for row, _ in shared):
+            raw += _contrasts(model, twin, [both for both in shared if _place(both[0]) == place], settings)
     return _adjusted([one for one in raw if one.overall]) + _adjusted([one for one in raw if not one.overall])
+
+
+def _place(row: Row) -> tuple[str, str, str]:
+    """What two rows must share to be compared across models."""
+    return row.recipe.data, row.recipe.task, row.counterpart
 
 
 def _adjusted(raw: Sequence[Contrast]) -> list[Contrast]:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lyapft.divergence import ALPHA, MARGIN_POINTS, POWER, SPIKE_POINTS
 from lyapft.errors import InputError
-from lyapft.records import Record, accuracies
+from lyapft.records import Record, accuracies, divergence_entry
 
 PAPER, PRECISION_ONLY = "paper", "precision_only"
 BROKE_DOWN = ("nonfinite", "loss_scale_underflow")  # the recipe's own doing: a result, not an accident
@@ -128,11 +128,6 @@ def pairs(evidence: Evidence, recipe: Recipe, counterpart: str) -> list[Pair]:
             signed = {(str(s["task"]), int(s["shots"])): float(s["signed_points"]) for s in entry["per_score"]}
             found.append(Pair(run, other, signed))
     return sorted(found, key=lambda pair: pair.seed)
-
-
-def divergence_entry(record: Record, counterpart: str) -> dict[str, Any] | None:
-    """The record's divergence from one kind of counterpart, if it has any entry for it."""
-    return next((e for e in record.get("divergence") or [] if e.get("counterpart") == counterpart), None)
 
 
 def is_own_counterpart(recipe: Recipe) -> bool:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from lyapft.records import Record
-from lyapft.verdict.evidence import PAPER, Evidence, Recipe, divergence_entry, seed_of
+from lyapft.records import Record, divergence_entry
+from lyapft.verdict.evidence import PAPER, Evidence, Recipe, seed_of
 
 NOT_RUN, NO_COUNTERPART = "not run", "no counterpart"
 

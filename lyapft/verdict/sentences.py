@@ -172,17 +172,21 @@ def _floors_of(contrast: Contrast, floors: Sequence[Floor]) -> str:
 
 
 def _contrast(contrast: Contrast, settings: Settings) -> str:
-    found, pair = contrast.comparison, f"{contrast.model} and {contrast.twin}"
-    sizes = f"{size(contrast.size)} against {size(contrast.twin_size)}"
+    found = contrast.comparison
     from_ = f"from {AGAINST[contrast.counterpart]}, {contrast.recipe}"
+    sizes = f"mean divergence {size(contrast.size)} of {contrast.model}, {size(contrast.twin_size)} of {contrast.twin}"
     if found.estimate.n < 2:
-        return f"{pair} ({from_}): {sizes}; one common seed has no interval, so neither can be called steadier."
-    gap = f"difference {difference(found)}, {p_value(found.p_different)}"
+        return (
+            f"{contrast.model} and {contrast.twin} ({from_}): {sizes}; one common seed has no interval, so neither can "
+            "be called steadier."
+        )
+    numbers = f"{sizes}; difference {difference(found)}, {p_value(found.p_different)}."
     if found.p_different <= settings.alpha:
-        steadier = contrast.model if found.estimate.mean < 0 else contrast.twin
-        other = contrast.twin if steadier == contrast.model else contrast.model
-        return f"{steadier} is steadier than {other} ({from_}): mean divergence of {pair}: {sizes}; {gap}."
-    return f"{pair} ({from_}): neither is shown to be steadier. Mean divergence {sizes}; {gap}."
+        steadier, other = contrast.model, contrast.twin
+        if found.estimate.mean > 0:
+            steadier, other = other, steadier
+        return f"{steadier} is steadier than {other} ({from_}): {numbers}"
+    return f"{contrast.model} and {contrast.twin} ({from_}): neither is shown to be steadier; {numbers}"
 
 
 def learning(found: Sequence[Gain]) -> list[str]:
@@ -213,8 +217,8 @@ def noise(found: Sequence[Floor], settings: Settings) -> list[str]:
     if absent := [name for kind, name in KINDS.items() if kind not in measured]:
         lines.append(f"Not measured: {joined(absent)}.")
     lines.append(
-        "A mean size is positive even where nothing but noise differs: compare it with its floor. The tests above are "
-        "of signed differences, which are not."
+        "A mean size is positive even where nothing but noise differs: compare it with its floor. What is tested above "
+        "are signed differences, which noise alone leaves at 0."
     )
     return lines
 

@@ -50,12 +50,13 @@ def difference(found: Comparison) -> str:
 
 
 def size(found: Estimate) -> str:
-    """A mean absolute difference, which has no sign to test.
+    """A mean absolute difference, which has no sign to test; its seeds are named beside it.
 
     >>> size(Estimate(1.5, 1.0, 2.0, 8))
-    '1.50 points (95% 1.00 to 2.00, n = 8 seeds)'
+    '1.50 points (1.00 to 2.00)'
     """
-    return f"{found.mean:.2f} points ({interval(found, '.2f')})"
+    reach = f" ({found.low:.2f} to {found.high:.2f})" if found.n > 1 else ""
+    return f"{found.mean:.2f} points{reach}"
 
 
 def needed(found: Comparison, settings: Settings) -> str:
