@@ -136,7 +136,7 @@ def test_liveness_counts_only_steps_that_were_taken():
 
 @pytest.mark.parametrize("proven", [True, False])
 def test_a_missing_proof_of_life_is_said(proven, caplog):
-    AdapterLiveness(types.SimpleNamespace(proven=proven)).on_train_end(None, None)
+    AdapterLiveness(types.SimpleNamespace(proven=proven, stalled=[])).on_train_end(None, None)
     assert ("too few updates" in caplog.text) is not proven
 
 

@@ -28,6 +28,7 @@ from lyapft.backbone import Backbone, no_progress_bars
 from lyapft.errors import InputError
 from lyapft.peft.liveness import Liveness, LivenessError, listed
 from lyapft.peft.targets import leaf_counts, refuse_dead, resolve_targets, tied_head
+from lyapft.peft.thin import ThinLinear
 
 if TYPE_CHECKING:
     from lyapft.config import LoraPeft, PeftConfig
@@ -199,6 +200,7 @@ class Lora(Strategy):
         config = LoraConfig(
             r=self.r, lora_alpha=cast(int, self.alpha), lora_dropout=self.dropout, target_modules=names, bias="none"
         )
+        config._register_custom_module({nn.Linear: ThinLinear})
         with warnings.catch_warnings():
             # peft would tie by training the embedding's adapter as two; `TiedHead` ties it by using the one twice
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
