@@ -1,6 +1,6 @@
 """How long one training step takes (forward, backward, AdamW), against what a user would otherwise run.
 
-    python benchmarks/train_step.py [--only recurrence] [--threads N] [--repeats 7] [--slow-repeats 2]
+    PYTHONPATH=. python benchmarks/train_step.py [--only lora] [--threads N] [--repeats 7] [--slow-repeats 2]
 
 Every variant takes the same steps on the same batch, in turn within one process, so that a change in the machine's
 load meets all alike. Prints a table of medians; the last line is one JSON object of ratios.
@@ -138,7 +138,10 @@ def mixed_step(family: str, name: str) -> Callable[[], float]:
 
 
 def half_formats(options: argparse.Namespace) -> dict[str, float]:
-    """Times the time of a float32 step on tiny models, per family; `bf16_vs_fp32`, `fp16_vs_fp32` are the worst."""
+    """Times the time of a float32 step on tiny models, per family; `bf16_vs_fp32`, `fp16_vs_fp32` are the worst.
+
+    Half products are emulated on every machine: this measures the emulation's own cost.
+    """
     ratios: dict[str, float] = {}
     for family in ("mamba", "mamba2", "llama"):
         steps = {f"{family}, {name}": mixed_step(family, name) for name in ("fp32", "bf16", "fp16")}

@@ -242,6 +242,33 @@ def test_workspace_widens_exactly_and_keeps_no_large_buffer() -> None:
     assert workspace.empty(1, (KEPT_ELEMENTS + 1,)).data_ptr() != workspace.empty(1, (2,)).data_ptr()
 
 
+class TwoProducts(torch.autograd.Function):
+    """Multiplies its gradient, doubles it in place, and multiplies it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (weight,), gradient = ctx.saved_tensors, gradients[0].clone()
+        first, same = gradient @ weight, gradient @ weight
+        assert torch.equal(first, same)
+        assert torch.equal(gradient.mul_(2) @ weight, 2 * first), "a widened copy outlived its gradient"
+        del gradient
+        assert torch.equal((gradients[0] * 4) @ weight, 4 * first)
+        return first, None
+
+
+def test_a_gradient_that_changes_in_backward_is_widened_anew() -> None:
+    x, weight = torch.randn(6, 8).bfloat16().requires_grad_(), torch.randn(8, 8).bfloat16()
+    with emulated_half():
+        TwoProducts.apply(x, weight).square().sum().backward()
+    assert x.grad is not None
+    assert_close(x.grad, (2 * x.detach()) @ weight, **TOL[torch.bfloat16])
+
+
 class Regression(pl.LightningModule):
     """A linear map whose third batch can be made to overflow; notes what each update looked like."""
 
