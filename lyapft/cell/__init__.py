@@ -169,8 +169,9 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         memory = PeakMemory(base.model, cell.device)
         liveness = Liveness(base.model, steps=min(3, cfg.trainer.steps))
         series, skipped = _fit(cell, base.model, peft, seam, strategy, dataset, loggers, liveness)
-        record["peft"] = peft.record() | {"proven_alive": liveness.proven}
+        record["peft"]["proven_alive"] = liveness.proven
         record["kernels"] = dict(seam.kernels)
+        record["peft"] |= peft.record()
         record["training"] = summary.training(series, skipped, config.learning_rate(cfg))
         record["cost"] = summary.cost(series, memory, cfg.trainer.accumulate)
         record["stability"] = summary.stability(series, seam)
@@ -204,7 +205,7 @@ def _fit(
 ) -> tuple[pd.DataFrame, int]:
     """Train; returns the step series and how many steps were skipped."""
     settings = cell.config.trainer
-    module = FineTuner(model, settings, config.learning_rate(cell.config), peft)
+    module = FineTuner(model, settings, config.learning_rate(cell.config), strategy=peft)
     probes = [instantiate(node) for node in cell.config.probe.values()]
     for probe in probes:
         if isinstance(probe, LyapunovProbe):
