@@ -42,7 +42,7 @@ def _run(cfg: DictConfig) -> None:
     record = records.load(folder)
     if record["status"] != "ok":
         raise InputError(f"{folder} has status {record['status']}: only a finished run can be scored")
-    cell = _rebuild_config(record)
+    cell = rebuild_config(record)
     task_node = cfg.task if cfg.task is not None else cell.task
     device, found = resolve_device(cfg.device)
     found += backbone.faults(cell.model) + precision.faults(cell.precision, device) + tasks.faults(task_node)
@@ -126,7 +126,7 @@ def _score_once(
     print(f"scores: {target}")
 
 
-def _rebuild_config(record: Record) -> DictConfig:
+def rebuild_config(record: Record) -> DictConfig:
     """The typed config that a record was made from, with the paths it had then."""
     science = json.loads(json.dumps(record["config"]))
     nodes: dict[str, Any] = {}

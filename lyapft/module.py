@@ -157,7 +157,7 @@ class FineTuner(L.LightningModule):
         self.observed["skipped"] = self._step_skipped
         self.skipped_steps += self._step_skipped
         if not self._step_skipped:
-            self.strategy.after_step(self.trainer.global_step - self.skipped_steps)
+            self.strategy.after_step(self.trainer.global_step + 1 - self.skipped_steps)
         self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if self._step_skipped else 0
         self._stop_if_hopeless(scale)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lyapft.errors import InputError
 from lyapft.peft.adapter import Adapter
 from lyapft.peft.carry import ADAPTER
+from lyapft.peft.thin import ThinLinear
 
 if TYPE_CHECKING:
     from lyapft.config import LoraPeft, PeftConfig
@@ -97,6 +98,7 @@ class Lora(Adapter):
             use_dora=self.dora,
             init_lora_weights="pissa" if self.pissa else True,
         )
+        config._register_custom_module({nn.Linear: ThinLinear})
         return Unrefusing(model, config, ADAPTER)
 
     def plain_peft(self) -> str | None:

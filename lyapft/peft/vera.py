@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from peft import VeraConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.tuners.vera import VeraModel
+from peft.tuners.vera import VeraLayer, VeraModel
 from transformers import PreTrainedModel
 
 from lyapft.errors import InputError
 from lyapft.peft.adapter import Adapter
-from lyapft.peft.carry import ADAPTER
+from lyapft.peft.carry import ADAPTER, adapted_layers
 
 if TYPE_CHECKING:
     from lyapft.config import PeftConfig, VeraPeft
@@ -74,9 +74,20 @@ class Vera(Adapter):
                 d_initial=self.d_initial,
                 bias="none",
             )
-        return VeraModel(model, config, ADAPTER)
+        tuner = VeraModel(model, config, ADAPTER)
+        for _, layer in adapted_layers(model):
+            layer.register_forward_pre_hook(_same_format)
+        return tuner
 
     @staticmethod
     def _range_faults(r: int, d_initial: float) -> list[str]:
         values = {"r": r, "d_initial": d_initial}
         return [f"peft.{key}={value} must be greater than 0" for key, value in values.items() if value <= 0]
+
+
+def _same_format(layer: VeraLayer, _: Any) -> None:
+    """Keep the frozen factors, which are buffers, in the format of the parameters, where these were cast to half."""
+    for factor in (layer.vera_A, layer.vera_B):
+        assert factor is not None
+        if factor[ADAPTER].dtype != layer.vera_lambda_d[ADAPTER].dtype:
+            factor[ADAPTER] = factor[ADAPTER].to(layer.vera_lambda_d[ADAPTER].dtype)
