@@ -302,6 +302,7 @@ def test_everything_from_records_is_escaped(tmp_path: Path, matrix_page: str) ->
 
 def test_the_page_is_the_same_again(tmp_path: Path) -> None:
     synthetic.study(tmp_path, synthetic.matrix()[:2], n_steps=5, n_items=4)
+
     def page() -> str:
         study = cells.load_study(tmp_path)
         return render(study, judge([cell.record for cell in study.cells]), "now")

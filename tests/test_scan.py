@@ -148,6 +148,16 @@ def test_growing_states_of_a_positive_exponent_are_right(kernel):
 
 
 @pytest.mark.parametrize("kernel", FAST)
+@pytest.mark.parametrize("exponent", [-0.25, -0.5, -1.0, -1.5, -2.5, -126.5, -127.0])
+def test_a_decay_half_way_between_two_powers_of_two_is_rounded_to_neither(kernel, exponent):
+    """exp(ΔA) = 2^exponent to the last bit of float32: where the kernel's range reduction has a tie to break."""
+    u, _, _, b, c, state = random_scan(1, 6, 17, 2)
+    A = torch.full((17, 2), -0.6931471805599453)
+    delta = torch.full((1, 6, 17), -exponent)
+    assert_equals_reference(selective(kernel), selective("reference"), [u, delta, A, b, c, state])
+
+
+@pytest.mark.parametrize("kernel", FAST)
 def test_a_state_handed_over_continues_the_sequence(kernel):
     u, delta, A, b, c, state = random_scan(2, 50, 20, 4, delta=(1e-3, 1.0), decay=(0.1, 10.0))
     whole, last = scan.selective_scan(u, delta, A, b, c, state, kernel=kernel)

@@ -52,7 +52,6 @@ def selective_scan(
     initial_state_BDN: Tensor | None = None,
     *,
     kernel: str,
-    sequence_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t;  y_t = Σ_n C_{t,n} h_{t,n}. No skip, no gate. Differentiable.
 
@@ -99,7 +98,6 @@ def ssd(
     initial_state_BHPN: Tensor | None = None,
     *,
     kernel: str,
-    sequence_BL: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ;  y_t = h_t C_t per head. No skip, no gate. Differentiable.

@@ -26,7 +26,8 @@ def jit(function: Callable) -> Any:
         return njit(nogil=True)(function)
 
 
-helper = njit  # a function that kernels call: compiled into them, never kept on its own
+helper = njit  # a function that kernels call: compiled with them, never kept on its own
+inlined = njit(forceinline=True)  # a helper for inner loops, whose vectors must stay in registers
 
 
 class Kernel:

@@ -138,7 +138,7 @@ class CausalConv(torch.autograd.Function):
     """y_BLD = act(causal depthwise convolution of x_BLD with weight_DK + bias_D); float32, any strides."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, silu, sequence=None):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, silu):  # type: ignore[no-untyped-def]
         batch, length, channels = x.shape
         sizes, width = (batch, length, channels, weight.shape[1]), padded(channels)
         weight_KD = lanes_last(weight.t(), width)
@@ -168,4 +168,4 @@ class CausalConv(torch.autograd.Function):
         arguments = [ctx.sizes, ctx.silu, flat(x), view(x), flat(gy), view(gy)]
         arguments += [flat(t) for t in (weight_KD, bias_D, gx, gweight, gbias)]
         threads.run(batch * groups, lambda i, j, w: run(i, j, groups, scratch[w].numpy(), *arguments))
-        return gx, gweight.sum(0)[:, :channels].t(), gbias.sum(0)[:channels] if ctx.has_bias else None, None, None
+        return gx, gweight.sum(0)[:, :channels].t(), gbias.sum(0)[:channels] if ctx.has_bias else None, None

@@ -4,54 +4,63 @@ Letters: B batch, L tokens, D channels, N states. All tensors are float32 on the
 """
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from lyapft.scan import selective_scan_cpu as kernels
-from lyapft.scan import threads
+from lyapft.scan import selective_scan_backward, selective_scan_forward, threads
 from lyapft.scan.compiled import Kernel
-from lyapft.scan.layout import channel_groups, dense, flat, lanes_last, padded, view
+from lyapft.scan.layout import channel_groups, chunk_table, dense, flat, lanes_last, padded, view
 from lyapft.scan.simd import LOG2E, WIDTH
 
-_forward = Kernel("selective scan, forward", kernels.make_forward, kernels.FORWARD_SIGNATURE)
-_backward = Kernel("selective scan, backward", kernels.make_backward, kernels.BACKWARD_SIGNATURE)
+_forward = Kernel("selective scan, forward", selective_scan_forward.make_forward, selective_scan_forward.SIGNATURE)
+_backward = Kernel("selective scan, backward", selective_scan_backward.make_backward, selective_scan_backward.SIGNATURE)
 _EMPTY = torch.zeros(1)
 _NO_VIEW = (0, 0, 0, 0)
 
 
+def _even(tensor: Tensor) -> Tensor:
+    """Contiguous, states last, an odd state paired with one that is zero: kernels take two states at a time."""
+    return F.pad(tensor.detach(), (0, tensor.shape[-1] % 2)).contiguous()
+
+
+def _states_first(tensor: Tensor, width: int) -> Tensor:
+    """(...,D,N) -> contiguous (...,N,D), both padded."""
+    return lanes_last(_even(tensor).transpose(-1, -2), width)
+
+
 class FusedSelectiveScan(torch.autograd.Function):
-    """y = (scan(x, Δ, A, B, C) + skip·x)·silu(z), Δ = softplus(dt + bias) or dt; returns (y, last state, Δ)."""
+    """y = (scan(x, Δ, A, B, C) + skip·x)·silu(z), Δ = softplus(dt + bias) or dt; returns (y, last state, Δ).
+
+    Where sequence_BL, the index of the sequence that each token belongs to, changes along a row, the state starts
+    anew from zero.
+    """
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, bias, skip, z, initial, softplus, sequence=None):  # type: ignore[no-untyped-def]
         batch, length, channels = x.shape
-        states, width = A.shape[1], padded(channels)
-        B, C = B.contiguous(), C.contiguous()
-        a2 = lanes_last(A.t() * LOG2E, width)
+        width = padded(channels)
+        b, c, a2 = _even(B), _even(C), _states_first(A * LOG2E, width)
+        states = b.shape[-1]
         bias_D = torch.zeros(width) if bias is None else lanes_last(bias, width)
         skip_D = torch.zeros(width) if skip is None else lanes_last(skip, width)
-        start = torch.zeros(batch, states, width) if initial is None else lanes_last(initial.transpose(1, 2), width)
+        start = torch.zeros(batch, states, width) if initial is None else _states_first(initial, width)
         keep = any(ctx.needs_input_grad)
         y, final = torch.empty(batch, length, channels), torch.empty(batch, states, width)
         delta = torch.empty_like(y) if softplus else _EMPTY
         inner = torch.empty_like(y) if keep and z is not None else _EMPTY
-        chunks = -(-length // kernels.CHUNK)
+        table, chunks = chunk_table(sequence, batch, length)
         starts = torch.empty(batch, chunks, states, width) if keep else _EMPTY
-        flags = (softplus, z is not None, keep)
-        sizes = (batch, length, channels, states)
+        flags, sizes = (softplus, z is not None, keep), (batch, length, channels, states, chunks)
         groups = channel_groups(batch, width // WIDTH)
-        tasks = batch * groups
-        scratch = torch.empty(threads.worker_count(tasks), kernels.forward_scratch(channels, states))
+        size = selective_scan_forward.scratch_size(channels, states)
         gate, gate_at = (flat(_EMPTY), _NO_VIEW) if z is None else (flat(z), view(z))
-        arguments = [flat(x), view(x), flat(dt), view(dt), gate, gate_at]
-        arguments += [flat(t) for t in (bias_D, a2, skip_D, start)] + [flat(B.detach()), flat(C.detach())]
-        offsets = [view(t)[0] for t in (B, C)]
-        assert not any(offsets), "contiguous copies start at 0"
-        arguments += [flat(t) for t in (y, delta, inner, starts, final)]
-        run_forward = _forward.prepare()
-        threads.run(tasks, lambda i, j, w: run_forward(i, j, groups, scratch[w].numpy(), sizes, flags, *arguments))
-        ctx.save_for_backward(x, dt, B, C, z, a2, skip_D, delta, inner, starts)
-        ctx.flags, ctx.sizes = flags, sizes
+        arguments = [table, flat(x), view(x), flat(dt), view(dt), gate, gate_at]
+        arguments += [flat(t) for t in (bias_D, a2, skip_D, start, b, c, y, delta, inner, starts, final)]
+        _run(_forward, batch * groups, groups, size, sizes, flags, arguments)
+        ctx.save_for_backward(x, dt, b, c, z, a2, skip_D, delta, inner, starts)
+        ctx.flags, ctx.sizes, ctx.table, ctx.states = flags, sizes, table, A.shape[-1]
         ctx.given = bias is not None, skip is not None, initial is not None
-        last = final[..., :channels].transpose(1, 2).contiguous()
+        last = final[:, : ctx.states, :channels].transpose(1, 2).contiguous()
         shown = delta if softplus else dt.detach()
         ctx.mark_non_differentiable(shown)
         return y, last, shown
@@ -59,29 +68,34 @@ class FusedSelectiveScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy, glast, _):  # type: ignore[no-untyped-def]
-        x, dt, B, C, z, a2, skip_D, delta, inner, starts = ctx.saved_tensors
-        batch, length, channels, states = ctx.sizes
+        x, dt, b, c, z, a2, skip_D, delta, inner, starts = ctx.saved_tensors
+        batch, length, channels, states, _ = ctx.sizes
         width = padded(channels)
         groups = channel_groups(batch, width // WIDTH)
-        ghost = torch.zeros(batch, states, width) if glast is None else lanes_last(glast.transpose(1, 2), width)
+        ghost = torch.zeros(batch, states, width) if glast is None else _states_first(glast, width)
         gx = torch.empty(batch, length, channels)
         gdt = torch.empty_strided(dt.shape, dt.stride()) if dense(dt) else torch.empty(dt.shape)
         gz = torch.empty_like(gx) if z is not None else None
         ga, gbias, gskip = torch.zeros(batch, states, width), torch.zeros(batch, width), torch.zeros(batch, width)
-        gb, gc = torch.empty(groups, batch, length, states), torch.empty(groups, batch, length, states)
-        tasks = batch * groups
-        scratch = torch.empty(threads.worker_count(tasks), kernels.backward_scratch(channels, states))
+        gb, gc = torch.empty(groups, batch, states, length), torch.empty(groups, batch, states, length)
+        size = selective_scan_backward.scratch_size(channels, states)
         gate, gate_at = (flat(_EMPTY), _NO_VIEW) if z is None else (flat(z), view(z))
-        arguments = [flat(x), view(x), gate, gate_at, flat(gy), view(gy), flat(dt), view(dt)]
-        arguments += [flat(t) for t in (a2, skip_D, B, C, delta, inner, starts, ghost)] + [flat(gdt), view(gdt)]
+        arguments = [ctx.table, flat(x), view(x), gate, gate_at, flat(gy), view(gy), flat(dt), view(dt)]
+        arguments += [flat(t) for t in (a2, skip_D, b, c, delta, inner, starts, ghost)] + [flat(gdt), view(gdt)]
         arguments += [flat(t) for t in (gx, _EMPTY if gz is None else gz, ga, gbias, gskip, gb, gc)]
-        run_backward = _backward.prepare()
-        threads.run(
-            tasks, lambda i, j, w: run_backward(i, j, groups, scratch[w].numpy(), ctx.sizes, ctx.flags, *arguments)
-        )
+        _run(_backward, batch * groups, groups, size, ctx.sizes, ctx.flags, arguments)
         has_bias, has_skip, has_initial = ctx.given
+        real = slice(ctx.states)
+        gb, gc = (g.sum(0)[:, real].transpose(1, 2) for g in (gb, gc))
         return (
-            gx, gdt, ga.sum(0)[:, :channels].t(), gb.sum(0), gc.sum(0), gbias.sum(0)[:channels] if has_bias else None,
-            gskip.sum(0)[:channels] if has_skip else None, gz, ghost[..., :channels].transpose(1, 2) if has_initial
-            else None, None, None,
+            gx, gdt, ga.sum(0)[real, :channels].t(), gb, gc, gbias.sum(0)[:channels] if has_bias else None,
+            gskip.sum(0)[:channels] if has_skip else None, gz,
+            ghost[:, real, :channels].transpose(1, 2) if has_initial else None, None, None,
         )  # fmt: skip
+
+
+def _run(kernel: Kernel, tasks: int, groups: int, scratch_size: int, sizes, flags, arguments):  # type: ignore[no-untyped-def]
+    """Runs a kernel on all tasks, with scratch memory of its own for each worker."""
+    run = kernel.prepare()
+    scratch = torch.empty(threads.worker_count(tasks), scratch_size).numpy()
+    threads.run(tasks, lambda i, j, worker: run(i, j, groups, scratch[worker], sizes, flags, *arguments))

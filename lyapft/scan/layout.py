@@ -1,14 +1,19 @@
-"""How tensors are handed to compiled kernels: flat storage with strides, lane-padded parameters, work in channel
-groups."""
+"""How tensors are handed to compiled kernels: flat storage with strides, lane-padded parameters, work in chunks of
+tokens and groups of channels."""
 
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from numba import types
 from torch import Tensor
 
 from lyapft.scan.simd import WIDTH
+from lyapft.scan.tiles import ROWS
 
+TABLE = types.int64[::1]  # (B,C,3), flat: first token, tokens and first token of its sequence, of each chunk
 FLAT = types.float32[::1]
 VIEW = types.UniTuple(types.int64, 4)  # offset, and the strides of batch, token and channel
 
@@ -52,3 +57,27 @@ def dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def chunk_table(sequence_BL: Tensor | None, batch: int, length: int) -> tuple[Any, int]:
+    """(TABLE, C): chunks of at most 16 tokens, none of which holds tokens of two sequences.
+
+    A new sequence begins wherever sequence_BL changes. Rows with fewer chunks than others end in chunks of no token.
+    """
+    if sequence_BL is None:
+        rows = [_chunks((0, length))] * batch
+    else:
+        changes = (sequence_BL[:, 1:] != sequence_BL[:, :-1]).cpu()
+        rows = [_chunks((0, *(row.nonzero().flatten() + 1).tolist(), length)) for row in changes]
+    count = max(map(len, rows))
+    table = np.empty((batch, count, 3), np.int64)
+    for b, row in enumerate(rows):
+        table[b, : len(row)], table[b, len(row) :] = row, (length, 0, length)
+    return table.ravel(), count
+
+
+@lru_cache(maxsize=64)
+def _chunks(bounds: tuple[int, ...]) -> Any:
+    """(first token, tokens, first token of the sequence) of each chunk, for sequences between bounds."""
+    spans = [(t, min(ROWS, end - t), first) for first, end in pairwise(bounds) for t in range(first, end, ROWS)]
+    return np.array(spans, np.int64)

@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 WIDTH = 16
-_SOURCES = [Path(__file__), Path(__file__).with_name("tiles.py")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("simd.py", "tiles.py", "selective_scan_forward.py")]
 DIGEST = int(hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:15], 16)
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -82,23 +82,36 @@ def store(typingctx, array, index, value):
 @intrinsic
 def splat(typingctx, scalar):
     """All lanes equal to one float32."""
+    return lanes(types.float32), lambda context, builder, signature, args: _splat(builder, args[0])
+
+
+def _splat(builder, scalar):
+    single = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(single, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_INTEGERS, [0] * WIDTH))
+
+
+@intrinsic
+def broadcast(typingctx, array, index):
+    """All lanes equal to array[index] of a flat contiguous float32 array (no bounds check, no index from the end)."""
 
     def generate(context, builder, signature, args):
-        single = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), args[0], ir.Constant(ir.IntType(32), 0))
-        return builder.shuffle_vector(single, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_INTEGERS, [0] * WIDTH))
+        return _splat(builder, builder.load(_address(context, builder, signature.args[0], *args, _FLOAT), align=4))
 
-    return lanes(types.float32), generate
+    return lanes(array, types.intp), generate
+
+
+def _exchanged(builder, a, b, step):
+    """Rows a and b after the exchange of the blocks of `step` lanes that cross the diagonal (Eklundh 1972)."""
+    low = [lane if not lane & step else WIDTH + lane - step for lane in range(WIDTH)]
+    high = [lane + step if not lane & step else WIDTH + lane for lane in range(WIDTH)]
+    return [builder.shuffle_vector(a, b, ir.Constant(_INTEGERS, order)) for order in (low, high)]
 
 
 def _transposed(builder, rows):
-    """The 16 x 16 transpose by exchanging ever larger blocks of pairs of rows (Eklundh 1972)."""
+    """The 16 x 16 transpose by exchanging ever larger blocks of pairs of rows."""
     for step in (1, 2, 4, 8):
-        low = [lane if not lane & step else WIDTH + lane - step for lane in range(WIDTH)]
-        high = [lane + step if not lane & step else WIDTH + lane for lane in range(WIDTH)]
         for i in (i for i in range(WIDTH) if not i & step):
-            pair = rows[i], rows[i + step]
-            rows[i] = builder.shuffle_vector(*pair, ir.Constant(_INTEGERS, low))
-            rows[i + step] = builder.shuffle_vector(*pair, ir.Constant(_INTEGERS, high))
+            rows[i], rows[i + step] = _exchanged(builder, rows[i], rows[i + step], step)
     return rows
 
 
@@ -156,18 +169,20 @@ def flush_tiny(typingctx, value):
 
 
 @intrinsic
-def total(typingctx, value):
-    """Sum of the lanes by a fixed binary tree."""
+def totals(typingctx, array, at):
+    """Lane j = sum of array[at + 16 j : at + 16 j + 16], by a fixed binary tree: a transpose that adds."""
 
     def generate(context, builder, signature, args):
-        vector, half = args[0], WIDTH // 2
-        while half:
-            order = [(i + half) % WIDTH for i in range(WIDTH)]
-            swapped = builder.shuffle_vector(vector, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_INTEGERS, order))
-            vector, half = builder.fadd(vector, swapped), half // 2
-        return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+        rows = []
+        for j in range(WIDTH):
+            index = builder.add(args[1], ir.Constant(args[1].type, j * WIDTH))
+            rows.append(builder.load(_address(context, builder, signature.args[0], args[0], index), align=4))
+        for step in (1, 2, 4, 8):
+            pairs = zip(rows[::2], rows[1::2], strict=True)
+            rows = [builder.fadd(*_exchanged(builder, a, b, step)) for a, b in pairs]
+        return rows[0]
 
-    return types.float32(lanes), generate
+    return lanes(array, types.intp), generate
 
 
 def _magnitude(builder, value):
@@ -194,24 +209,26 @@ _EXP2 = (
 # 2·atanh(s)/s as a polynomial in s² on s² <= 1/9: relative error 4e-9.
 _ATANH = (2.0000000078777496, 0.6666631593508041, 0.4002485372350835, 0.2796141883399917, 0.2817465726777882)
 _MAGIC = 12582912.0 + 127.0  # 1.5·2^23 rounds to an integer; + 127 leaves the biased exponent in the low bits
+_MAGIC_BITS = 0x4B400000 + 127
 
 
 def _exp2_parts(builder, x):
-    """x held to [-127, 126], scale 2^r, and u = 2^(x - r) - 1 for r = round(x); the bits of 2^-127 are those of 0."""
+    """scale 2^r, and u = 2^(x - r) - 1, for r = round(x) in [-127, 127]; the bits of 2^-127 are those of 0."""
     x = builder.select(builder.fcmp_ordered("<", x, _constant(-127.0)), _constant(-127.0), x)
-    x = builder.select(builder.fcmp_ordered(">", x, _constant(126.0)), _constant(126.0), x)
     shifted = builder.fadd(x, _constant(_MAGIC))
     fraction = builder.fsub(x, builder.fsub(shifted, _constant(_MAGIC)))
-    bits = builder.shl(builder.bitcast(shifted, _INTEGERS), ir.Constant(_INTEGERS, [23] * WIDTH))
-    return x, builder.bitcast(bits, _VECTOR), builder.fmul(fraction, _horner(builder, fraction, _EXP2))
+    bits, highest = builder.bitcast(shifted, _INTEGERS), ir.Constant(_INTEGERS, [_MAGIC_BITS + 127] * WIDTH)
+    bits = builder.select(builder.icmp_signed("<", bits, highest), bits, highest)
+    scale = builder.shl(bits, ir.Constant(_INTEGERS, [23] * WIDTH))
+    return builder.bitcast(scale, _VECTOR), builder.fmul(fraction, _horner(builder, fraction, _EXP2))
 
 
 @intrinsic
 def exp2(typingctx, x):
-    """2^x with relative error <= 2e-7; 0 below -126.5, 2^126 above 126."""
+    """2^x with relative error <= 2e-7; 0 below -126.5, at least 2^126 above 127.5."""
 
     def generate(context, builder, signature, args):
-        _, scale, u = _exp2_parts(builder, args[0])
+        scale, u = _exp2_parts(builder, args[0])
         return builder.fadd(scale, builder.fmul(scale, u))
 
     return lanes(lanes), generate
@@ -219,22 +236,17 @@ def exp2(typingctx, x):
 
 @intrinsic
 def decay(typingctx, x):
-    """2^x - 1, sign bit set, where -1/2 <= x <= 0; else 2^x, sign bit clear. `where_close` tells the two apart.
+    """(s, e) with 2^x = s + e, s the power of two nearest to 2^x: e = 2^x - 1 keeps its digits where s = 1.
 
     A decay close to 1 rounds to float32 with an error that returns at every token and adds up over the memory of the
-    state; its distance from 1 does not.
+    state. A product with s is exact, and what is multiplied by e is small.
     """
 
     def generate(context, builder, signature, args):
-        x, scale, u = _exp2_parts(builder, args[0])
-        close = builder.and_(
-            builder.fcmp_ordered(">=", x, _constant(-0.5)), builder.fcmp_ordered("<=", x, _constant(0.0))
-        )
-        sign = ir.Constant(_INTEGERS, [0x80000000] * WIDTH)
-        negative = builder.bitcast(builder.or_(builder.bitcast(u, _INTEGERS), sign), _VECTOR)
-        return builder.select(close, negative, builder.fadd(scale, builder.fmul(scale, u)))
+        scale, u = _exp2_parts(builder, args[0])
+        return context.make_tuple(builder, signature.return_type, [scale, builder.fmul(scale, u)])
 
-    return lanes(lanes), generate
+    return types.UniTuple(lanes, 2)(lanes), generate
 
 
 @intrinsic
@@ -266,14 +278,3 @@ def positive_part(typingctx, value):
         return builder.select(builder.fcmp_ordered("<", args[0], _constant(0.0)), _constant(0.0), args[0])
 
     return lanes(lanes), generate
-
-
-@intrinsic
-def where_close(typingctx, e, if_close, otherwise):
-    """Lane by lane: if_close where `decay` gave 2^x - 1, otherwise where it gave 2^x."""
-
-    def generate(context, builder, signature, args):
-        signs = builder.bitcast(args[0], _INTEGERS)
-        return builder.select(builder.icmp_signed("<", signs, ir.Constant(_INTEGERS, [0] * WIDTH)), args[1], args[2])
-
-    return lanes(lanes, lanes, lanes), generate

@@ -1,18 +1,33 @@
 """Runs a compiled kernel over a range of independent tasks on as many threads as torch is told to use.
 
-Kernels release the interpreter lock, so plain Python threads do: no second OpenMP runtime spins beside torch's, a
-forked process starts its own, and nothing is compiled for a threading layer. Which thread runs a task changes no
-result.
+Kernels release the interpreter lock, so any thread can run them. The threads are those of torch's own OpenMP runtime
+where it can be called (`GOMP_parallel`, in libgomp as in libomp): they wait for work by spinning for some milliseconds
+after each of torch's operations, and threads of another pool would have to share the cores with them. Elsewhere they
+are Python's. Which thread runs a task changes no result.
 """
 
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
+
+
+def _openmp() -> Callable[..., None] | None:
+    """GOMP_parallel of the OpenMP runtime that torch has loaded, if it has one."""
+    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if os.name == "posix" else None
+    if function is not None:
+        function.argtypes = (_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        function.restype = None
+    return function
+
+
+_parallel = _openmp()
 
 
 def _workers(count: int) -> ThreadPoolExecutor:
@@ -33,17 +48,28 @@ os.register_at_fork(after_in_child=_forget)
 def run(tasks: int, kernel: Callable[[int, int, int], None]) -> None:
     """kernel(first, last, worker) over a partition of range(tasks), one contiguous part per
     torch.get_num_threads()."""
-    parts = max(1, min(torch.get_num_threads(), tasks))
-    bounds = [tasks * i // parts for i in range(parts + 1)]
+    parts = worker_count(tasks)
     if parts == 1:
         return kernel(0, tasks, 0)
-    pool = _workers(parts - 1)
-    others = [pool.submit(kernel, bounds[i], bounds[i + 1], i) for i in range(1, parts)]
-    try:
-        kernel(0, bounds[1], 0)
-    finally:
+    left = iter(range(parts))
+    failures: list[BaseException] = []
+
+    def work(_: object = None) -> None:
+        try:
+            for part in left:  # each part goes to one thread, however many there are
+                kernel(tasks * part // parts, tasks * (part + 1) // parts, part)
+        except BaseException as failure:  # noqa: BLE001 (none can cross the OpenMP runtime: raised below)
+            failures.append(failure)
+
+    if _parallel is not None:
+        _parallel(_Body(work), None, parts, 0)
+    else:
+        others = [_workers(parts - 1).submit(work) for _ in range(1, parts)]
+        work()
         for future in others:
             future.result()
+    if failures:
+        raise failures[0]
 
 
 def worker_count(tasks: int) -> int:
