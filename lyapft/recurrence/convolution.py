@@ -10,10 +10,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lyapft.scan import mamba_ssm
+from lyapft.scan import mamba_ssm, packing
 
 if TYPE_CHECKING:
     from lyapft.recurrence.forward import Forward
@@ -41,16 +40,15 @@ class Convolution:
         if kernel == "cpu" and (hidden_states.dtype == torch.float64 or not plain):
             kernel = seam.instead(OPERATION, "torch", f"float32 and SiLU only, not {hidden_states.dtype}, {activation}")
         seam.record(OPERATION, "torch" if kernel == "reference" else kernel)
-        if kernel == "cpu":
-            return _compiled(hidden_states, weight, bias, activation, seam.sequence)
         if kernel == "mamba_ssm":
             return _cuda(hidden_states, weight, bias, activation, seam.sequence)
-        if seam.sequence is not None:
-            return _apart(hidden_states, weight, bias, activation, seam.sequence)
         stock = self._stock["causal_conv1d_fn"]
-        return (stock if kernel == "stock" else inspect.unwrap(stock))(
-            hidden_states, weight, bias, activation=activation
-        )
+        run = _compiled if kernel == "cpu" else stock if kernel == "stock" else inspect.unwrap(stock)
+        if seam.sequence is None:
+            return run(hidden_states, weight, bias, activation=activation)
+        where = packing.rows(seam.sequence)
+        apart = where.split(hidden_states.transpose(1, 2)).transpose(1, 2)
+        return where.join(run(apart, weight, bias, activation=activation).transpose(1, 2)).transpose(1, 2)
 
     @torch.compiler.disable
     def update(self, hidden_states: Tensor, *state_weight_bias: Any, **options: Any) -> Tensor:
@@ -69,14 +67,12 @@ def updated(call: Forward, operation: str, stock: Callable, name: str) -> Callab
     return stock if kernel == "stock" else inspect.unwrap(stock)
 
 
-def _compiled(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, sequence: Tensor | None
-) -> Tensor:
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     from lyapft.scan.conv import CausalConv  # needs numba
 
     with torch.autocast("cpu", enabled=False):
         inputs = (None if t is None else t.float() for t in (x.transpose(1, 2), weight, bias))
-        y = CausalConv.apply(*inputs, activation is not None, sequence)
+        y = CausalConv.apply(*inputs, activation is not None)
     return y.to(x.dtype).transpose(1, 2)
 
 
@@ -85,15 +81,3 @@ def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
         sequence, x = sequence.int(), x.transpose(1, 2).contiguous().transpose(1, 2)
     function = mamba_ssm.function("causal_conv1d_fn")
     return function(x, weight, bias, activation=activation, seq_idx=sequence)
-
-
-def _apart(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, sequence: Tensor) -> Tensor:
-    """Packed sequences, tap by tap: y_t = act(bias + Σ_k w_k x_{t-K+1+k} [same sequence])."""
-    taps = weight.shape[-1]
-    y = x * weight[:, -1:]
-    for back in range(1, taps):
-        same = (sequence[:, back:] == sequence[:, :-back])[:, None]
-        y = y + F.pad(x[..., :-back] * same * weight[:, -1 - back, None], (back, 0))
-    if bias is not None:
-        y = y + bias[:, None]
-    return (y if activation is None else F.silu(y)).to(x.dtype)

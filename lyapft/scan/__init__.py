@@ -10,13 +10,15 @@ Letters: B batch, L tokens, D channels, N states, H heads, P head dim, G groups.
 """
 
 import importlib.util
+from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lyapft.errors import InputError
-from lyapft.scan import reference
+from lyapft.scan import packing, reference
 from lyapft.scan.ssd import CHUNK, chunked_ssd
 from lyapft.scan.torch_scan import TorchSelectiveScan
 
@@ -52,6 +54,7 @@ def selective_scan(
     initial_state_BDN: Tensor | None = None,
     *,
     kernel: str,
+    sequence_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t;  y_t = Σ_n C_{t,n} h_{t,n}. No skip, no gate. Differentiable.
 
@@ -59,6 +62,8 @@ def selective_scan(
         u_BLD: inputs. delta_BLD: step sizes after softplus, >= 0. A_DN: <= 0. B_BLN, C_BLN: input and output maps.
         initial_state_BDN: state before the first token, zero if None.
         kernel: "reference" (float64 loop), "cpu" (numba) or "torch".
+        sequence_BL: integers, where rows are packed: the sequence that each token belongs to. The state starts anew
+            wherever it changes; the initial state is in front of each row's first sequence only.
     Returns:
         y_BLD and the state after the last token, in the dtype of u; computed in float32, by "reference" in float64.
     Raises:
@@ -77,15 +82,16 @@ def selective_scan(
         want["initial_state"] = (initial_state_BDN, (batch, channels, states))
     _check(kernel, want, u_BLD.device)
     inputs = (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, initial_state_BDN)
-    if kernel == "reference":
-        y, last = reference.selective_scan(*inputs)
-    elif kernel == "torch":
-        y, last = _without_autocast(TorchSelectiveScan.apply, u_BLD.device, *inputs)
-    else:
+    if kernel == "cpu":
         from lyapft.scan.cpu import FusedSelectiveScan  # needs numba
 
         u, delta, A, B, C, start = (None if t is None else t.float() for t in inputs)
-        y, last, _ = FusedSelectiveScan.apply(u, delta, A, B, C, None, None, None, start, False)
+        y, last, _ = FusedSelectiveScan.apply(u, delta, A, B, C, None, None, None, start, False, sequence_BL)
+    elif kernel == "reference":
+        y, last = _each_sequence(reference.selective_scan, sequence_BL)(*inputs)
+    else:
+        run = _each_sequence(TorchSelectiveScan.apply, sequence_BL)
+        y, last = _without_autocast(run, u_BLD.device, *inputs)
     return y.to(u_BLD.dtype), last.to(u_BLD.dtype)
 
 
@@ -98,6 +104,7 @@ def ssd(
     initial_state_BHPN: Tensor | None = None,
     *,
     kernel: str,
+    sequence_BL: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ;  y_t = h_t C_t per head. No skip, no gate. Differentiable.
@@ -106,6 +113,7 @@ def ssd(
         x_BLHP: inputs. delta_BLH: step sizes after softplus and clamp, >= 0. A_H: <= 0. B_BLGN, C_BLGN: maps, shared by
             the H/G heads of a group. initial_state_BHPN: state before the first token, zero if None.
         kernel: "reference" (float64 loop); "cpu" and "torch" both are the chunked matrix products.
+        sequence_BL: as for `selective_scan`.
         chunk: tokens per chunk; changes rounding and speed only.
     Returns:
         y_BLHP and the state after the last token, in the dtype of x; computed in float32, by "reference" in float64.
@@ -130,10 +138,15 @@ def ssd(
         raise InputError(f"chunk={chunk}: give at least 1 token per chunk")
     inputs = (x_BLHP, delta_BLH, A_H, B_BLGN, C_BLGN, initial_state_BHPN)
     if kernel == "reference":
-        y, last = reference.ssd(*inputs)
+        y, last = _each_sequence(reference.ssd, sequence_BL)(*inputs)
     else:
-        y, last = _without_autocast(partial(chunked_ssd, chunk=chunk), x_BLHP.device, *inputs)
+        run = _each_sequence(partial(chunked_ssd, chunk=chunk), sequence_BL)
+        y, last = _without_autocast(run, x_BLHP.device, *inputs)
     return y.to(x_BLHP.dtype), last.to(x_BLHP.dtype)
+
+
+def _each_sequence(function: Callable[..., Any], sequence_BL: Tensor | None) -> Callable[..., Any]:
+    return function if sequence_BL is None else partial(packing.run_apart, function, sequence_BL)
 
 
 def _without_autocast(function, device: torch.device, *inputs):  # type: ignore[no-untyped-def]
