@@ -87,6 +87,7 @@ class Lora(Adapter):
 
     def inject(self, model: PreTrainedModel, names: list[str]) -> BaseTuner:
         """peft's LoRA."""
+        without_weights = next(model.parameters()).is_meta  # no singular vectors to be had
         config = LoraConfig(
             r=self.r,
             lora_alpha=cast(int, self.alpha),
@@ -95,7 +96,7 @@ class Lora(Adapter):
             bias="none",
             use_rslora=self.rank_stabilized,
             use_dora=self.dora,
-            init_lora_weights="pissa" if self.pissa else True,
+            init_lora_weights="pissa" if self.pissa and not without_weights else True,
         )
         return Unrefusing(model, config, ADAPTER)
 
