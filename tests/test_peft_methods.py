@@ -199,6 +199,20 @@ def test_saved_adapters_load_in_plain_peft(kind: str, targets: list[str] | str, 
     assert sum(t.numel() for t in load_file(folder / "adapter_model.safetensors").values()) == expected
 
 
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_layers_that_share_a_matrix_share_its_adapter(method: str) -> None:
+    strategy = attached("zamba", ADAPTERS[method](targets="all"))
+    model = strategy.backbone.model
+    one, other = (model.model.layers[i].shared_transf.feed_forward for i in (1, 3))
+    assert one is not other
+    assert one.down_proj is other.down_proj
+    assert strategy.record()["coverage"]["down_proj"] == {"adapted": 2, "present": 2}
+    assert strategy.record()["plain_peft"] != "loads it"
+    strategy.merge()
+    assert one.down_proj is not other.down_proj
+    assert one.down_proj.weight is other.down_proj.weight
+
+
 # ---- one method each
 
 
