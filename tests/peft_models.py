@@ -40,13 +40,22 @@ DIMS: dict[str, dict[str, object]] = {
     | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "bamba": HYBRID | SSD_OF_A_HYBRID | {"attn_layer_indices": [1]},
     "falcon_h1": HYBRID | SSD_OF_A_HYBRID | {"mamba_d_ssm": 32},
+    "granitemoehybrid": HYBRID
+    | SSD_OF_A_HYBRID
+    | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 24, "num_local_experts": 0},
+    "nemotron_h": HYBRID
+    | {"ssm_state_size": 4, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1, "chunk_size": 8}
+    | {"layers_block_type": ["mamba", "mlp", "attention"], "num_hidden_layers": 3},
+    "zamba": HYBRID  # two hybrid layers that share one block, under names of their own
+    | {"mamba_d_state": 4, "mamba_dt_rank": 3, "n_mamba_heads": 2, "attention_hidden_size": 32}
+    | {"attention_head_dim": 16, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zamba2": HYBRID
     | {"mamba_d_state": 4, "n_mamba_heads": 4, "mamba_headdim": 8, "mamba_ngroups": 1, "chunk_size": 8}
     | {"layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1, "adapter_rank": 4, "hybrid_layer_ids": [1]},
 }
 FOUR = ("mamba", "mamba2", "gpt_neox", "llama")  # those that models are shipped of
 MAMBAS = ("mamba", "mamba2")
-HYBRIDS = ("falcon_mamba", "jamba", "bamba", "falcon_h1", "zamba2")
+HYBRIDS = ("falcon_mamba", "jamba", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba", "zamba2")
 TOKENS = torch.arange(24).view(2, 12) % 40
 
 

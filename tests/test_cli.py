@@ -276,7 +276,13 @@ def test_help_teaches_and_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for part in ("precision=bf16,fp16", "kernel: auto, cpu", "Exit codes", "evaluate.py"):
+    for part in (
+        "precision=bf16,fp16",
+        "kernel: auto, cpu",
+        "peft: adalora, bitfit, dora, ia3",
+        "Exit codes",
+        "evaluate.py",
+    ):
         assert part in done.stdout
 
 

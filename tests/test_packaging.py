@@ -67,7 +67,9 @@ def tracked(root: Path) -> list[Path]:
 
 def imported(paths: list[Path]) -> set[str]:
     """Distributions that these sources import, the standard library and the checkout's own modules left out."""
-    own = {"lyapft", "tests", "train", "evaluate", "tolerances", "conftest"} | {path.stem for path in paths}
+    own = {"lyapft", "tests", "benchmarks", "train", "evaluate", "tolerances", "conftest"} | {
+        path.stem for path in paths
+    }
     found = set()
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -10,6 +10,7 @@ from hypothesis.strategies import booleans, integers, sampled_from
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from lyapft.errors import InputError
 from lyapft.peft import Lora, adapted_layers, effective_weight
 from lyapft.peft.carry import READ_RAW
 from lyapft.peft.mixers import mixers
@@ -242,7 +243,7 @@ def test_rows_apart_are_the_layer_they_came_from(seed: int, bias: bool, first: i
 
 
 @pytest.mark.parametrize("buffer", ["tied", "untied"])
-@pytest.mark.parametrize("kind", [k for k in DIMS if k not in ("llama", "gpt_neox")])
+@pytest.mark.parametrize("kind", [k for k in DIMS if k not in ("llama", "gpt_neox", "zamba")])
 def test_the_memory_buffer_alone_is_adapted_and_merges(kind: str, buffer: str) -> None:
     strategy = Lora(targets="memory_buffer", memory_buffer=buffer, r=2)
     attached(kind, strategy)
@@ -278,3 +279,8 @@ def test_untied_blocks_have_a_v_each() -> None:
     inputs, rows, r, layers = 32, 1 + 4 + 4, 2, 2
     assert counts["tied"] == layers * r * (inputs + rows)
     assert counts["untied"] == layers * r * (3 * inputs + rows)
+
+
+def test_a_mixer_that_has_no_layer_for_the_memory_buffer_is_named() -> None:
+    with pytest.raises(InputError, match=r"layers\.0\.mamba \(ZambaMambaMixer\) makes Δ, B and C without a layer"):
+        attached("zamba", Lora(targets="memory_buffer"))

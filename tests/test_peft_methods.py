@@ -11,8 +11,10 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from lyapft import recurrence
+from lyapft.backbone import Backbone
 from lyapft.config import CONF_DIR, load_choice
 from lyapft.errors import InputError
 from lyapft.peft import (
@@ -29,7 +31,7 @@ from lyapft.peft import (
     adapted_layers,
     faults,
 )
-from tests.peft_models import DIMS, FOUR, HYBRIDS, TOKENS, attached, backbone, logits, randomize, train
+from tests.peft_models import DIMS, FOUR, HYBRIDS, TOKENS, Tokenizer, attached, backbone, logits, randomize, train
 from tests.tolerances import TOL
 
 ADAPTERS: dict[str, Callable[..., Strategy]] = {
@@ -77,6 +79,20 @@ def test_every_method_is_one_choice_and_has_a_test() -> None:
             assert isinstance(tested, Lora)
             assert chosen.settings() == tested.settings()
             assert chosen.lr_ratio == tested.lr_ratio
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_attach_to_a_model_without_weights(method: str, kind: str) -> None:
+    """As a cell does before it loads any: what does not fit the model is found there."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **DIMS[kind]))
+    base = Backbone(model, Tokenizer(), kind, kind, "", None, None)  # type: ignore[arg-type]
+    strategy = METHODS[method]()
+    strategy.attach(base, recurrence.install(model, "torch"))
+    assert (
+        strategy.parameters()["parameters_total"] == attached(kind, METHODS[method]()).parameters()["parameters_total"]
+    )
 
 
 @pytest.mark.parametrize(("kind", "method"), APPLICABLE)
@@ -181,6 +197,20 @@ def test_saved_adapters_load_in_plain_peft(kind: str, targets: list[str] | str, 
     assert_close(logits(plain), logits(strategy.backbone.model), **TOL[torch.float32])
     expected = strategy.parameters()["parameters_trainable"]
     assert sum(t.numel() for t in load_file(folder / "adapter_model.safetensors").values()) == expected
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_layers_that_share_a_matrix_share_its_adapter(method: str) -> None:
+    strategy = attached("zamba", ADAPTERS[method](targets="all"))
+    model = strategy.backbone.model
+    one, other = (model.model.layers[i].shared_transf.feed_forward for i in (1, 3))
+    assert one is not other
+    assert one.down_proj is other.down_proj
+    assert strategy.record()["coverage"]["down_proj"] == {"adapted": 2, "present": 2}
+    assert strategy.record()["plain_peft"] != "loads it"
+    strategy.merge()
+    assert one.down_proj is not other.down_proj
+    assert one.down_proj.weight is other.down_proj.weight
 
 
 # ---- one method each

@@ -23,7 +23,15 @@ from lyapft.peft.base import Strategy, replace_module
 from lyapft.peft.carry import ADAPTER, TiedHead, adapted_layers, carry, effective_bias, effective_weight
 from lyapft.peft.memory_buffer import split_memory
 from lyapft.peft.mixers import mixers
-from lyapft.peft.targets import coverage, leaf_counts, refuse_dead, refuse_gaps, resolve_targets, tied_head
+from lyapft.peft.targets import (
+    coverage,
+    leaf_counts,
+    refuse_dead,
+    refuse_gaps,
+    resolve_targets,
+    shared_layers,
+    tied_head,
+)
 from lyapft.peft.views import MatrixView, SplitRows
 
 if TYPE_CHECKING:
@@ -63,6 +71,7 @@ class Adapter(Strategy):
         self.min_coverage, self.memory_buffer, self.dropout = min_coverage, memory_buffer, dropout
         self._present: dict[str, int] = {}
         self._names: list[str] = []  # of the layers that are adapted, as the stock model has them
+        self._twins: dict[str, nn.Module] = {}  # layers that share their matrix with one that is adapted before them
         self._tuner: BaseTuner | None = None
 
     @classmethod
@@ -100,7 +109,9 @@ class Adapter(Strategy):
         self._present, head = leaf_counts(model), tied_head(model)
         refuse_dead(model, self._names, seam, self.dropout)
         refuse_gaps(self._names, self._present, self.min_coverage)
-        names = self._as_linear(model)
+        twins = shared_layers(model, self._names)
+        self._twins = {name: model.get_submodule(name) for name in twins}
+        names = self._as_linear(model, [name for name in self._names if name not in twins])
         with warnings.catch_warnings():
             # peft would tie by training the embedding's adapter as two; `TiedHead` ties it by using the one twice
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
@@ -108,6 +119,8 @@ class Adapter(Strategy):
         adapted = [name for name, _ in adapted_layers(model)]
         if sorted(adapted) != sorted(names):
             raise RuntimeError(f"peft adapted {sorted(adapted)} where {sorted(names)} was asked for")
+        for name, first in twins.items():  # one matrix, one adapter: the merged model stays tied
+            replace_module(model, name, model.get_submodule(first))
         carry(model)
         embedding = model.get_input_embeddings()
         if head is not None and isinstance(embedding, BaseTunerLayer):
@@ -143,6 +156,8 @@ class Adapter(Strategy):
         for name, module in list(model.named_modules()):
             if isinstance(module, SplitRows):
                 replace_module(model, name, module.restored())
+        for name, module in self._twins.items():
+            replace_module(model, name, module)
 
     def record(self) -> dict[str, Any]:
         """Method, settings, counts, and per layer name how many were adapted of how many the model has."""
@@ -173,6 +188,8 @@ class Adapter(Strategy):
         """Why plain peft cannot take this adapter up with the same outputs; None where it can."""
         model = self.backbone.model
         mixed = mixers(model)
+        if self._twins:
+            return f"peft adapts {next(iter(self._twins))} apart from the layer that it shares its matrix with"
         for name, layer in adapted_layers(model):
             parent, _, leaf = name.rpartition(".")
             if isinstance(layer.get_base_layer(), MatrixView) or isinstance(model.get_submodule(parent), SplitRows):
@@ -199,15 +216,15 @@ class Adapter(Strategy):
             setattr(plain, key, value)
         return plain
 
-    def _as_linear(self, model: PreTrainedModel) -> list[str]:
+    def _as_linear(self, model: PreTrainedModel, names: list[str]) -> list[str]:
         """Put views in the place of layers that the method cannot adapt as they are; names of what it is to adapt."""
         if self.targets == "memory_buffer":
-            return split_memory(model, self._names, self.memory_buffer == "tied")
-        for name in self._names:
+            return split_memory(model, names, self.memory_buffer == "tied")
+        for name in names:
             layer = model.get_submodule(name)
             if not isinstance(layer, self.NATIVE):
                 replace_module(model, name, MatrixView(layer))
-        return self._names
+        return names
 
     @staticmethod
     def _common_faults(min_coverage: float, memory_buffer: str, dropout: float) -> list[str]:

@@ -88,6 +88,7 @@ class Lora(Adapter):
 
     def inject(self, model: PreTrainedModel, names: list[str]) -> BaseTuner:
         """peft's LoRA."""
+        without_weights = next(model.parameters()).is_meta  # no singular vectors to be had
         config = LoraConfig(
             r=self.r,
             lora_alpha=cast(int, self.alpha),
@@ -96,7 +97,7 @@ class Lora(Adapter):
             bias="none",
             use_rslora=self.rank_stabilized,
             use_dora=self.dora,
-            init_lora_weights="pissa" if self.pissa else True,
+            init_lora_weights="pissa" if self.pissa and not without_weights else True,
         )
         config._register_custom_module({nn.Linear: ThinLinear})
         return Unrefusing(model, config, ADAPTER)

@@ -149,6 +149,13 @@ def refuse_gaps(names: Iterable[str], present: dict[str, int], least: float) -> 
         )
 
 
+def shared_layers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Of the named layers those whose matrix is that of one before them, and which (the shared blocks of a Zamba)."""
+    first: dict[int, str] = {}
+    owners = {name: first.setdefault(id(model.get_submodule(name).weight), name) for name in names}
+    return {name: owner for name, owner in owners.items() if owner != name}
+
+
 def tied_head(model: PreTrainedModel) -> str | None:
     """Name of the output layer if it shares its matrix with the input embeddings."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

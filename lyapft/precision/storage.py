@@ -17,13 +17,19 @@ DYNAMICS = ("A_log", "D", "dt_bias", "dt_proj.bias", "dt_proj_bias")
 ADAPTED_STATE = ("initial_state", "state_offset")  # adapters that add to a state, by a part of their name
 
 
+# path parts that peft and torch's parametrizations put around a parameter's own name
+WRAPPED = frozenset({"base_layer", "parametrizations", "original", "0", "values"})
+
+
 def pinned_as(name: str) -> str | None:
     """Which of the pinned kinds a parameter of this name is; None for all others.
 
     >>> pinned_as("backbone.layers.0.mixer.dt_proj.base_layer.bias"), pinned_as("layers.0.in_proj.weight")
     ('dt_proj.bias', None)
+    >>> pinned_as("backbone.layers.0.mixer.parametrizations.A_log.0.values")
+    'A_log'
     """
-    parts = [part for part in name.split(".") if part != "base_layer"]
+    parts = [part for part in name.split(".") if part not in WRAPPED]
     for kind in DYNAMICS:
         if parts[-1 - kind.count(".") :] == kind.split("."):
             return kind
