@@ -3,9 +3,9 @@
     python benchmarks/probe_overhead.py [--threads N] [--pairs 60]
 
 Steps with and without the probe alternate in one process on the same model and batch (forward, backward, AdamW). The
-share compares the fastest quarter of both, so that a busy moment of the machine counts for neither. The Jacobian that autodiff
-(`torch.func.jacrev`) would need is timed for one token of one layer and multiplied by the tokens and layers of the
-batch. The last line is one JSON object.
+share compares the fastest quarter of both, so that a busy moment of the machine counts for neither. The Jacobian that
+autodiff (`torch.func.jacrev`) would need is timed for one token of one layer and multiplied by the tokens and layers of
+the batch. The last line is one JSON object.
 """
 
 import argparse
