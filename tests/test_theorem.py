@@ -1,6 +1,9 @@
 """The theorem's check on random layers: exact in float64, and broken by formats only where it says so."""
 
+import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -40,3 +43,17 @@ def test_the_theorem_holds_in_float64_and_formats_break_the_exponential():
         if row["format"] == "bf16":
             assert row["broken"] > 0.3  # an ε below the spacing of the format is not even stored
             assert not math.isnan(row["broken_token"])
+
+
+def test_the_command_writes_its_numbers_once(root, tmp_path):
+    overrides = ["experiment=theorem", "experiment.layers=4", "experiment.tokens=20", "experiment.sizes=[1e-3]"]
+    command = [sys.executable, str(root / "evaluate.py"), *overrides]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "runs" / "experiments").iterdir()
+    content = json.loads(written.read_text())
+    assert len(content["rows"]) == 16
+    assert content["experiment"]["layers"] == 4
+    assert "selective_scan" in done.stdout
+    assert written.name in done.stdout
