@@ -12,7 +12,12 @@ config.register()
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    """Evaluate one run."""
+    """Evaluate one run, or run an experiment that needs none."""
+    if cfg.experiment is not None:
+        from lyapft.experiments import record
+
+        record.run(cfg)
+        return
     from lyapft import evaluation  # here, so that --help and shell completion need no torch
 
     evaluation.run(cfg)

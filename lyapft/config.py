@@ -168,6 +168,7 @@ class EvaluateConfig:
 
     run: str = MISSING  # runs/STUDY/CELL
     task: TaskConfig | None = None  # null = the tasks of the run
+    experiment: Any = None  # instead of scoring a run
     threads: int | None = None
     device: str = "auto"
     progress: bool = True

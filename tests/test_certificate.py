@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.certificate import LENGTHS, bound_and_measure, draw, run
+from lyapft.experiments.certificate import LENGTHS, NAMES, bound_and_measure, draw, run
 from lyapft.lyapunov.certificate import FORMATS, KERNELS, Rounding, certificate, exact_states
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", NAMES)
 def test_no_deviation_exceeds_its_certificate(kernel):
     generator = torch.Generator().manual_seed(1)
     for length, layers in zip(LENGTHS[:4], (16, 16, 8, 4), strict=True):
@@ -24,7 +24,7 @@ def test_no_deviation_exceeds_its_certificate(kernel):
 
 def test_the_certificate_says_something():
     generator = torch.Generator().manual_seed(3)
-    ratios = [ratio for kernel in KERNELS for ratio in run(kernel, 30, 64, generator)[2]]
+    ratios = [ratio for kernel in NAMES for ratio in run(kernel, 30, 64, generator)[2]]
     assert statistics.median(ratios) <= 30
 
 

@@ -282,3 +282,56 @@ def test_mamba3_can_grow_for_one_step_but_not_for_long():
     jacobian = families.mamba3(delta, A, torch.ones_like(delta), 1)
     assert (jacobian.log_norm_BL() > 0).all()
     assert jacobian.exponents(MASK[:1])[0].tolist() == [pytest.approx(-0.01), -math.inf]
+
+
+@seeds
+@settings(max_examples=10)
+def test_the_running_product_is_that_of_the_jacobians(seed):
+    jacobian = kda(seed).jacobian
+    found, product = jacobian.log_running_product(MASK), torch.eye(K, dtype=torch.float64).expand(B, H, K, K)
+    for t in range(L):
+        product = torch.where(MASK[:, t].bool().view(B, 1, 1, 1), jacobian.J_BLHKK[:, t] @ product, product)
+        assert_close(found[:, t], torch.linalg.matrix_norm(product, 2).log(), **CLOSE)
+
+
+def test_transient_growth_may_come_before_decay():
+    shear = torch.tensor([[0.5, 4.0], [0.0, 0.5]], dtype=torch.float64).expand(1, 60, 1, 2, 2)
+    nothing = torch.zeros(1, 60, 1, dtype=torch.float64)
+    jacobian = MatrixJacobian(shear, nothing, nothing)
+    product = jacobian.log_running_product(torch.ones(1, 60))[0, :, 0]
+    assert product.max() > math.log(4.0)
+    assert product[-1] < -30
+    assert jacobian.exponents(torch.ones(1, 60)).max() < 0
+
+
+def test_a_stack_has_the_exponents_of_its_layers():
+    """With the tokens held fixed the state Jacobian of two layers is block-lower-triangular: the second layer's step
+    sizes follow the first one's output, the first knows nothing of the second."""
+    random, tokens = draw(11), 1500
+    delta, inputs = random(tokens, 1, D).exp() * 0.2, random(tokens, 1, D)
+    A, A2, mix = -random(D, 1).exp(), -random(D, 1).exp(), random(D, D)
+
+    def step(state: Tensor, t: int) -> Tensor:
+        x, x2 = state.view(2, 1, D, 1)
+        x = steps.selective_scan(x, delta[t], A, torch.ones(1, 1, dtype=torch.float64), inputs[t])
+        out = x[..., 0] @ mix
+        delta2 = 0.2 * torch.nn.functional.softplus(out)
+        x2 = steps.selective_scan(x2, delta2, A2, torch.ones(1, 1, dtype=torch.float64), out)
+        return torch.stack([x, x2]).flatten()
+
+    state, jacobians, deltas = torch.zeros(2 * D, dtype=torch.float64), [], []
+    jacobian = torch.func.jacrev(step)
+    for t in range(tokens):
+        jacobians.append(jacobian(state, t))
+        state = step(state, t)
+        deltas.append(0.2 * torch.nn.functional.softplus(state[:D] @ mix))
+    J, mask = torch.stack(jacobians)[None], torch.ones(1, tokens)
+    assert (J[..., :D, D:] == 0).all()
+    assert (J[..., D:, :D] != 0).any()
+    layers = [families.selective_scan(delta[:, 0][None], A), families.selective_scan(torch.stack(deltas)[None], A2)]
+    union = torch.cat([layer.exponents(mask) for layer in layers], dim=1).sort(descending=True).values
+    window = torch.linalg.multi_dot(list(J[0, :8].flip(0)))
+    diagonals = torch.cat([layer.log_BLCN()[0, :8, :, 0].sum(0) for layer in layers]).exp()
+    assert_close(torch.linalg.eigvals(window).abs().sort().values, diagonals.sort().values, **CLOSE)
+    by_qr = MatrixJacobian(J[:, :, None], J.new_zeros(1, tokens, 1), J.new_zeros(1, tokens, 1)).exponents(mask)
+    assert_close(by_qr, union, rtol=0, atol=50 / tokens)  # what is bounded fades as 1/T

@@ -5,7 +5,8 @@
 | `steps` | the reference: one step of every recurrence in float64, in unscaled coordinates |
 | `diagonal`, `matrix` | norms, determinants and exponents of the two kinds of Jacobian |
 | `families` | which Jacobian each recurrence has: a row of the table, a function |
-| `summary` | the few numbers that a probe reports at every step, at the price of one pass over Δ |
+| `summary` | the few numbers that a probe reports at every step, at the price of one pass over Δ (`compiled`) |
+| `certificate`, `ssd_certificate` | a sound bound on what rounding does to the state, kernel by kernel |
 
 λ is in nats per token, computed in log space, in float32 or better.
 """

@@ -11,7 +11,9 @@ second order dropped:
     e_t ≤ (ā_t + η_t) e_{t−1} + η_t |x_{t−1}| + β_t + γ_p m_t |x̂_{t−1}| + γ_s |b̂_t| + κ_t + s,    |x̂| ≤ |x| + e
 
 m_t is the factor that is really multiplied, ā_t or its distance from 1, and κ_t what adding the product to the state
-rounds away. `KERNELS` says why each constant is what it is. Overflow is outside: exclude and count it.
+rounds away. Where ā_t + η_t > 1, that is 1 − ā below the unit roundoff, the bound grows exponentially and soon says
+nothing: there the format may really stall. `KERNELS` says why each constant is what it is. Overflow is outside: exclude
+and count it.
 Source: Higham, Accuracy and Stability of Numerical Algorithms (2002), §2.2 and §3.1, for u, s and γ.
 """
 
@@ -22,11 +24,11 @@ from torch import Tensor
 
 # unit roundoff and smallest subnormal
 FORMATS = {"fp32": (2.0**-24, 2.0**-149), "bf16": (2.0**-8, 2.0**-133), "fp16": (2.0**-11, 2.0**-24)}
-_ULP = 2 * 2.0**-24  # of float32, relative to the number: 2u at most
+ULP = 2 * 2.0**-24  # of float32, relative to the number: 2u at most
 # Elementwise half operations of torch run in float32 and round once more: u of half plus that of the float32 result.
 _DOUBLE_ROUNDING = 2.0**-23
 _CPU_CHUNK = 16  # tokens after which the compiled scan folds what happened into its base
-_REFERENCE = 8 * 2.0**-53  # the exact trajectory is itself a float64 loop: exp, two products, two sums, with room
+REFERENCE = 8 * 2.0**-53  # the exact trajectory is itself a float64 loop: exp, two products, two sums, with room
 _BOUNDARY = (0.34, 0.36)  # |ΔA| between which a kernel may take either branch of its decay
 
 
@@ -47,7 +49,7 @@ class Rounding:
     unit: float
     tiny: float
     argument: int = 1
-    exponential: float = _ULP
+    exponential: float = ULP
     writes: int = 2
     products: int = 2
     sums: int = 1
@@ -66,15 +68,17 @@ def _loop(name: str) -> Rounding:
     if name == "fp32":
         return Rounding(unit, tiny)
     unit += _DOUBLE_ROUNDING
-    return Rounding(unit, tiny, exponential=(1 + unit) * (1 + _ULP) - 1)
+    return Rounding(unit, tiny, exponential=(1 + unit) * (1 + ULP) - 1)
 
 
 # `scan/torch_scan.py`: expm1 within 1 ulp; h ← (b + e·h) + h, so e·h passes the product and two sums, b two sums, and
 # the last sum rounds h itself (κ = u|x̂|). Far from 1 it is the loop.
 _TORCH = Rounding(*FORMATS["fp32"], products=3, sums=2, near_one=True)
-# `scan/selective_scan_cpu.py`: a rounded log₂e times A, then times Δ: three roundings of the argument; `simd.decay` is
-# within 2e-7 ≤ 4u. h is rounded from base + change (one on the product's factor), the multiply-add may be two
-# operations (products 3, sums 1), and the change is rounded when it grows (κ = u|change|, in `_carry`).
+# The compiled scan, `lyapft/scan/cpu.py`: a rounded log₂e times A, then times Δ: three roundings of the argument;
+# `simd.decay` is within 2e-7 ≤ 4u. The factor is what the decay differs by from the power of two nearest to it, whose
+# own product is exact: the distance from 1 while that is 1, less than ā beyond. h is rounded from base + change (one on
+# the product's factor), the multiply-add may be two operations (products 3, sums 1), and the change is rounded when it
+# is added to (κ = u|change|, in `_carry`).
 _CPU = replace(_TORCH, argument=3, exponential=4 * 2.0**-24, sums=1, compensated=True)
 
 KERNELS: dict[str, Rounding] = {
@@ -125,12 +129,13 @@ def certificate(
         decay, eta, factor, near = _decay(rounding, log_decay[:, t], input_deviation)
         given = zero if write_deviation is None else write_deviation[:, t]
         floor = rounding.tiny * (1 + write_factor)
-        beta = given + _gamma(rounding.writes, rounding.unit) * (b + given) + floor
+        beta = given + gamma(rounding.writes, rounding.unit) * (b + given) + floor
         state = before + e
-        local = _gamma(rounding.products, rounding.unit) * (factor + eta) * state
-        local = local + _gamma(rounding.sums, rounding.unit) * (b + beta) + 2 * rounding.tiny
-        local = local + _REFERENCE * (decay * before + b)
-        e = (decay + eta) * e + eta * before + beta + local
+        local = gamma(rounding.products, rounding.unit) * (factor + eta) * state
+        local = local + gamma(rounding.sums, rounding.unit) * (b + beta) + 2 * rounding.tiny
+        local = local + REFERENCE * (decay * before + b)
+        e = unbounded((decay + eta) * e + eta * before + beta + local)
+        base = base * (1.5 * (decay + eta)).clamp(max=1.0)  # the power of two is at most √2 ā, and at most 1
         e, base, seen = _carry(rounding, e, near, state, after, base, t)
         unit, tiny = rounding.stored
         e = e * (1 + unit) + unit * after + tiny
@@ -138,14 +143,20 @@ def certificate(
     return torch.stack(bounds, dim=1)
 
 
-def _gamma(k: int, unit: float) -> float:
+def gamma(k: int, unit: float) -> float:
+    """γ_k = k u / (1 − k u): what k roundings do at most, relative (Higham, lemma 3.1)."""
     return k * unit / (1 - k * unit)
+
+
+def unbounded(e: Tensor) -> Tensor:
+    """e, with ∞ where it is not a number: what a bound that has overflowed, times 0, can still say."""
+    return torch.where(e.isnan(), torch.inf, e)
 
 
 def _decay(rounding: Rounding, log_decay: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ā, η, the factor m that is multiplied, and 1 where the state itself is added to the product."""
     decay, distance = log_decay.exp(), -torch.expm1(log_decay)
-    argument = _gamma(rounding.argument, rounding.unit) * (log_decay.abs() + deviation) + rounding.tiny
+    argument = gamma(rounding.argument, rounding.unit) * (log_decay.abs() + deviation) + rounding.tiny
     shift = torch.expm1(deviation + argument)  # relative change of ā by the argument alone
     far = decay * (shift + rounding.exponential * (1 + shift)) + rounding.tiny
     if not rounding.near_one:
@@ -169,10 +180,10 @@ def _carry(
     """
     unit = rounding.unit
     if not rounding.compensated:
-        e = e + near * unit * state
+        e = unbounded(e + near * unit * state)
         return e, base, e
-    e = (e + near * unit * (after + base)) / (1 - unit)
+    e = unbounded(e + unit * (after + base)) / (1 - unit)
     if (t + 1) % _CPU_CHUNK == 0:
-        e = e + 2 * _gamma(1, unit) * (after + e + base) + 2e-36
+        e = e + 2 * gamma(1, unit) * (after + e + base) + 2e-36
         base = (after + e) * (1 + unit)
     return e, base, e + unit * (after + e)

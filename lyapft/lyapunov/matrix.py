@@ -46,6 +46,20 @@ class MatrixJacobian:
         mean_BHK = log_R_BLHK.sum(1) / real_tokens(mask_BL)[:, None, None]
         return mean_BHK.sort(-1, descending=True).values.flatten(1).repeat_interleave(self.multiplicity, dim=1)
 
+    def log_running_product(self, mask_BL: Tensor) -> Tensor:
+        """(B, L, H) log‖J_t ⋯ J_1‖₂, float64: what a perturbation of the initial state can have grown to; above 0 for a
+        while is transient growth. The product is kept at norm 1, its size as a log; padding leaves it as it is."""
+        J, real = self.J_BLHKK.double(), mask_BL.bool()
+        product = torch.eye(J.shape[-1], dtype=torch.float64, device=J.device).expand(J.shape[0], *J.shape[2:])
+        log_size, sizes = torch.zeros(product.shape[:2], dtype=torch.float64, device=J.device), []
+        for t in range(J.shape[1]):
+            new = torch.where(real[:, t].reshape(-1, 1, 1, 1), J[:, t] @ product, product)
+            norm = torch.linalg.matrix_norm(new, 2)
+            log_size = log_size + norm.log()
+            product = new / norm.clamp(min=torch.finfo(torch.float64).tiny)[..., None, None]
+            sizes.append(log_size)
+        return torch.stack(sizes, dim=1)
+
 
 def qr_logs(J_BLHKK: Tensor, mask_BL: Tensor) -> Tensor:
     """log|diag R_t| of J_t Q_{t-1} = Q_t R_t, Q_0 = I, float64; 0 at padding, where Q stays.

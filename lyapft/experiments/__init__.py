@@ -1,0 +1,1 @@
+"""Experiments on random layers and on finished runs; each returns numbers, and knows no trainer."""

@@ -1,0 +1,48 @@
+"""`python evaluate.py experiment=NAME`: runs an experiment that needs no trained model, and writes its numbers."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from lyapft import config, records
+from lyapft.environment import describe, resolve_threads
+
+
+def run(cfg: DictConfig, folder: Path = Path("runs") / "experiments") -> Path:
+    """Run the experiment once; the same settings again find their record and only show it. Returns the record."""
+    settings: Any = OmegaConf.to_container(cfg.experiment, resolve=True)
+    threads = resolve_threads(cfg.threads)
+    name = settings["_target_"].split(".")[-2]
+    target = folder / f"{name}-{config.identity(settings | {'threads': threads})}.json"
+    if not target.exists():
+        torch.set_num_threads(threads)
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        rows = instantiate(cfg.experiment)
+        result = {
+            "schema_version": records.SCHEMA_VERSION,
+            "experiment": settings,
+            "rows": rows,
+            "wall_s": time.perf_counter() - started,
+            "environment": describe("cpu", threads),
+            "created": records.now(),
+        }
+        records.save_json(target, result)
+    print(_table(json.loads(target.read_text(encoding="utf-8"))["rows"]))
+    print(f"numbers: {target}")
+    return target
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    shown = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in shown) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True)) for line in shown)
+
+
+def _cell(value: Any) -> str:
+    return "n/a" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
