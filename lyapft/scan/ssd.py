@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64
+_FORGET = -1e3  # added to ΔA where a sequence begins: its exponential is 0 in every float format
 
 
 def chunked_ssd(
@@ -22,6 +23,7 @@ def chunked_ssd(
     C_BLGN: Tensor,
     initial_BHPN: Tensor | None,
     chunk: int,
+    begins_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y_BLHP and the last state of h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ, y_t = h_t C_t; differentiable."""
     batch, length, heads, _ = x_BLHP.shape
@@ -37,7 +39,10 @@ def chunked_ssd(
 
     x = split(x_BLHP * delta_BLH[..., None], x_BLHP.shape[3])
     B, C = split(B_BLGN, B_BLGN.shape[3]), split(C_BLGN, C_BLGN.shape[3])
-    s = split(delta_BLH.double() * A_H.double()).cumsum(-1)  # (B,C,G,K,T), <= 0
+    log_decay = delta_BLH.double() * A_H.double()
+    if begins_BL is not None:
+        log_decay = log_decay + _FORGET * begins_BL[..., None]
+    s = split(log_decay).cumsum(-1)  # (B,C,G,K,T), <= 0
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
     decay = (s[..., :, None] - s[..., None, :]).to(x.dtype).masked_fill_(future, -torch.inf).exp_()
     y = (C @ B.transpose(-1, -2) * decay) @ x
