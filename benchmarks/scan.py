@@ -8,9 +8,9 @@ speed    B=4, D=512, N=16 at L=512 and L=2048: lyapft's kernel, mambapy's parall
          gradients), the first time with one exp2 by the same polynomial for each of the B·L·D·N decays, summed over
          n; it computes no state and no gradient, and it allocates nothing.
 threads  the same at L=512, one thread against two.
-memory   one training step of a whole model (hidden 256, 4 layers, B=4, L=1024): peak resident memory above that of
-         the process before it, each variant in a fresh process that has taken a short step already, so that imports,
-         kernels, weights, gradients and optimizer state are there. Linux only.
+memory   one training step of a whole Mamba or Mamba-2 (hidden 256, 4 layers, B=4, L=1024): peak resident memory above
+         that of the process before it, each variant in a fresh process that has taken a short step already, so that
+         imports, kernels, weights, gradients and optimizer state are there. Linux only.
 
 Every variant runs in turn within one process, so that a change in the machine's load meets all alike. Prints a table
 of medians; the last line is one JSON object of ratios.
@@ -32,7 +32,7 @@ from torch import Tensor
 from lyapft import scan
 
 BATCH, CHANNELS, STATES = 4, 512, 16
-VARIANTS = ("lyapft", "mambapy")
+VARIANTS = ("mamba lyapft", "mamba mambapy", "mamba2 lyapft", "mamba2 transformers")
 
 
 def inputs(length: int) -> list[Tensor]:
@@ -169,14 +169,19 @@ def _status(field: str) -> int:
 
 def peak_bytes(variant: str) -> int:
     """Peak resident memory of one training step above what the process held before it."""
-    from transformers import MambaConfig, MambaForCausalLM
+    from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
     from lyapft.recurrence import install
 
     torch.manual_seed(0)
-    dims = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "state_size": 16}
-    model = MambaForCausalLM(MambaConfig(**dims, use_mambapy=variant == "mambapy")).train()
-    if variant == "lyapft":
+    family, implementation = variant.split()
+    dims = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4}
+    if family == "mamba":
+        model = MambaForCausalLM(MambaConfig(**dims, state_size=16, use_mambapy=implementation == "mambapy"))
+    else:
+        model = Mamba2ForCausalLM(Mamba2Config(**dims, state_size=64, head_dim=64, num_heads=8, n_groups=1))
+    model.train()
+    if implementation == "lyapft":
         install(model, kernel="cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
@@ -193,14 +198,17 @@ def peak_bytes(variant: str) -> int:
 
 
 def memory(options: argparse.Namespace) -> dict[str, float]:
-    """mambapy's memory as a multiple of lyapft's."""
+    """The memory of mambapy, and of transformers' Mamba-2, as a multiple of lyapft's."""
     peaks = {}
     for variant in VARIANTS:
         command = [sys.executable, __file__, "--peak-of", variant, "--threads", str(options.threads)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks[variant] = int(done.stdout.split()[-1])
         print(f"{variant + ', L=1024':28s} {peaks[variant] / 2**20:10.0f} MiB")
-    return {"memory_vs_mambapy": peaks["mambapy"] / peaks["lyapft"]}
+    return {
+        "memory_vs_mambapy": peaks["mamba mambapy"] / peaks["mamba lyapft"],
+        "mamba2_memory_vs_transformers": peaks["mamba2 transformers"] / peaks["mamba2 lyapft"],
+    }
 
 
 MEASUREMENTS = {"speed": speed, "threads": thread_scaling, "memory": memory}

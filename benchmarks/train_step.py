@@ -29,7 +29,8 @@ from lyapft.config import PrecisionConfig
 from lyapft.environment import keep_freed_memory
 from lyapft.recurrence import install
 
-VOCABULARY, HIDDEN, LAYERS, BATCH, LENGTH = 4096, 256, 4, 8, 128
+VOCABULARY, HIDDEN, LAYERS = 4096, 256, 4
+SHORT, LONG = (8, 128), (4, 512)  # sequences, tokens
 
 
 def mamba(**options: bool) -> MambaForCausalLM:
@@ -40,9 +41,9 @@ def mamba(**options: bool) -> MambaForCausalLM:
 
 
 def mamba2() -> Mamba2ForCausalLM:
-    """Four layers of Mamba-2: 8 heads of 64, 128 states, one group, as in its published checkpoints."""
+    """Four layers of Mamba-2: 8 heads of 64, 64 states, one group, chunks as transformers takes them."""
     torch.manual_seed(0)
-    dims = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "state_size": 128}
+    dims = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "state_size": 64}
     return Mamba2ForCausalLM(Mamba2Config(**dims, head_dim=64, num_heads=8, n_groups=1)).train()
 
 
@@ -52,10 +53,10 @@ def routed(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def training_step(model: torch.nn.Module) -> Callable[[], float]:
-    """A function that takes one step and returns its loss."""
+def training_step(model: torch.nn.Module, size: tuple[int, int] = SHORT) -> Callable[[], float]:
+    """A function that takes one step and returns its loss; size: sequences, tokens of each."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    input_ids = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    input_ids = torch.randint(VOCABULARY, size, generator=torch.Generator().manual_seed(1))
 
     def step() -> float:
         loss = model(input_ids=input_ids, labels=input_ids).loss
@@ -87,21 +88,28 @@ def interleaved(steps: dict[str, Callable[[], float]], repeats: dict[str, int], 
 
 
 def recurrence(options: argparse.Namespace) -> dict[str, float]:
-    """Times faster than transformers' own paths and than mambapy's."""
-    mamba_1 = {
-        "mamba, lyapft": training_step(routed(mamba())),
-        "mamba, mambapy": training_step(mamba(use_mambapy=True)),
-        "mamba, transformers default": training_step(mamba()),
-    }
-    repeats = dict.fromkeys(mamba_1, options.repeats) | {"mamba, transformers default": options.slow_repeats}
-    seconds = interleaved(mamba_1, repeats)
-    mamba_2 = {"mamba2, lyapft": training_step(routed(mamba2())), "mamba2, transformers": training_step(mamba2())}
-    seconds |= interleaved(mamba_2, dict.fromkeys(mamba_2, options.repeats))
-    return {
-        "mamba_vs_transformers_default": seconds["mamba, transformers default"] / seconds["mamba, lyapft"],
-        "mamba_vs_mambapy": seconds["mamba, mambapy"] / seconds["mamba, lyapft"],
-        "mamba2_vs_transformers": seconds["mamba2, transformers"] / seconds["mamba2, lyapft"],
-    }
+    """Times faster than transformers' own paths and than mambapy's, at B=8, L=128 and at B=4, L=512."""
+    ratios: dict[str, float] = {}
+    for size in (SHORT, LONG):
+        at = f"L={size[1]}"
+        mamba_1 = {
+            f"mamba, lyapft, {at}": training_step(routed(mamba()), size),
+            f"mamba, mambapy, {at}": training_step(mamba(use_mambapy=True), size),
+        }
+        ours, mambapy = interleaved(mamba_1, dict.fromkeys(mamba_1, options.repeats)).values()
+        mamba_2 = {
+            f"mamba2, lyapft, {at}": training_step(routed(mamba2()), size),
+            f"mamba2, transformers, {at}": training_step(mamba2(), size),
+        }
+        ours_2, transformers = interleaved(mamba_2, dict.fromkeys(mamba_2, options.repeats)).values()
+        ratios |= {
+            f"mamba_{size[1]}_vs_mambapy": mambapy / ours,
+            f"mamba2_{size[1]}_vs_transformers": transformers / ours_2,
+        }
+    slow = {"mamba, lyapft": training_step(routed(mamba())), "mamba, transformers default": training_step(mamba())}
+    repeats = dict(zip(slow, (options.repeats, options.slow_repeats), strict=True))
+    ours, default = interleaved(slow, repeats).values()
+    return ratios | {"mamba_128_vs_transformers_default": default / ours}
 
 
 def tiny(family: str) -> torch.nn.Module:

@@ -3,7 +3,6 @@
 Letters: B batch, L tokens, D channels, N states, H heads, P head dim, G groups, K taps.
 """
 
-import itertools
 import subprocess
 import sys
 
@@ -310,52 +309,3 @@ def test_without_numba_the_plain_twin_is_offered_and_works():
         "assert scan.selective_scan(ones, ones, torch.zeros(1, 1), ones, ones, kernel='torch')[0].sum() == 6\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def random_sequences(B: int, L: int, seed: int) -> Tensor:
-    """(B,L) indices with boundaries of their own in each row, some of them next to each other, padding (-1) at ends."""
-    generator = torch.Generator().manual_seed(seed)
-    sequence = (torch.rand(B, L, generator=generator) < 0.15).long().cumsum(1)
-    sequence[0, L - L // 5 :] = -1
-    return sequence
-
-
-def by_sequence(function, sequence: Tensor):
-    """A scan over each sequence by itself, one after the other: y and the state of each row's last one."""
-
-    def apart(x, delta, A, B, C, state):
-        rows, last = [], []
-        for b in range(len(x)):
-            cuts = [0, *(t for t in range(1, x.shape[1]) if sequence[b, t] != sequence[b, t - 1]), x.shape[1]]
-            pieces = []
-            for first, end in itertools.pairwise(cuts):
-                part = slice(first, end)
-                start = None if state is None or first else state[b : b + 1]
-                y, h = function(
-                    x[b : b + 1, part], delta[b : b + 1, part], A, B[b : b + 1, part], C[b : b + 1, part], start
-                )
-                pieces.append(y)
-            rows.append(torch.cat(pieces, 1))
-            last.append(h)
-        return torch.cat(rows), torch.cat(last)
-
-    return apart
-
-
-@pytest.mark.parametrize("kernel", [*FAST, "reference"])
-@given(B=st.integers(1, 3), L=st.integers(1, 70), D=st.integers(1, 20), seed=st.integers(0, 2**31), state=st.booleans())
-@settings(max_examples=15, deadline=None)
-def test_packed_selective_scans_equal_their_sequences_apart(kernel, B, L, D, seed, state):
-    inputs, sequence = random_scan(B, L, D, 3, seed, state), random_sequences(B, L, seed)
-    packed = lambda *given: scan.selective_scan(*given, kernel=kernel, sequence_BL=sequence)  # noqa: E731
-    assert_equals_reference(packed, by_sequence(selective("reference"), sequence), inputs)
-
-
-@pytest.mark.parametrize("kernel", ["torch", "reference"])
-@given(B=st.integers(1, 3), L=st.integers(1, 150), seed=st.integers(0, 2**31))
-@settings(max_examples=10, deadline=None)
-def test_packed_ssd_scans_equal_their_sequences_apart(kernel, B, L, seed):
-    inputs, sequence = random_ssd(B, L, 4, 3, 2, 5, seed), random_sequences(B, L, seed)
-    packed = lambda *given: scan.ssd(*given, kernel=kernel, sequence_BL=sequence)  # noqa: E731
-    apart = by_sequence(lambda *given: scan.ssd(*given, kernel="reference"), sequence)
-    assert_equals_reference(packed, apart, inputs)

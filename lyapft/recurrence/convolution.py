@@ -40,10 +40,11 @@ class Convolution:
         if kernel == "cpu" and (hidden_states.dtype == torch.float64 or not plain):
             kernel = seam.instead(OPERATION, "torch", f"float32 and SiLU only, not {hidden_states.dtype}, {activation}")
         seam.record(OPERATION, "torch" if kernel == "reference" else kernel)
-        if kernel == "mamba_ssm":
-            return _cuda(hidden_states, weight, bias, activation, seam.sequence)
+        if kernel in ("cpu", "mamba_ssm"):
+            run = _compiled if kernel == "cpu" else _cuda
+            return run(hidden_states, weight, bias, activation, seam.sequence)
         stock = self._stock["causal_conv1d_fn"]
-        run = _compiled if kernel == "cpu" else stock if kernel == "stock" else inspect.unwrap(stock)
+        run = stock if kernel == "stock" else inspect.unwrap(stock)
         if seam.sequence is None:
             return run(hidden_states, weight, bias, activation=activation)
         where = packing.rows(seam.sequence)
@@ -67,12 +68,14 @@ def updated(call: Forward, operation: str, stock: Callable, name: str) -> Callab
     return stock if kernel == "stock" else inspect.unwrap(stock)
 
 
-def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def _compiled(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, sequence: Tensor | None
+) -> Tensor:
     from lyapft.scan.conv import CausalConv  # needs numba
 
     with torch.autocast("cpu", enabled=False):
         inputs = (None if t is None else t.float() for t in (x.transpose(1, 2), weight, bias))
-        y = CausalConv.apply(*inputs, activation is not None)
+        y = CausalConv.apply(*inputs, activation is not None, sequence)
     return y.to(x.dtype).transpose(1, 2)
 
 

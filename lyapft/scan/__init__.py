@@ -10,15 +10,14 @@ Letters: B batch, L tokens, D channels, N states, H heads, P head dim, G groups.
 """
 
 import importlib.util
-from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lyapft.errors import InputError
-from lyapft.scan import packing, reference
+from lyapft.scan import reference
+from lyapft.scan.packing import begins
 from lyapft.scan.ssd import CHUNK, chunked_ssd
 from lyapft.scan.torch_scan import TorchSelectiveScan
 
@@ -45,6 +44,16 @@ def _check(kernel: str, shapes: dict[str, tuple[Tensor, tuple[int, ...]]], devic
         raise InputError("shapes do not fit: " + "; ".join(wrong))
 
 
+def _check_sequence(sequence_BL: Tensor | None, batch: int, length: int) -> None:
+    if sequence_BL is None:
+        return
+    if tuple(sequence_BL.shape) != (batch, length) or sequence_BL.is_floating_point():
+        given = f"{sequence_BL.dtype} of shape {tuple(sequence_BL.shape)}"
+        raise InputError(
+            f"sequence_BL is {given}: give the integer index of each token's sequence, ({batch}, {length})"
+        )
+
+
 def selective_scan(
     u_BLD: Tensor,
     delta_BLD: Tensor,
@@ -53,21 +62,21 @@ def selective_scan(
     C_BLN: Tensor,
     initial_state_BDN: Tensor | None = None,
     *,
-    kernel: str,
     sequence_BL: Tensor | None = None,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t;  y_t = Σ_n C_{t,n} h_{t,n}. No skip, no gate. Differentiable.
 
     Args:
         u_BLD: inputs. delta_BLD: step sizes after softplus, >= 0. A_DN: <= 0. B_BLN, C_BLN: input and output maps.
         initial_state_BDN: state before the first token, zero if None.
+        sequence_BL: index of the sequence that each token belongs to, any integer: where it changes along a row the
+            state starts anew from zero. The initial state is that of the first sequence. None: one sequence a row.
         kernel: "reference" (float64 loop), "cpu" (numba) or "torch".
-        sequence_BL: integers, where rows are packed: the sequence that each token belongs to. The state starts anew
-            wherever it changes; the initial state is in front of each row's first sequence only.
     Returns:
         y_BLD and the state after the last token, in the dtype of u; computed in float32, by "reference" in float64.
     Raises:
-        InputError: an unknown or unavailable kernel, shapes that do not fit.
+        InputError: an unknown or unavailable kernel, shapes that do not fit, a sequence_BL of no integers.
     Source: Gu & Dao 2024, eq. 2 and §3.2.
     """
     batch, length, channels = u_BLD.shape
@@ -80,18 +89,19 @@ def selective_scan(
     }
     if initial_state_BDN is not None:
         want["initial_state"] = (initial_state_BDN, (batch, channels, states))
+    _check_sequence(sequence_BL, batch, length)
     _check(kernel, want, u_BLD.device)
     inputs = (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, initial_state_BDN)
-    if kernel == "cpu":
+    if kernel == "reference":
+        y, last = reference.selective_scan(*inputs, sequence_BL)
+    elif kernel == "torch":
+        anew = None if sequence_BL is None else begins(sequence_BL)
+        y, last = _without_autocast(lambda *given: TorchSelectiveScan.apply(*given, anew), u_BLD.device, *inputs)
+    else:
         from lyapft.scan.cpu import FusedSelectiveScan  # needs numba
 
         u, delta, A, B, C, start = (None if t is None else t.float() for t in inputs)
         y, last, _ = FusedSelectiveScan.apply(u, delta, A, B, C, None, None, None, start, False, sequence_BL)
-    elif kernel == "reference":
-        y, last = _each_sequence(reference.selective_scan, sequence_BL)(*inputs)
-    else:
-        run = _each_sequence(TorchSelectiveScan.apply, sequence_BL)
-        y, last = _without_autocast(run, u_BLD.device, *inputs)
     return y.to(u_BLD.dtype), last.to(u_BLD.dtype)
 
 
@@ -103,8 +113,8 @@ def ssd(
     C_BLGN: Tensor,
     initial_state_BHPN: Tensor | None = None,
     *,
-    kernel: str,
     sequence_BL: Tensor | None = None,
+    kernel: str,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ;  y_t = h_t C_t per head. No skip, no gate. Differentiable.
@@ -112,13 +122,13 @@ def ssd(
     Args:
         x_BLHP: inputs. delta_BLH: step sizes after softplus and clamp, >= 0. A_H: <= 0. B_BLGN, C_BLGN: maps, shared by
             the H/G heads of a group. initial_state_BHPN: state before the first token, zero if None.
+        sequence_BL: as in `selective_scan`.
         kernel: "reference" (float64 loop); "cpu" and "torch" both are the chunked matrix products.
-        sequence_BL: as for `selective_scan`.
         chunk: tokens per chunk; changes rounding and speed only.
     Returns:
         y_BLHP and the state after the last token, in the dtype of x; computed in float32, by "reference" in float64.
     Raises:
-        InputError: an unknown or unavailable kernel, shapes that do not fit, chunk < 1.
+        InputError: an unknown or unavailable kernel, shapes that do not fit, a sequence_BL of no integers, chunk < 1.
     Source: Dao & Gu 2024, §3 and §6.
     """
     batch, length, heads, dim = x_BLHP.shape
@@ -131,6 +141,7 @@ def ssd(
     }
     if initial_state_BHPN is not None:
         want["initial_state"] = (initial_state_BHPN, (batch, heads, dim, states))
+    _check_sequence(sequence_BL, batch, length)
     _check("torch" if kernel == "cpu" else kernel, want, x_BLHP.device)
     if heads % groups:
         raise InputError(f"{heads} heads cannot share {groups} groups of B and C: heads must be a multiple of groups")
@@ -138,15 +149,11 @@ def ssd(
         raise InputError(f"chunk={chunk}: give at least 1 token per chunk")
     inputs = (x_BLHP, delta_BLH, A_H, B_BLGN, C_BLGN, initial_state_BHPN)
     if kernel == "reference":
-        y, last = _each_sequence(reference.ssd, sequence_BL)(*inputs)
+        y, last = reference.ssd(*inputs, sequence_BL)
     else:
-        run = _each_sequence(partial(chunked_ssd, chunk=chunk), sequence_BL)
-        y, last = _without_autocast(run, x_BLHP.device, *inputs)
+        anew = None if sequence_BL is None else begins(sequence_BL)
+        y, last = _without_autocast(partial(chunked_ssd, chunk=chunk, begins_BL=anew), x_BLHP.device, *inputs)
     return y.to(x_BLHP.dtype), last.to(x_BLHP.dtype)
-
-
-def _each_sequence(function: Callable[..., Any], sequence_BL: Tensor | None) -> Callable[..., Any]:
-    return function if sequence_BL is None else partial(packing.run_apart, function, sequence_BL)
 
 
 def _without_autocast(function, device: torch.device, *inputs):  # type: ignore[no-untyped-def]

@@ -2,7 +2,7 @@
 
 Letters: B batch, L tokens, D channels, K taps.
 
-    y_t = act(bias + Σ_k w_k x_{t-K+1+k}),  x before the first token = 0
+    y_t = act(bias + Σ_k w_k x_{t-K+1+k}),  x before the first token of a sequence = 0
 
 torch's own convolution wants (B,D,L) contiguous: it transposes the channels-last output of a projection, and back for
 backward.
@@ -17,20 +17,20 @@ from numba import types
 
 from lyapft.scan import simd, threads
 from lyapft.scan.compiled import Kernel, helper, jit
-from lyapft.scan.layout import FLAT, VIEW, channel_groups, flat, lanes_last, padded, view
+from lyapft.scan.layout import FLAT, TABLE, VIEW, channel_groups, chunk_table, flat, lanes_last, padded, view
 from lyapft.scan.simd import LOG2E, WIDTH
 from lyapft.scan.tiles import ROWS, load_tile, store_tile
 from lyapft.scan.tiles import at as at_view
 
-_SIZES = types.UniTuple(types.int64, 4)  # B, L, D, K
-_FORWARD_SIGNATURE = types.void(*[types.int64] * 3, FLAT, _SIZES, types.boolean, FLAT, VIEW, *[FLAT] * 3)
-_BACKWARD_SIGNATURE = types.void(*[types.int64] * 3, FLAT, _SIZES, types.boolean, *[FLAT, VIEW] * 2, *[FLAT] * 5)
+_SIZES = types.UniTuple(types.int64, 5)  # B, L, D, K, C chunks
+_FORWARD_SIGNATURE = types.void(*[types.int64] * 3, FLAT, _SIZES, types.boolean, TABLE, FLAT, VIEW, *[FLAT] * 3)
+_BACKWARD_SIGNATURE = types.void(*[types.int64] * 3, FLAT, _SIZES, types.boolean, TABLE, *[FLAT, VIEW] * 2, *[FLAT] * 5)
 
 
 @helper
-def _load_inputs(target, to, x, x_at, b, t0, d, taps, count, valid):
-    """The tile of x and the taps - 1 tokens before it; zeros before the first token."""
-    early = min(max(0, taps - 1 - t0), count + taps - 1)
+def _load_inputs(target, to, x, x_at, b, t0, origin, d, taps, count, valid):
+    """The tile of x and the taps - 1 tokens before it; zeros before the first token of its sequence."""
+    early = max(0, taps - 1 - (t0 - origin))
     for i in range(to, to + early * WIDTH, WIDTH):
         simd.store(target, i, simd.splat(np.float32(0.0)))
     base = at_view(x_at, b, t0 - taps + 1 + early, d)
@@ -49,20 +49,22 @@ def make_forward(digest: int):
     """The forward kernel; task = (sequence, group of lane blocks)."""
 
     @jit
-    def forward(first, last, groups, scratch, sizes, silu, x, x_at, weight_KD, bias_D, y_BLD):
+    def forward(first, last, groups, scratch, sizes, silu, chunks, x, x_at, weight_KD, bias_D, y_BLD):
         digest  # noqa: B018
-        _, L, D, K = sizes
+        _, L, D, K, C = sizes
         width = -(-D // WIDTH) * WIDTH
         Y = (ROWS + K - 1) * WIDTH
         one, log2e = simd.splat(np.float32(1.0)), simd.splat(np.float32(-LOG2E))
         for task in range(first, last):
             b, group = task // groups, task % groups
             d0, d1 = group * (width // WIDTH) // groups * WIDTH, (group + 1) * (width // WIDTH) // groups * WIDTH
-            for t0 in range(0, L, ROWS):
-                count = min(ROWS, L - t0)
+            for c in range(b * C, (b + 1) * C):
+                t0, count, origin = chunks[3 * c], chunks[3 * c + 1], chunks[3 * c + 2]
+                if count == 0:
+                    break
                 for d in range(d0, d1, WIDTH):
                     bias, valid = simd.load(bias_D, d), min(WIDTH, D - d)
-                    _load_inputs(scratch, 0, x, x_at, b, t0, d, K, count, valid)
+                    _load_inputs(scratch, 0, x, x_at, b, t0, origin, d, K, count, valid)
                     for j in range(count):
                         v = _preactivation(scratch, j * WIDTH, weight_KD, width, bias, d, K)
                         if silu:
@@ -79,10 +81,11 @@ def make_backward(digest: int):
 
     @jit
     def backward(
-        first, last, groups, scratch, sizes, silu, x, x_at, gy, gy_at, weight_KD, bias_D, gx_BLD, gweight_BKD, gbias_BD
-    ):
+        first, last, groups, scratch, sizes, silu, chunks, x, x_at, gy, gy_at, weight_KD, bias_D,
+        gx_BLD, gweight_BKD, gbias_BD,
+    ):  # fmt: skip
         digest  # noqa: B018
-        _, L, D, K = sizes
+        _, L, D, K, C = sizes
         width = -(-D // WIDTH) * WIDTH
         G = (ROWS + K - 1) * WIDTH
         P = 2 * G
@@ -94,11 +97,13 @@ def make_backward(digest: int):
             d0, d1 = group * (width // WIDTH) // groups * WIDTH, (group + 1) * (width // WIDTH) // groups * WIDTH
             for i in range(CARRY, CARRY + (K - 1) * width, WIDTH):
                 simd.store(scratch, i, zero)
-            for t0 in range((L - 1) // ROWS * ROWS, -1, -ROWS):
-                count = min(ROWS, L - t0)
+            for c in range((b + 1) * C - 1, b * C - 1, -1):
+                t0, count, origin = chunks[3 * c], chunks[3 * c + 1], chunks[3 * c + 2]
+                if count == 0:
+                    continue
                 for d in range(d0, d1, WIDTH):
                     bias, valid = simd.load(bias_D, d), min(WIDTH, D - d)
-                    _load_inputs(scratch, 0, x, x_at, b, t0, d, K, count, valid)
+                    _load_inputs(scratch, 0, x, x_at, b, t0, origin, d, K, count, valid)
                     load_tile(scratch, G, gy, at_view(gy_at, b, t0, d), gy_at[2], gy_at[3], count, valid)
                     for k in range(K - 1):
                         simd.store(scratch, G + (count + k) * WIDTH, simd.load(scratch, CARRY + k * width + d))
@@ -125,7 +130,8 @@ def make_backward(digest: int):
                             gw = simd.fma(simd.load(scratch, G + j * WIDTH), simd.load(scratch, (j + k) * WIDTH), gw)
                         simd.store(gweight_BKD, (b * K + k) * width + d, gw)
                     for k in range(K - 1):
-                        simd.store(scratch, CARRY + k * width + d, simd.load(scratch, G + k * WIDTH))
+                        reaching = zero if t0 == origin else simd.load(scratch, G + k * WIDTH)
+                        simd.store(scratch, CARRY + k * width + d, reaching)
 
     return backward
 
@@ -135,29 +141,34 @@ _backward = Kernel("causal convolution, backward", make_backward, _BACKWARD_SIGN
 
 
 class CausalConv(torch.autograd.Function):
-    """y_BLD = act(causal depthwise convolution of x_BLD with weight_DK + bias_D); float32, any strides."""
+    """y_BLD = act(causal depthwise convolution of x_BLD with weight_DK + bias_D); float32, any strides.
+
+    Where sequence_BL, the index of the sequence that each token belongs to, changes along a row, the taps see zeros
+    instead of the sequence before.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, silu):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, silu, sequence=None):  # type: ignore[no-untyped-def]
         batch, length, channels = x.shape
-        sizes, width = (batch, length, channels, weight.shape[1]), padded(channels)
+        table, chunks = chunk_table(sequence, batch, length)
+        sizes, width = (batch, length, channels, weight.shape[1], chunks), padded(channels)
         weight_KD = lanes_last(weight.t(), width)
         bias_D = torch.zeros(width) if bias is None else lanes_last(bias, width)
         y = torch.empty(batch, length, channels)
         groups = channel_groups(batch, width // WIDTH)
         run = _forward.prepare()
         scratch = torch.empty(threads.worker_count(batch * groups), (2 * ROWS + sizes[3] - 1) * WIDTH)
-        arguments = [sizes, silu, flat(x), view(x)] + [flat(t) for t in (weight_KD, bias_D, y)]
+        arguments = [sizes, silu, table, flat(x), view(x)] + [flat(t) for t in (weight_KD, bias_D, y)]
         threads.run(batch * groups, lambda i, j, w: run(i, j, groups, scratch[w].numpy(), *arguments))
         ctx.save_for_backward(x, weight_KD, bias_D)
-        ctx.sizes, ctx.silu, ctx.has_bias = sizes, silu, bias is not None
+        ctx.sizes, ctx.silu, ctx.table, ctx.has_bias = sizes, silu, table, bias is not None
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy):  # type: ignore[no-untyped-def]
         x, weight_KD, bias_D = ctx.saved_tensors
-        batch, length, channels, taps = ctx.sizes
+        batch, length, channels, taps, _ = ctx.sizes
         width = padded(channels)
         groups = channel_groups(batch, width // WIDTH)
         gx = torch.empty(batch, length, channels)
@@ -165,7 +176,7 @@ class CausalConv(torch.autograd.Function):
         rows = 3 * ROWS + 2 * (taps - 1)
         scratch = torch.empty(threads.worker_count(batch * groups), rows * WIDTH + (taps - 1) * width)
         run = _backward.prepare()
-        arguments = [ctx.sizes, ctx.silu, flat(x), view(x), flat(gy), view(gy)]
+        arguments = [ctx.sizes, ctx.silu, ctx.table, flat(x), view(x), flat(gy), view(gy)]
         arguments += [flat(t) for t in (weight_KD, bias_D, gx, gweight, gbias)]
         threads.run(batch * groups, lambda i, j, w: run(i, j, groups, scratch[w].numpy(), *arguments))
-        return gx, gweight.sum(0)[:, :channels].t(), gbias.sum(0)[:channels] if ctx.has_bias else None, None
+        return gx, gweight.sum(0)[:, :channels].t(), gbias.sum(0)[:channels] if ctx.has_bias else None, None, None

@@ -10,6 +10,7 @@ import torch
 from numba import types
 from torch import Tensor
 
+from lyapft.scan.packing import begins
 from lyapft.scan.simd import WIDTH
 from lyapft.scan.tiles import ROWS
 
@@ -67,8 +68,7 @@ def chunk_table(sequence_BL: Tensor | None, batch: int, length: int) -> tuple[An
     if sequence_BL is None:
         rows = [_chunks((0, length))] * batch
     else:
-        changes = (sequence_BL[:, 1:] != sequence_BL[:, :-1]).cpu()
-        rows = [_chunks((0, *(row.nonzero().flatten() + 1).tolist(), length)) for row in changes]
+        rows = [_chunks((0, *row.nonzero().flatten().tolist(), length)) for row in begins(sequence_BL).cpu()]
     count = max(map(len, rows))
     table = np.empty((batch, count, 3), np.int64)
     for b, row in enumerate(rows):

@@ -10,19 +10,24 @@ from torch import Tensor
 CHUNK = 16
 
 
-def _decays(delta_BTD: Tensor, A_DN: Tensor) -> tuple[Tensor, Tensor]:
+def _decays(delta_BTD: Tensor, A_DN: Tensor, begins_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """(e, near): exp(ΔA) - 1 with near = 1 where exp(ΔA) is close to 1, else exp(ΔA) with near = 0.
 
     A decay close to 1 is kept as its distance from 1, whose rounding does not add up over the memory of the state.
+    Where a sequence begins the decay is 0.
     """
     x = delta_BTD[..., None] * A_DN
+    if begins_BT is not None:
+        x.masked_fill_(begins_BT[..., None, None], -torch.inf)
     near = (x >= -0.35) & (x <= 0)
     return torch.where(near, torch.expm1(x), torch.exp(x)), near.to(x.dtype)
 
 
-def _chunk_states(delta: Tensor, A: Tensor, u: Tensor, B: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_states(
+    delta: Tensor, A: Tensor, u: Tensor, B: Tensor, start: Tensor, begins: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """States after each token of a chunk, (B,T,D,N), and the decays that made them."""
-    e, near = _decays(delta, A)
+    e, near = _decays(delta, A, begins)
     increment = (delta * u)[..., None] * B[:, :, None, :]
     states, h = [], start
     for t in range(delta.shape[1]):
@@ -32,20 +37,22 @@ def _chunk_states(delta: Tensor, A: Tensor, u: Tensor, B: Tensor, start: Tensor)
 
 
 class TorchSelectiveScan(torch.autograd.Function):
-    """(y, last state) = scan(u, Δ, A, B, C, initial state)."""
+    """(y, last state) = scan(u, Δ, A, B, C, initial state), the state anew from zero where begins_BL is true."""
 
     @staticmethod
-    def forward(ctx, u, delta, A, B, C, initial):  # type: ignore[no-untyped-def]
+    def forward(ctx, u, delta, A, B, C, initial, begins=None):  # type: ignore[no-untyped-def]
         h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1]) if initial is None else initial
         starts, outputs = [], []
         for t in range(0, u.shape[1], CHUNK):
             part = slice(t, t + CHUNK)
             starts.append(h)
-            states, _, _ = _chunk_states(delta[:, part], A, u[:, part], B[:, part], h)
+            states, _, _ = _chunk_states(
+                delta[:, part], A, u[:, part], B[:, part], h, None if begins is None else begins[:, part]
+            )
             outputs.append(torch.einsum("btdn,btn->btd", states, C[:, part]))
             h = states[:, -1].contiguous()
         ctx.save_for_backward(u, delta, A, B, C, torch.stack(starts))
-        ctx.given = initial is not None
+        ctx.begins, ctx.given = begins, initial is not None
         return torch.cat(outputs, dim=1), h
 
     @staticmethod
@@ -57,7 +64,8 @@ class TorchSelectiveScan(torch.autograd.Function):
         for chunk in range(starts.shape[0] - 1, -1, -1):
             part = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
             d, x, b, start = delta[:, part], u[:, part], B[:, part], starts[chunk]
-            states, e, near = _chunk_states(d, A, x, b, start)
+            begins = None if ctx.begins is None else ctx.begins[:, part]
+            states, e, near = _chunk_states(d, A, x, b, start, begins)
             gC[:, part] = torch.einsum("btd,btdn->btn", gy[:, part], states)
             arriving = gy[:, part, :, None] * C[:, part, None, :]
             at, before = [], []  # gradients of h_t and, times the decay, of what h_{t-1} becomes
@@ -73,4 +81,4 @@ class TorchSelectiveScan(torch.autograd.Function):
             gB[:, part] = torch.einsum("btdn,btd->btn", g, d * x)
             gu[:, part] = gb * d
             gdelta[:, part] = gb * x + torch.einsum("btdn,dn->btd", gx, A)
-        return gu, gdelta, gA, gB, gC, gh if ctx.given else None
+        return gu, gdelta, gA, gB, gC, gh if ctx.given else None, None
