@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lyapft import scan
+from lyapft.environment import keep_freed_memory
 
 BATCH, CHANNELS, STATES = 4, 512, 16
 VARIANTS = ("mamba lyapft", "mamba mambapy", "mamba2 lyapft", "mamba2 transformers")
@@ -224,6 +225,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.peak_of:
         return print(peak_bytes(options.peak_of))
+    keep_freed_memory()  # as a cell does; every variant profits
     print(f"torch {torch.__version__}, {options.threads} threads")
     ratios: dict[str, float] = {}
     for name in options.only:
