@@ -93,6 +93,8 @@ def _carried(written: Tensor, through: Tensor, state: Tensor, reverse: bool = Fa
 
 
 class _ChunkedSSD(torch.autograd.Function):
+    """`chunked_ssd`, and its gradients; states are (N,K,P), so that one product serves all heads of a group."""
+
     @staticmethod
     def forward(ctx, x, delta, A, B, C, initial, chunk, begins):  # type: ignore[no-untyped-def]
         batch, length, heads, dim = x.shape
@@ -123,7 +125,7 @@ class _ChunkedSSD(torch.autograd.Function):
         reading = gy * c.to_token
         arriving = (c.C.transpose(-1, -2) @ reading.flatten(4)).unflatten(-1, sizes)
         glast = glast.reshape(batch, groups, *sizes, -1).movedim(-1, 2)
-        ends, ginitial = _carried(arriving, c.through, glast, reverse=True)
+        ends, gstate = _carried(arriving, c.through, glast, reverse=True)
 
         gwritten = (c.B @ ends.flatten(4)).unflatten(-1, sizes).mul_(c.to_end)
         to_end = (gwritten * c.written).sum(-1)  # of each token's write, by way of the state after the chunk
@@ -142,7 +144,7 @@ class _ChunkedSSD(torch.autograd.Function):
         glog = _join(glog, length)
         gA = (glog * delta).sum((0, 1))
         gB, gC = (_join(g.unsqueeze(4), length) for g in (gB, gC))
-        gstart = ginitial.movedim(2, -1).reshape(batch, heads, dim, -1) if ctx.given else None
+        gstart = gstate.movedim(2, -1).reshape(batch, heads, dim, -1) if ctx.given else None
         return gx, gdelta.addcmul_(glog, A), gA, gB, gC, gstart, None, None
 
 
@@ -171,7 +173,7 @@ def chunked_ssd(
     chunk: int,
     begins_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y_BLHP and the last state of h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ, y_t = h_t C_t; once differentiable.
+    """y_BLHP and the last state of h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ, y_t = h_t C_t; differentiable once.
 
     The state starts anew from zero where begins_BL is true.
     """
