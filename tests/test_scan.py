@@ -309,3 +309,15 @@ def test_without_numba_the_plain_twin_is_offered_and_works():
         "assert scan.selective_scan(ones, ones, torch.zeros(1, 1), ones, ones, kernel='torch')[0].sum() == 6\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kernel", [*FAST, "reference"])
+def test_the_last_state_alone_has_gradients(kernel):
+    inputs = random_scan(2, 20, 5, 3, delta=(1e-3, 1.0), decay=(0.1, 10.0))
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    _, last = scan.selective_scan(*leaves, kernel=kernel)
+    found = torch.autograd.grad(last.sum(), [leaves[i] for i in (0, 1, 2, 3, 5)])
+    exact = [t.double().requires_grad_() for t in inputs]
+    _, last = scan.selective_scan(*exact, kernel="reference")
+    for a, b in zip(found, torch.autograd.grad(last.sum(), [exact[i] for i in (0, 1, 2, 3, 5)]), strict=True):
+        assert relative_error(a, b) <= RTOL
