@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lyapft import lyapunov
 from lyapft.records import StepSeries
+from lyapft.scan import packing
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class LyapunovProbe(Callback):
         self.per_layer = per_layer
         self._seam: Seam | None = None
         self._mask = torch.empty(0)
+        self._packed: Tensor | None = None  # (S,M) tokens of the sequences of a packed batch
         self._worst: dict[str, list[float]] = {}
         self.profiles: dict[str, lyapunov.Profile] = {}
 
@@ -62,10 +64,20 @@ class LyapunovProbe(Callback):
         if self._seam is None or not self._seam.layers:
             return
         self.profiles = {}
-        self._mask = batch["attention_mask"]
+        self._mask, self._packed = batch["attention_mask"], None
+        if "sequence" in batch:
+            self._unpack(packing.rows(batch["sequence"]))
         self._seam.tap = self._reduce if trainer.global_step % self.every == 0 else None
 
+    def _unpack(self, rows: packing.Rows) -> None:
+        """λ is per sequence: one row for each of a packed batch, padding left out."""
+        mask_SM = rows.split(self._mask) * rows.real_SM
+        kept = mask_SM.any(1)
+        self._mask, self._packed = mask_SM[kept], rows.token_SM[kept]
+
     def _reduce(self, layer: Layer, delta: Tensor, A: Tensor) -> None:
+        if self._packed is not None:
+            delta = delta.flatten(0, 1)[self._packed]
         self.profiles[layer.name] = lyapunov.stability_profile(delta, A, self._mask)
 
     def on_train_batch_end(

@@ -1,5 +1,7 @@
 """Packed rows: nothing lost, and the same losses and gradients as one row per example, for every family."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from lyapft import config, recurrence
 from lyapft.data import TokenDataset, pack
 from lyapft.data.packing import PACKABLE, faults
 from lyapft.module import FineTuner, response_loss
+from lyapft.probes import LyapunovProbe
 from tests.test_recurrence import CONFIGS as RECURRENT
 from tests.test_recurrence import HYBRID
 from tests.tolerances import TOL
@@ -105,3 +108,24 @@ def test_families_that_cannot_be_packed_are_refused_with_the_reason():
     assert "not tested for lfm2" in faults("lfm2", [], False)[0]
     assert "layers.0 between sequences" in faults("rwkv", ["layers.0"], False)[0]
     assert "in front of a row" in faults("mamba", [], True)[0]
+
+
+def test_exponents_of_packed_sequences_are_those_of_each_by_itself():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **CONFIGS["mamba"])).train()
+    seam = recurrence.install(model)
+    module = FineTuner(model, OmegaConf.structured(config.TrainerConfig), 1e-3, seam=seam)
+    rows = dataset([6, 3, 9, 5], seed=3)
+    packed = pack(rows, 12)
+    probe, trainer = LyapunovProbe(), types.SimpleNamespace(global_step=0)
+    probe.bind(seam)
+
+    def exponents(batch: dict[str, torch.Tensor]) -> list[list[float]]:
+        probe.on_train_batch_start(trainer, module, batch, 0)
+        module.loss(batch)
+        return [profile.lambda_B.tolist() for profile in probe.profiles.values()]
+
+    alone = [exponents(rows.collate([rows[i]])) for p in packed.packs for i in p]
+    together = exponents(packed.collate([packed[i] for i in range(len(packed))]))
+    for layer, found in enumerate(together):
+        assert found == pytest.approx([each[layer][0] for each in alone], rel=TOL[torch.float32]["rtol"])

@@ -26,10 +26,12 @@ class Rows:
 
     Attributes:
         token_SM: index into the B·L tokens; behind the end of a sequence: its last token.
+        real_SM: false behind the end of a sequence.
         place_BL: index into the S·M tokens.
     """
 
     token_SM: Tensor
+    real_SM: Tensor
     place_BL: Tensor
 
     def split(self, x: Tensor) -> Tensor:
@@ -59,4 +61,4 @@ def rows(sequence_BL: Tensor) -> Rows:
     token = first_token[:, None] + torch.minimum(within, lengths[:, None] - 1)
     position = torch.arange(number.numel(), device=number.device).view_as(number) - first_token[number]
     place = number * within.numel() + position
-    return Rows(token, place)
+    return Rows(token, within < lengths[:, None], place)
