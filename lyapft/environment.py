@@ -28,9 +28,12 @@ def resolve_device(wanted: str) -> tuple[str, list[str]]:
 
 
 def resolve_threads(wanted: int | None) -> int:
-    """CPU threads: those asked for, else one for each core that this process may use."""
+    """CPU threads: those asked for, else OMP_NUM_THREADS, else one for each core that this process may use."""
     if wanted is not None:
         return wanted
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdigit() and int(told) > 0:
+        return int(told)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

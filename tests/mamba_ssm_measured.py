@@ -87,7 +87,7 @@ def decoding(kind: str) -> float:
             cache = model(IDS[:, :9], use_cache=True).cache_params
             steps = [model(IDS[:, t : t + 1], cache_params=cache, use_cache=True).logits for t in range(9, 13)]
         logits[kernel] = torch.cat(steps, 1)
-        assert set(seam.kernels.values()) == {kernel}, seam.kernels
+        assert all(ran.startswith(kernel) for ran in seam.kernels.values()), seam.kernels
     return relative(logits["mamba_ssm"], logits["torch"])
 
 

@@ -162,7 +162,13 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         content = cell.science["data"]["content"]
         dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length, content, cfg.trainer.progress)
         if cfg.data.packing:
-            dataset = data.pack(dataset, cfg.data.max_length)
+            rows, dataset = len(dataset), data.pack(dataset, cfg.data.max_length)
+            log.info(
+                "data.packing: %d rows in %d packs%s",
+                rows,
+                len(dataset),
+                " (none fits beside another)" * (rows == len(dataset)),
+            )
         record |= {
             "model": {"name": cfg.model.name, "architecture": base.architecture, "hash": base.hash} | peft.parameters(),
             "precision": strategy.record(),

@@ -129,6 +129,8 @@ def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None, device: str) -> 
         lambda: recurrence.install(skeleton.value.model, kernel.name, kernel.require, fused=kernel.fused, device=device)
     )
     found += seam.faults
+    if cfg.data.packing and kernel.name == "stock" and not seam.faults and seam.value.layers:
+        found.append("kernel=stock cannot keep packed sequences apart: use kernel=auto, or data.packing=false")
     if cfg.data.packing and not seam.faults:
         kind, tuned = skeleton.value.model.config.model_type, cfg.peft.name == recurrence.INITIAL_STATE
         found += packing_faults(kind, seam.value.unknown, tuned)

@@ -195,7 +195,8 @@ class Adapter(Strategy):
             if isinstance(layer.get_base_layer(), MatrixView) or isinstance(model.get_submodule(parent), SplitRows):
                 return f"peft has no adapter for {name} as it is used here"
             if parent in mixed and leaf in REFUSED_BY_PEFT:
-                return f"peft refuses {name}, or adapts it where the model does not look"
+                why = "refuses it" if leaf != "dt_proj" else "adapts its calls, and the model reads its weight"
+                return f"{name}: plain peft {why}; leave {leaf} out of peft.targets, or merge to export"
         return None
 
     def tied_heads(self) -> list[str]:
@@ -205,7 +206,11 @@ class Adapter(Strategy):
     def _plain_config(self) -> TunerConfig:
         """The config of the tuner as plain peft needs it."""
         config = cast(TunerConfig, self.tuner.peft_config[ADAPTER])
-        fields: dict[str, Any] = {"task_type": "CAUSAL_LM", "base_model_name_or_path": self.backbone.name}
+        base = str(self.backbone.model.name_or_path)  # a hub's name; of a folder here, nobody elsewhere would find it
+        fields: dict[str, Any] = {
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": None if Path(base).exists() else base or None,
+        }
         if isinstance(config, AdaLoraConfig):  # else peft expects the tensors without their pruned rows
             fields["rank_pattern"] = None
         head = self.tied_heads()

@@ -39,7 +39,7 @@ def resolve(kernel: str, require: str | None, device_type: str) -> str:
         InputError: an unknown or unavailable kernel, or another than the required one.
     """
     check_choice(kernel, require)
-    return Seam(kernel, require).choose("ssd", torch.device(device_type))
+    return Seam(kernel, require).choose("any recurrence", torch.device(device_type))
 
 
 def check_choice(kernel: str, require: str | None) -> None:

@@ -134,7 +134,11 @@ class Seam:
         if self.require not in (None, "auto", kernel):
             raise InputError(
                 f"kernel.require={self.require}, but {operation} would run kernel {kernel!r} ({reason}): "
-                f"set kernel={self.require}, or drop kernel.require"
+                + (
+                    f"set kernel={self.require}, or drop kernel.require"
+                    if self.kernel != self.require
+                    else "drop kernel.require, or change what it cannot do"
+                )
             )
 
     def _starts_with_padding(self, mask: Tensor | None) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lyapft.recurrence.forward import Forward
 
 FAMILY = "ssd"
+CHUNKED = "torch-chunked"  # matrix products of chunks: kernel=cpu and kernel=torch alike
 UNLIMITED = (0.0, float("inf"))
 
 
@@ -60,7 +61,7 @@ class SSD:
             if self.call.mask is not None:  # padding must not wear the first state down
                 dt = step_sizes(dt, dt_bias, dt_softplus).clamp(*dt_limit) * self.call.mask[..., None]
                 dt_bias, dt_softplus, dt_limit = None, False, UNLIMITED
-        seam.record(FAMILY, kernel if kernel != "cpu" else "torch")
+        seam.record(FAMILY, CHUNKED if kernel in ("cpu", "torch") else kernel)
         if kernel in ("mamba_ssm", "stock"):
             self._show(dt, dt_bias, dt_softplus, dt_limit, A)
             options: dict[str, Any] = {

@@ -29,6 +29,7 @@ NEEDED = {
     "selective_scan": "selective_scan_fn",
     "ssd": "mamba_chunk_scan_combined",
     "causal_conv1d": "causal_conv1d_fn",
+    "any recurrence": "mamba_chunk_scan_combined",
 }
 INSTALL = "pip install --no-build-isolation mamba-ssm causal-conv1d, beside the CUDA toolkit that torch was built with"
 
