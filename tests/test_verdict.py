@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lyapft.divergence import against_counterparts, estimate, seeds_to_decide
@@ -175,6 +176,23 @@ def test_nothing_to_compare_says_so() -> None:
     assert "no counterpart for seed 0" in text(judge([record]), "What is missing")
     assert judge([]).tables == {}
     assert judge([{"schema_version": 1, "id": "x", "status": "ok"}]).rows == ()
+
+
+def test_what_is_better_and_cheaper_is_named_though_it_is_not_equivalent() -> None:
+    found = judge(study({("bf16", "lora"): [-x for x in WORSE], ("fp16", "lora"): WORSE}))
+    assert found.recommendations[0].chosen is None
+    said = text(found, "Recommendation")
+    assert "Not equivalent but better: mamba_tiny · bf16 · lora, at 0.577 × the cost, +3.00 points" in said
+    assert "fp16" not in said
+
+
+def test_a_recipe_at_the_margin_is_recommended_in_one_study_of_twenty_at_most() -> None:
+    rng = np.random.default_rng(11)
+    chosen = 0
+    for _ in range(200):
+        cells = {("bf16", "lora"): rng.normal(1.0, 0.6, 8), ("fp16", "lora"): rng.normal(-1.0, 0.6, 8)}
+        chosen += judge(study(cells)).recommendations[0].chosen is not None
+    assert chosen <= 200 * 0.05 + 3 * math.sqrt(200 * 0.05 * 0.95)
 
 
 @pytest.mark.parametrize("wrong", [{"margin": 0}, {"alpha": 0.7}, {"power": 1.0}, {"speed_weight": -1}])

@@ -14,7 +14,8 @@ class Recommendation:
 
     `chosen` is the cheapest recipe that is shown to be equivalent and to cost less than its counterpart, or None.
     `open` are undecided ones that may be cheaper still, cheapest first. `unsound` are equivalent on the seeds that
-    finished, but broke down on others; `dear` are equivalent, but not shown to cost less.
+    finished, but broke down on others; `dear` are equivalent, but not shown to cost less; `better` score higher by more
+    than the margin and cost less: not equivalent, but no loss either.
     """
 
     setting: tuple[str, str, str]
@@ -22,6 +23,7 @@ class Recommendation:
     open: tuple[Row, ...]
     unsound: tuple[Row, ...]
     dear: tuple[Row, ...]
+    better: tuple[Row, ...]
 
 
 def recommend(found: Sequence[Row], settings: Settings) -> list[Recommendation]:
@@ -40,6 +42,11 @@ def recommend(found: Sequence[Row], settings: Settings) -> list[Recommendation]:
                 open=tuple(row for row in own if row.outcome(settings) == "undecided" and _cost(row) < bound),
                 unsound=tuple(row for row in equivalent if row.recipe.broke_down()),
                 dear=tuple(row for row in sound if not row.cheaper),
+                better=tuple(
+                    row
+                    for row in own
+                    if row.outcome(settings) == "better" and row.cheaper and not row.recipe.broke_down()
+                ),
             )
         )
     return made

@@ -23,6 +23,11 @@ def recommendations(found: Sequence[Recommendation], settings: Settings) -> list
     lines = []
     for one in found:
         lines.append(_recommended(one, settings) if one.chosen else _not_recommended(one, settings))
+        lines += [
+            f"Not equivalent but better: {row.recipe.name}, at {ratio(row.cost.index.mean)} the cost, "
+            f"{difference(row.comparison)}."
+            for row in one.better
+        ]
         lines += [_open(row, settings) for row in one.open[:MOST_LISTED]]
         if more := one.open[MOST_LISTED:]:
             lines.append(f"Undecided too: {joined([row.recipe.name for row in more])}.")
