@@ -1,4 +1,4 @@
-"""`python evaluate.py experiment=NAME`: runs an experiment that needs no trained model, and writes its numbers."""
+"""`python evaluate.py experiment=NAME`: runs an experiment, writes its numbers and a page with its figures."""
 
 import json
 import time
@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lyapft import config, records
 from lyapft.environment import describe, resolve_threads
+from lyapft.report import experiments
 
 
 def run(cfg: DictConfig, folder: Path = Path("runs") / "experiments") -> Path:
@@ -23,18 +24,22 @@ def run(cfg: DictConfig, folder: Path = Path("runs") / "experiments") -> Path:
         torch.set_num_threads(threads)
         folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        rows = instantiate(cfg.experiment)
+        found = instantiate(cfg.experiment, progress=cfg.progress, _convert_="all")
         result = {
             "schema_version": records.SCHEMA_VERSION,
+            "name": name,
             "experiment": settings,
-            "rows": rows,
+            "rows": found.rows,
+            "series": found.series,
             "wall_s": time.perf_counter() - started,
             "environment": describe("cpu", threads),
             "created": records.now(),
         }
         records.save_json(target, result)
-    print(_table(json.loads(target.read_text(encoding="utf-8"))["rows"]))
-    print(f"numbers: {target}")
+    content = json.loads(target.read_text(encoding="utf-8"))
+    page = experiments.write(content, target.with_suffix(".html"))
+    print(_table(content["rows"]))
+    print(f"numbers: {target}\nfigures: {page}")
     return target
 
 
