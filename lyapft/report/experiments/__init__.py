@@ -8,7 +8,7 @@ from typing import Any
 from lyapft import records
 from lyapft.report import page
 from lyapft.report.drawing import Figure
-from lyapft.report.experiments import stall, theorem
+from lyapft.report.experiments import compared, stall, theorem
 from lyapft.report.tables import Column, as_html
 
 Content = dict[str, Any]  # the JSON record of an experiment
@@ -16,6 +16,9 @@ Content = dict[str, Any]  # the JSON record of an experiment
 FIGURES: dict[str, Callable[[Content], list[Figure]]] = {
     "theorem": theorem.figures,
     "stall": stall.figures,
+    "growth": compared.growth,
+    "depth": compared.depth,
+    "closed_loop": compared.closed_loop,
 }
 
 
