@@ -12,14 +12,14 @@ from lyapft.data import pydoc
 from lyapft.errors import InputError
 from lyapft.experiments import closed_loop, depth, growth, subjects
 from lyapft.experiments.frame import interval
-from lyapft.report import experiments
+from lyapft.report.experiments import page
 
 MODELS = ["mamba_tiny", "llama_tiny"]
 
 
 def page_of(name, found):
     content = {"name": name, "rows": found.rows, "series": found.series, "experiment": {}}
-    return experiments.render(content | {"created": "now", "wall_s": 1.0})
+    return page.render(content | {"created": "now", "wall_s": 1.0})
 
 
 def test_an_interval_is_students():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lyapft.experiments import stall
-from lyapft.report import experiments
+from lyapft.report.experiments import figures, page
 
 
 @pytest.fixture(scope="module")
@@ -52,5 +52,5 @@ def test_stochastic_rounding_keeps_the_mean_and_the_grid():
 
 def test_the_page_shows_both_figures(found):
     content = {"name": "stall", "rows": found.rows, "series": found.series, "experiment": {"seed": 0}}
-    assert len(experiments.figures(content)) == 2
-    assert experiments.render(content | {"created": "now", "wall_s": 1.0}).count("<figcaption>") == 2
+    assert len(figures(content)) == 2
+    assert page.render(content | {"created": "now", "wall_s": 1.0}).count("<figcaption>") == 2

@@ -11,11 +11,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from lyapft import config, records
 from lyapft.environment import describe, resolve_threads
-from lyapft.report import experiments
+from lyapft.errors import InputError
+from lyapft.report.experiments import page
 
 
 def run(cfg: DictConfig, folder: Path = Path("runs") / "experiments") -> Path:
-    """Run the experiment once; the same settings again find their record and only show it. Returns the record."""
+    """Run the experiment once; the same settings again find their record and only show it. Returns the record.
+
+    With `run=runs/STUDY` the record lies in that study, whose report then shows its figures.
+    """
+    if not OmegaConf.is_missing(cfg, "run"):
+        folder = study_folder(Path(cfg.run))
     settings: Any = OmegaConf.to_container(cfg.experiment, resolve=True)
     threads = resolve_threads(cfg.threads)
     name = settings["_target_"].split(".")[-2]
@@ -37,10 +43,21 @@ def run(cfg: DictConfig, folder: Path = Path("runs") / "experiments") -> Path:
         }
         records.save_json(target, result)
     content = json.loads(target.read_text(encoding="utf-8"))
-    page = experiments.write(content, target.with_suffix(".html"))
+    shown = page.write(content, target.with_suffix(".html"))
     print(_table(content["rows"]))
-    print(f"numbers: {target}\nfigures: {page}")
+    print(f"numbers: {target}\nfigures: {shown}")
     return target
+
+
+def study_folder(study: Path) -> Path:
+    """Where a study keeps the records of its experiments.
+
+    Raises:
+        InputError: no such study.
+    """
+    if not study.is_dir():
+        raise InputError(f"run={study} is not a folder: give the study that is to show the experiment, runs/STUDY")
+    return study / records.EXPERIMENTS
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

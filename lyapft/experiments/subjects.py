@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -37,8 +36,9 @@ def load(name: str) -> Iterator[Subject]:
     record = records.load(folder) if (folder / records.RECORD).is_file() else None
     if record is not None and record["status"] != "ok":
         raise InputError(f"{folder} has status {record['status']}: only a finished run can be looked at")
-    cell: DictConfig | None = rebuild_config(record) if record is not None else None
-    base = backbone.load(cell.model if cell is not None else config.load_choice("model", name))
+    cell: Any = rebuild_config(record) if record is not None else None
+    chosen: Any = cell.model if cell is not None else config.load_choice("model", name)
+    base = backbone.load(chosen)
     seam = recurrence.install(base.model, "stock")
     if cell is not None:
         peft = instantiate(cell.peft)

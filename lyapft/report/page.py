@@ -9,7 +9,7 @@ from plotly.offline import get_plotlyjs
 
 from lyapft.divergence import SPIKE_POINTS, is_spike
 from lyapft.records import divergence_entry
-from lyapft.report import columns, figures
+from lyapft.report import columns, experiments, figures, stability
 from lyapft.report.cells import COUNTERPARTS, Study, choice, read
 from lyapft.report.drawing import Figure
 from lyapft.report.tables import as_html
@@ -78,12 +78,14 @@ def render(study: Study, verdict: Verdict, written: str | None = None) -> str:
         "percentage points. A dash: not there (yet).",
     )
     shown = drawings(figures.score_figures(study), "scores") + _signed(study)
-    drawings_below = drawings(figures.training_figures(study), "training")
+    training = stability.cards(study) + drawings(figures.training_figures(study), "training")
+    for index, content in enumerate(study.experiments, start=1):
+        training += drawings(experiments.figures(content), f"{content['name']}-{index}")
     return document(
         f"Study {study.name}",
         f"{_subtitle(study)} · written {written}",
         f"{_verdict(verdict)}\n<h2>Findings</h2>{_findings(study)}\n<h2>Cells</h2>\n{table}\n{_errors(study)}\n"
-        f"{shown}{drawings_below}\n{_not_recurrent(study)}\n{_provenance(study)}\n{_terms()}\n",
+        f"{shown}{training}\n{_not_recurrent(study)}\n{_provenance(study)}\n{_terms()}\n",
     )
 
 

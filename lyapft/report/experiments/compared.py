@@ -27,8 +27,8 @@ def depth(content: dict[str, Any]) -> list[Figure]:
     drawing.update_xaxes(dtick=1)
     reading = (
         "A rising line says that each block stretches some direction of the residual stream; bands are 95% intervals "
-        "over prompts. Models of unequal depth compare by slope, not by end; growth in depth is bounded by the number "
-        "of blocks and does not show that outputs diverge over tokens."
+        "over prompts. Models of unequal depth compare by slope, not by end; growth in depth does not "
+        "show that outputs diverge over tokens."
     )
     return [Figure("Growth of directions over depth", drawing, reading)]
 

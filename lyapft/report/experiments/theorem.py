@@ -51,7 +51,7 @@ def _deviations(curves: list[dict[str, Any]], change: str) -> Figure:
     reading = (
         "Largest deviation of any state over all random layers, after ε was added to the "
         f"{'initial state' if change == 'state' else 'first input'}: in float64 no curve rises, as ζ ≤ 0 says; where a "
-        "format's curves rise, meet in one plateau, or are missing (ε was rounded away), rounding decides and not ε. That a "
+        "format's curves rise, meet in one plateau, or are missing (ε was rounded away), rounding decides. That a "
         "change does not grow does not show that a model's answers stay the same."
     )
     return Figure(f"A change of the {change} against tokens, largest over layers", drawing, reading)
