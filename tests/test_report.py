@@ -155,6 +155,7 @@ def test_every_figure_has_a_title_and_a_sentence_on_what_to_conclude(
         "Divergence from full precision",
         "Training loss",
         "Stability of the recurrent state over training",
+        "Margin −λ_max of every recurrent layer over training",
     ]
     for figure in found:
         assert figure.reading.endswith(".")
@@ -201,7 +202,7 @@ def test_seeds_become_one_bar_and_one_line(tmp_path: Path) -> None:
 
 def test_curves_are_the_step_series(matrix: tuple[Path, list[dict[str, Any]]]) -> None:
     study = cells.load_study(matrix[0])
-    (figure,) = figures.stability(study)
+    figure, _ = figures.stability(study)
     lines = [trace for trace in figure.drawing.data if trace.x[0] is not None]
     recurrent = [cell for cell in study.cells if figures.layer_names(cell)]
     assert len(lines) == len(recurrent) * 2 * 2  # layers, and λ_max beside margin
@@ -449,3 +450,36 @@ def test_the_command_line_prints_where_the_page_is(matrix: tuple[Path, list[dict
     failed = subprocess.run([*command[:-1], "nowhere"], capture_output=True, text=True, cwd=root)
     assert failed.returncode == 2
     assert failed.stderr == "error: nowhere is not a folder: give the folder of a study, runs/STUDY\n"
+
+
+def test_a_stability_card_names_the_worst_layer_and_marks_the_format_that_ran(
+    matrix: tuple[Path, list[dict[str, Any]]], matrix_page: str
+) -> None:
+    (card,) = (table for table in Page(matrix_page).of("cell") if any("worst layer" in head for head in table[0]))
+    shown = {row[0]: row for row in card[2:]}
+    for cell in cells.load_study(matrix[0]).cells:
+        stable = cell.record.get("stability", {})
+        if "lambda_max" not in stable:
+            assert cell.label not in shown
+            continue
+        worst = max(stable["layers"], key=lambda layer: layer["lambda_max"])["layer"]
+        assert worst in shown[cell.label]
+        assert sum("●" in text for text in shown[cell.label]) == int(f"neutral_{stable.get('scan_format')}" in stable)
+
+
+def test_a_study_shows_the_experiments_in_its_folder(tmp_path: Path) -> None:
+    synthetic.study(tmp_path, [synthetic.record()], 20)
+    curve = {
+        "model": "llama",
+        "recurrent": False,
+        "x": [0, 1],
+        "mean": [2.0, 1.0],
+        "low": [1.0, 0.5],
+        "high": [3.0, 2.0],
+    }
+    target = tmp_path / records.EXPERIMENTS / "growth-0.json"
+    target.parent.mkdir()
+    target.write_text(json.dumps({"name": "growth", "series": {"curves": [curve]}}), encoding="utf-8")
+    study = cells.load_study(tmp_path)
+    page = Page(render(study, judge([cell.record for cell in study.cells], {})))
+    assert any(attributes.get("id") == "growth-1" for _, attributes in page.tags)

@@ -32,7 +32,8 @@ def test_a_deviation_of_the_state_is_the_slowest_channels_product(family):
 
 
 def test_the_theorem_holds_in_float64_and_formats_break_the_exponential():
-    rows = theorem.run(layers=60, tokens=200, sizes=[1e-8, 1e-3, 1e-1], seed=0)
+    rows, series = theorem.run(layers=60, tokens=200, sizes=[1e-8, 1e-3, 1e-1], seed=0)
+    assert all(len(curve["median"]) == 3 for curve in series["curves"])
     assert len(rows) == 16
     for row in rows:
         if row["format"] == "fp64":
@@ -51,7 +52,8 @@ def test_the_command_writes_its_numbers_once(root, tmp_path):
     for _ in range(2):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
-    (written,) = (tmp_path / "runs" / "experiments").iterdir()
+    (written,) = (tmp_path / "runs" / "experiments").glob("*.json")
+    assert "<figcaption>" in written.with_suffix(".html").read_text(encoding="utf-8")
     content = json.loads(written.read_text())
     assert len(content["rows"]) == 16
     assert content["experiment"]["layers"] == 4

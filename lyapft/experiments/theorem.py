@@ -5,16 +5,20 @@ Mamba-2's, one for all channels of a head; states do not mix, so one a channel s
 Source: Halloran et al. 2025, Theorem 1 and its check on random layers.
 """
 
+import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lyapft.experiments.frame import Result, interval, track
+
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FORMATS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAMILIES = ("selective_scan", "ssd")
 CHANNELS = 8
+POINTS = 60  # tokens of a curve, evenly on a log axis
 FEWEST = 8  # tokens above the floor that a slope is fitted to
 
 
@@ -61,42 +65,52 @@ def rates(deviation_LER: Tensor, floor_E: Tensor) -> Tensor:
     return torch.where(count >= FEWEST, slope, torch.nan)
 
 
-def run(layers: int, tokens: int, sizes: list[float], seed: int) -> list[dict[str, Any]]:
+def run(layers: int, tokens: int, sizes: list[float], seed: int, progress: bool = False) -> Result:
     """One row per family, change and format, over `layers` random layers and all sizes of the change.
 
     zeta with its 95% interval over layers, the share of ζ ≤ 0 among `fitted` slopes, the largest deviation/ε of any
     token, and `broken`: the share of (ε, layer) in which the format leaves float64's exponential by more than a factor
     of two, with the median token at which it does.
     """
-    generator, rows, sizes_E = torch.Generator().manual_seed(seed), [], torch.tensor(sizes, dtype=torch.float64)
-    for family in FAMILIES:
-        log_decay, write = random_layers(family, layers, tokens, generator)
-        for change in ("state", "input"):
-            exact = None
-            for name, dtype in FORMATS.items():
-                found = deviations(log_decay, write, sizes_E, dtype, change)
-                exact = found if exact is None else exact
-                rows.append({"family": family, "change": change, "format": name, **_row(found, exact, sizes_E, dtype)})
-    return rows
+    generator, sizes_E = torch.Generator().manual_seed(seed), torch.tensor(sizes, dtype=torch.float64)
+    drawn = {family: random_layers(family, layers, tokens, generator) for family in FAMILIES}
+    shown = sorted({round(tokens ** (i / (POINTS - 1))) for i in range(POINTS)})
+    rows, curves, parts = [], [], list(itertools.product(FAMILIES, ("state", "input"), FORMATS))
+    for family, change, name in track(parts, "random layers", progress):
+        found = deviations(*drawn[family], sizes_E, FORMATS[name], change)
+        if name == "fp64":
+            exact = found
+        zeta = rates(found, 16 * UNIT[FORMATS[name]] / sizes_E)
+        case = {"family": family, "change": change, "format": name}
+        rows.append(case | _row(found, exact, zeta))
+        curves.append(case | {"sizes": sizes, "tokens": shown} | _curves(found[[t - 1 for t in shown]], sizes_E, zeta))
+    return Result(rows, {"curves": curves})
 
 
-def _row(found_LER: Tensor, exact_LER: Tensor, sizes_E: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    zeta = rates(found_LER, 16 * UNIT[dtype] / sizes_E)
-    fitted = zeta[zeta.isfinite()]
-    per_layer = zeta.nanmean(0)
-    per_layer = per_layer[per_layer.isfinite()]
-    half = 1.96 * float(per_layer.std()) / math.sqrt(len(per_layer)) if len(per_layer) > 1 else math.nan
-    mean = float(per_layer.mean()) if len(per_layer) else math.nan
+def _row(found_LER: Tensor, exact_LER: Tensor, zeta_ER: Tensor) -> dict[str, Any]:
+    fitted = zeta_ER[zeta_ER.isfinite()]
+    over_layers = interval(zeta_ER.nanmean(0).tolist())
     apart = (found_LER > 2 * exact_LER) | (2 * found_LER < exact_LER)
     broken = apart.any(0)
-    first = apart.double().argmax(0)[broken].double()
+    first = apart.byte().argmax(0)[broken].double()
     return {
-        "zeta": mean,
-        "zeta_low": mean - half,
-        "zeta_high": mean + half,
+        "zeta": over_layers.mean,
+        "zeta_low": over_layers.low,
+        "zeta_high": over_layers.high,
         "fitted": len(fitted),
         "share_nonpositive": float((fitted <= 0).double().mean()) if len(fitted) else math.nan,
         "largest": float(found_LER.max()),
         "broken": float(broken.double().mean()),
         "broken_token": float(first.median()) if len(first) else math.nan,
+    }
+
+
+def _curves(found_LER: Tensor, sizes_E: Tensor, zeta_ER: Tensor) -> dict[str, Any]:
+    """Per ε the deviation itself of the median layer and of the largest, and ζ of every layer: its mean over ε."""
+    deviation_ELR = (found_LER * sizes_E[:, None]).transpose(0, 1)
+    per_layer = zeta_ER.nanmean(0)
+    return {
+        "median": deviation_ELR.median(-1).values.tolist(),
+        "largest": deviation_ELR.amax(-1).tolist(),
+        "zeta": per_layer[per_layer.isfinite()].tolist(),
     }

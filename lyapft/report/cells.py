@@ -1,5 +1,6 @@
 """Records of a study as a report shows them: named, grouped and with gaps where a cell has not got that far."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ class Study:
     name: str
     cells: tuple[Cell, ...]
     notes: tuple[str, ...] = ()
+    experiments: tuple[dict[str, Any], ...] = ()
 
     def flips(self, cell: Cell, counterpart: str) -> Flips | None:
         """Item-level flips of a cell against one of its references, where both have their items on disk."""
@@ -173,7 +175,9 @@ def load_study(folder: Path) -> Study:
         items = _table(home / records.ITEMS, notes)
         shown = pd.DataFrame() if steps is None else steps
         cells.append(Cell(record, label, kind, facet(record, groups), shown, items))
-    return Study(str(found[0].get("study") or folder.name), tuple(cells), tuple(notes))
+    kept = sorted((folder / records.EXPERIMENTS).glob("*.json"))
+    experiments = tuple(json.loads(path.read_text(encoding="utf-8")) for path in kept)
+    return Study(str(found[0].get("study") or folder.name), tuple(cells), tuple(notes), experiments)
 
 
 def _table(path: Path, notes: list[str]) -> pd.DataFrame | None:

@@ -14,7 +14,7 @@ from lyapft.report.columns import score_keys
 from lyapft.report.drawing import Figure, Panels, Style, facets_of, plain, style_key, styles, thin
 
 SMOOTHING = 0.05  # loss curves: share of the steps in the running mean
-LINE_LAYERS = 6  # a model with more recurrent layers is drawn as its largest λ and one heatmap per cell
+LINE_LAYERS = 6  # a model with more recurrent layers has a line for its largest λ only, beside its heat map
 
 
 def loss_curves(study: Study) -> Figure | None:
@@ -45,12 +45,12 @@ def layer_names(cell: Cell) -> list[str]:
 
 
 def stability(study: Study) -> list[Figure]:
-    """λ_max and margin over steps: a line per layer; with many layers the model's line and a heatmap per cell."""
+    """λ_max and margin over steps: lines (of few layers each, of many the largest), and a heat map per cell."""
     cells = [cell for cell in study.cells if layer_names(cell) and len(cell.steps)]
-    many = [cell for cell in cells if len(layer_names(cell)) > LINE_LAYERS]
+    several = [cell for cell in cells if len(layer_names(cell)) > 1]
     figures = [_stability_lines(study, cells)] if cells else []
-    if many:
-        figures.append(_stability_heatmaps(many))
+    if several:
+        figures.append(_stability_heatmaps(several))
     return figures
 
 

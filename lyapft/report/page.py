@@ -9,7 +9,7 @@ from plotly.offline import get_plotlyjs
 
 from lyapft.divergence import SPIKE_POINTS, is_spike
 from lyapft.records import divergence_entry
-from lyapft.report import columns, figures
+from lyapft.report import columns, experiments, figures, stability
 from lyapft.report.cells import COUNTERPARTS, Study, choice, read
 from lyapft.report.drawing import Figure
 from lyapft.report.tables import as_html
@@ -77,16 +77,26 @@ def render(study: Study, verdict: Verdict, written: str | None = None) -> str:
         "Scores are fractions right; λ_max and margin in nats per token; divergences are mean absolute differences in "
         "percentage points. A dash: not there (yet).",
     )
-    drawings = _figures(figures.score_figures(study), "scores") + _signed(study)
-    drawings += _figures(figures.training_figures(study), "training")
-    title = html.escape(f"Study {study.name}")
+    shown = drawings(figures.score_figures(study), "scores") + _signed(study)
+    training = stability.cards(study) + drawings(figures.training_figures(study), "training")
+    for index, content in enumerate(study.experiments, start=1):
+        training += drawings(experiments.figures(content), f"{content['name']}-{index}")
+    return document(
+        f"Study {study.name}",
+        f"{_subtitle(study)} · written {written}",
+        f"{_verdict(verdict)}\n<h2>Findings</h2>{_findings(study)}\n<h2>Cells</h2>\n{table}\n{_errors(study)}\n"
+        f"{shown}{training}\n{_not_recurrent(study)}\n{_provenance(study)}\n{_terms()}\n",
+    )
+
+
+def document(title: str, subtitle: str, body: str) -> str:
+    """One HTML file that opens without a network; `body` is HTML, the other texts are not."""
+    title = html.escape(title)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{CSS}</style><script>{get_plotlyjs()}</script></head><body>\n"
-        f'<h1>{title}</h1><p class="sub">{html.escape(_subtitle(study))} · written {html.escape(written)}</p>\n'
-        f"{_verdict(verdict)}\n<h2>Findings</h2>{_findings(study)}\n<h2>Cells</h2>\n{table}\n{_errors(study)}\n{drawings}\n"
-        f"{_not_recurrent(study)}\n{_provenance(study)}\n{_terms()}\n</body></html>\n"
+        f'<h1>{title}</h1><p class="sub">{html.escape(subtitle)}</p>\n{body}</body></html>\n'
     )
 
 
@@ -188,7 +198,8 @@ def _signed(study: Study) -> str:
     return f"<h2>Divergence of every score, signed</h2>\n{as_html(rows, caption)}"
 
 
-def _figures(found: Sequence[Figure], name: str) -> str:
+def drawings(found: Sequence[Figure], name: str) -> str:
+    """Figures as HTML, named by `name` and their number."""
     return "".join(_figure(figure, f"{name}-{index}") for index, figure in enumerate(found, start=1))
 
 

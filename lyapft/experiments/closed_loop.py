@@ -1,0 +1,42 @@
+"""What feedback makes of a change: greedy decoding from a perturbed prompt against the unperturbed one."""
+
+from lyapft.data import pydoc
+from lyapft.experiments import subjects
+from lyapft.experiments.frame import Result, interval, track
+from lyapft.sensitivity import closed_loop
+
+
+def run(
+    models: list[str],
+    prompts: int,
+    tokens: int,
+    new_tokens: int,
+    sizes: list[float],
+    seeds: int,
+    progress: bool = False,
+) -> Result:
+    """One row per model and ε on the last prompt token: share of new tokens that agree, and the first that differs.
+
+    Intervals are over prompts; a prompt's value is its mean over `seeds` directions of the change.
+    """
+    rows, curves = [], []
+    for name in track(models, "models", progress):
+        with subjects.load(name) as subject:
+            ids = subjects.prompts(subject, pydoc.texts(), prompts, tokens)
+            shared = {"model": subject.name, "architecture": subject.architecture, "recurrent": subject.recurrent}
+            own = []
+            for epsilon in sizes:
+                found = [
+                    closed_loop(subject.model, ids, token=tokens - 1, epsilon=epsilon, new_tokens=new_tokens, seed=seed)
+                    for seed in range(seeds)
+                ]
+                agreement = interval((sum(one.agreement_B for one in found) / seeds).tolist())  # type: ignore[union-attr]
+                first = interval((sum(one.first_difference_B.double() for one in found) / seeds).tolist())  # type: ignore[union-attr]
+                own.append(agreement)
+                rows.append(
+                    shared
+                    | {"epsilon": epsilon, "agreement": agreement.mean, "low": agreement.low, "high": agreement.high}
+                    | {"first_difference": first.mean, "first_low": first.low, "first_high": first.high, "n": first.n}
+                )
+        curves.append(shared | {"x": sizes} | {key: [getattr(a, key) for a in own] for key in ("mean", "low", "high")})
+    return Result(rows, {"curves": curves})

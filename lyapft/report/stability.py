@@ -1,0 +1,54 @@
+"""One stability card per cell of a study: how far from the edge, how long the memory, in which layer and format."""
+
+from typing import Any
+
+from lyapft.lyapunov.summary import NEUTRAL_ZONE
+from lyapft.report.cells import Cell, Study, read
+from lyapft.report.columns import ABSENT, number
+from lyapft.report.tables import Column, as_html
+
+CAPTION = (
+    "Worst values of the whole training. Neutral zone: share of (token, channel) pairs whose decay rounds to exactly 1 "
+    "in that format, ● where the recurrence ran in it; certificate: largest bound on the rounding error of a state; "
+    "shadow KL: float32 against the cell's format on the same weights. A smaller margin says that a cell sits closer "
+    "to the edge, not that it is less accurate: λ does not certify accuracy. A dash: not measured."
+)
+
+
+def cards(study: Study) -> str:
+    """The cards as one table, a row per cell with a measured stability; empty where there is none."""
+    cells = [cell for cell in study.cells if isinstance(read(cell.record, "stability", "lambda_max"), int | float)]
+    if not cells:
+        return ""
+    return f"<h2>Stability cards</h2>\n{as_html(columns(cells), CAPTION)}"
+
+
+def columns(cells: list[Cell]) -> list[Column]:
+    """Columns of the cards, in the order of the cells."""
+    found = [cell.record["stability"] for cell in cells]
+
+    def numbers(key: str) -> list[str]:
+        return [number(one.get(key), ".3g") for one in found]
+
+    zones = [Column("neutral zone", name, [_zone(one, name) for one in found]) for name in NEUTRAL_ZONE]
+    return [
+        Column("", "cell", [cell.label for cell in cells], numeric=False),
+        Column("", "margin (nats/token)", numbers("margin")),
+        Column("", "memory (tokens)", numbers("memory")),
+        Column("", "gain", numbers("gain")),
+        Column("", "worst layer", [_worst_layer(one) for one in found], numeric=False),
+        *zones,
+        Column("", "certificate", numbers("certificate")),
+        Column("", "shadow KL (nats/token)", [number(read(cell.record, "shadow", "kl"), ".3g") for cell in cells]),
+    ]
+
+
+def _worst_layer(stability: dict[str, Any]) -> str:
+    layers = [layer for layer in stability.get("layers") or [] if isinstance(layer.get("margin"), int | float)]
+    return min(layers, key=lambda layer: float(layer["margin"]))["layer"] if layers else ABSENT
+
+
+def _zone(stability: dict[str, Any], name: str) -> str:
+    share = stability.get(f"neutral_{name}")
+    mark = " ●" if stability.get("scan_format") == name else ""
+    return ABSENT if share is None else f"{float(share):.2%}{mark}"
