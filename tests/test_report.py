@@ -482,4 +482,4 @@ def test_a_study_shows_the_experiments_in_its_folder(tmp_path: Path) -> None:
     target.write_text(json.dumps({"name": "growth", "series": {"curves": [curve]}}), encoding="utf-8")
     study = cells.load_study(tmp_path)
     page = Page(render(study, judge([cell.record for cell in study.cells], {})))
-    assert any(attributes.get("id") == "growth-1" for _, attributes in page.tags)
+    assert any(attributes.get("id") == "growth-1-1" for _, attributes in page.tags)

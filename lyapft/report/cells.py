@@ -176,8 +176,13 @@ def load_study(folder: Path) -> Study:
         shown = pd.DataFrame() if steps is None else steps
         cells.append(Cell(record, label, kind, facet(record, groups), shown, items))
     kept = sorted((folder / records.EXPERIMENTS).glob("*.json"))
-    experiments = tuple(json.loads(path.read_text(encoding="utf-8")) for path in kept)
-    return Study(str(found[0].get("study") or folder.name), tuple(cells), tuple(notes), experiments)
+    experiments = []
+    for path in kept:
+        try:
+            experiments.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            notes.append(f"{path.parent.name}/{path.name} cannot be read ({str(error).splitlines()[0]}): left out")
+    return Study(str(found[0].get("study") or folder.name), tuple(cells), tuple(notes), tuple(experiments))
 
 
 def _table(path: Path, notes: list[str]) -> pd.DataFrame | None:
