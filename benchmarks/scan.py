@@ -120,6 +120,11 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
+    return report(times)
+
+
+def report(times: dict[str, list[float]]) -> dict[str, float]:
+    """The median of each variant's seconds, printed."""
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, seconds in medians.items():
         print(f"{name:28s} {seconds * 1e3:10.1f} ms  (n = {len(times[name])}, fastest {min(times[name]) * 1e3:.1f} ms)")
@@ -146,20 +151,17 @@ def speed(options: argparse.Namespace) -> dict[str, float]:
 def thread_scaling(options: argparse.Namespace) -> dict[str, float]:
     """Times faster on two threads than on one."""
     run = forward_backward(lyapft_scan, inputs(512))
-
-    def on(count: int) -> Callable[[], None]:
-        def timed() -> None:
+    times: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(3 * options.repeats):
+        for count, seconds in times.items():
             torch.set_num_threads(count)
+            run()  # untimed: a change of the count makes the runtime end its threads and start new ones
+            start = time.perf_counter()
             run()
-
-        return timed
-
-    runs = {f"lyapft, L=512, {count} thread": on(count) for count in (1, 2)}
-    for warm in runs.values():
-        warm()
-    seconds = list(interleaved(runs, 3 * options.repeats).values())
+            seconds.append(time.perf_counter() - start)
     torch.set_num_threads(options.threads)
-    return {"two_threads_vs_one": seconds[0] / seconds[1]}
+    one, two = report({f"lyapft, L=512, {count} thread": seconds for count, seconds in times.items()}).values()
+    return {"two_threads_vs_one": one / two}
 
 
 def _status(field: str) -> int:
