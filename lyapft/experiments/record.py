@@ -23,6 +23,8 @@ def run(cfg: DictConfig, folder: Path = Path("runs") / "experiments") -> Path:
     if not OmegaConf.is_missing(cfg, "run"):
         folder = study_folder(Path(cfg.run))
     settings: Any = OmegaConf.to_container(cfg.experiment, resolve=True)
+    if settings.get("models") == []:
+        raise InputError("experiment.models is empty: name models of conf/model/ or folders of finished runs")
     threads = resolve_threads(cfg.threads)
     name = settings["_target_"].split(".")[-2]
     target = folder / f"{name}-{config.identity(settings | {'threads': threads})}.json"

@@ -163,6 +163,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
+    for path in partial.glob("*.safetensors"):  # written for the owner alone: whoever may read the folder may read all
+        path.chmod(partial.stat().st_mode & 0o666)
     if folder.exists():  # from an attempt that was cut off before its record was final
         shutil.rmtree(folder)
     partial.rename(folder)

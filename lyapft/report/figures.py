@@ -106,6 +106,8 @@ def _stability_heatmaps(cells: Sequence[Cell]) -> Figure:
     )
     drawing = panels.dress("step", ["recurrent layer"])
     drawing.update_layout(margin_t=60)
+    if max(len(layer_names(cell)) for cell in cells) <= 12:
+        drawing.update_yaxes(dtick=1)  # layers are whole numbers
     return Figure("Margin −λ_max of every recurrent layer over training", drawing, STABILITY_READING)
 
 
