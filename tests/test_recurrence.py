@@ -304,6 +304,12 @@ def test_on_cuda_auto_prefers_mamba_ssm_and_says_why_not(monkeypatch):
         recurrence.install(build("mamba"), require="mamba_ssm", device="cuda")
 
 
+def test_what_is_read_raw_is_asked_of_where_the_model_will_run(monkeypatch):
+    monkeypatch.setattr(recurrence.mamba_ssm, "missing", lambda operation, device: None)
+    seam = recurrence.install(build("mamba"), device="cuda")
+    assert seam.reads_raw(seam.layers[0]) == {"conv1d", "dt_proj", "x_proj", "out_proj"}
+
+
 @pytest.mark.parametrize(
     ("kind", "kernel", "fused", "names"),
     [

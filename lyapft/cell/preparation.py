@@ -132,7 +132,7 @@ def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None, device: str) -> 
     if cfg.data.packing and kernel.name == "stock" and not seam.faults and seam.value.layers:
         found.append("kernel=stock cannot keep packed sequences apart: use kernel=auto, or data.packing=false")
     if cfg.data.packing and not seam.faults:
-        kind, tuned = skeleton.value.model.config.model_type, cfg.peft.name == recurrence.INITIAL_STATE
+        kind, tuned = skeleton.value.model.config.model_type, cfg.peft.get("state") == recurrence.INITIAL_STATE
         found += packing_faults(kind, seam.value.unknown, tuned)
     if not seam.faults and not peft_faults(cfg.peft):
         found += Checked(lambda: instantiate(cfg.peft).attach(skeleton.value, seam.value)).faults

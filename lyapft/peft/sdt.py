@@ -102,6 +102,11 @@ class SelectiveDimensionTuning(Strategy):
         for name, (decay, weight) in self._places.items():
             # of A = −exp(A_log), and of the rows
             moved = decay.original.exp() - kept[decay].exp(), weight.original - kept[weight]
+            if not all(bool(change.isfinite().all()) for change in moved):
+                raise InputError(
+                    f"peft={self.name}: the warm-up that selects dimensions met numbers that are not finite in {name}: "
+                    "use precision=fp32, bf16 or bf16_true, or a smaller peft.warmup_learning_rate"
+                )
             for place, index in zip((decay, weight), self._entries(self._mixers[name], moved), strict=True):
                 with torch.no_grad():
                     place.original.copy_(kept[place])

@@ -53,6 +53,12 @@ class StateTuning(Strategy):
                 f"peft={self.name} tunes the state of a recurrence, and this {model.config.model_type} model has "
                 f"none{unknown}. Use peft=lora"
             )
+        headed = [layer.name for layer in seam.layers if getattr(layer.module, "n_mamba_heads", 1) > 1]
+        if headed:
+            raise InputError(
+                f"peft={self.name} tunes one state for each layer, and {headed[0]} has one for each of several heads "
+                "(Zamba): use another peft method"
+            )
         model.requires_grad_(False)
         for layer in seam.layers:
             device = next(layer.module.parameters()).device

@@ -74,7 +74,7 @@ def install(
         InputError: an unknown or unavailable kernel; a mixer that already has a forward of its own.
     """
     check_choice(kernel, require)
-    seam = Seam(kernel, require, fused)
+    seam = Seam(kernel, require, fused, None if device is None else torch.device(device))
     for name, module in model.named_modules():
         family = family_of(module)
         if family is not None:

@@ -35,6 +35,7 @@ class Seam:
     """What `install` did to a model.
 
     Attributes:
+        device: where the model will run; None: where it is.
         layers: the recurrent layers, in the order of the model.
         kernels: operation -> implementation that really ran, filled by the forward passes.
         fallbacks: operation -> why another kernel ran than the preferred one.
@@ -45,8 +46,10 @@ class Seam:
             clamp, (B,L,D) or (B,L,H), and A, (D,N) or (H,). Not called again when gradient checkpointing recomputes.
     """
 
-    def __init__(self, kernel: str, require: str | None = None, fused: bool = True) -> None:
-        self.kernel, self.require, self.fused = kernel, require, fused
+    def __init__(
+        self, kernel: str, require: str | None = None, fused: bool = True, device: torch.device | None = None
+    ) -> None:
+        self.kernel, self.require, self.fused, self.device = kernel, require, fused, device
         self.layers: list[Layer] = []
         self.kernels: dict[str, str] = {}
         self.fallbacks: dict[str, str] = {}
@@ -100,7 +103,7 @@ class Seam:
 
     def reads_raw(self, layer: Layer) -> frozenset[str]:
         """Names of the layer's modules whose weight is read as a matrix, so that calling them is bypassed."""
-        device = next(layer.module.parameters()).device
+        device = self.device or next(layer.module.parameters()).device
         raw = {"conv1d"} | ({"dt_proj"} if layer.family == "selective_scan" else set())
         if self.fused and self.choose(layer.family, device) in ("mamba_ssm", "stock"):
             raw |= {"x_proj", "out_proj"}
@@ -150,7 +153,7 @@ class Seam:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Seam":
         """The seam of a copied model: same kernels, no tap, no batch; its layers enter as they are copied."""
-        other = Seam(self.kernel, self.require, self.fused)
+        other = Seam(self.kernel, self.require, self.fused, self.device)
         other.kernels, other.fallbacks, other.unknown = dict(self.kernels), dict(self.fallbacks), list(self.unknown)
         memo[id(self)] = other
         return other
