@@ -239,6 +239,12 @@ def test_all_faults_of_an_input_come_at_once(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("peft", ["initial_state", "state_offset"])
+def test_a_tuned_first_state_cannot_be_packed_whatever_the_choice_is_called(tmp_path, peft):
+    with pytest.raises(InputError, match="in front of a row, not of each of its sequences"):
+        prepared(tmp_path, "data.packing=true", f"peft={peft}", "peft.state=initial_state")
+
+
 def test_a_folder_of_another_cell_is_refused(tmp_path):
     mine = prepared(tmp_path, "reference=off")
     records.save(mine.folder, {"schema_version": 1, "id": "ffffffffffff", "status": "ok"})

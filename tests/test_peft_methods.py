@@ -1,6 +1,7 @@
 """Every method on every family: alive, merged without a change, saved and loaded, in plain peft where that can."""
 
 import copy
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -314,14 +315,50 @@ def test_methods_that_a_transformer_cannot_have_are_refused_by_name(method: str)
         attached("llama", METHODS[method]())
 
 
-def test_a_copied_model_keeps_its_own_adapters() -> None:
-    for method in ADAPTERS:
-        strategy = attached("mamba", ADAPTERS[method](targets="all"))
-        randomize(strategy)
-        model = strategy.backbone.model
-        expected = logits(model)
-        twin = copy.deepcopy(model)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.zero_()
-        assert torch.equal(logits(twin), expected), method
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_copied_model_keeps_its_own_adapters(method: str, kind: str) -> None:
+    strategy = prepared(kind, method)
+    train(strategy, 2)
+    model = strategy.backbone.model
+    expected = logits(model)
+    twin = copy.deepcopy(model)
+    if method not in ("initial_state", "state_offset"):
+        strategy.merge()
+        assert torch.equal(logits(twin), expected)  # merging one leaves the other
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(logits(twin), expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "vera"])
+def test_an_adapted_model_can_be_written_whole_and_read(method: str) -> None:
+    strategy = attached("mamba", ADAPTERS[method](targets="all"))
+    randomize(strategy)
+    model = strategy.backbone.model
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(logits(torch.load(file, weights_only=False)), logits(model))
+
+
+@pytest.mark.parametrize("method", ["initial_state", "state_offset"])
+def test_states_of_several_heads_are_refused(method: str) -> None:
+    base, seam = backbone("zamba")
+    with pytest.raises(InputError, match=r"one for each of several heads \(Zamba\): use another"):
+        METHODS[method]().attach(base, seam)
+
+
+def test_dropout_is_refused_where_the_kernel_of_the_device_to_come_reads_raw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrence.mamba_ssm, "missing", lambda operation, device: None)
+    for device, refused in (("cpu", False), ("cuda", True)):
+        base, seam = backbone("mamba")
+        seam.remove()
+        seam = recurrence.install(base.model, device=device)
+        strategy = Lora(targets=["out_proj"], dropout=0.1)
+        if refused:
+            with pytest.raises(InputError, match="dropout"):
+                strategy.attach(base, seam)
+        else:
+            strategy.attach(base, seam)

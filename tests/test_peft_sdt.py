@@ -1,11 +1,13 @@
 """Selected dimensions: those that a warm-up moves most, on base weights that the warm-up leaves as they were."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis.strategies import floats, integers
 from torch import nn
 from torch.testing import assert_close
 
+from lyapft.errors import InputError
 from lyapft.peft import SelectiveDimensionTuning
 from lyapft.peft.mixers import mixers
 from lyapft.peft.selection import count, dimensions_of_a_scan
@@ -47,6 +49,14 @@ def test_the_warm_up_leaves_the_base_weights_and_no_gradient() -> None:
     assert torch.equal(logits(model), before)
     assert all(p.grad is None for p in model.parameters())
     assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"values"}
+
+
+def test_a_warm_up_that_is_not_finite_selects_nothing() -> None:
+    strategy = SelectiveDimensionTuning(warmup_steps=2)
+    attached("mamba", strategy)
+    model = strategy.backbone.model.train()
+    with pytest.raises(InputError, match=r"not finite in .*mixer: use precision"):
+        strategy.prepare(lambda batch: model(**batch).loss * torch.inf, iter(BATCHES))
 
 
 def test_selected_are_the_dimensions_that_a_warm_up_by_hand_moves_most() -> None:

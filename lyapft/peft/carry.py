@@ -124,6 +124,10 @@ def _wide(tensor: Tensor) -> Tensor:
 class Carried:
     """Mixed into the class of an adapted layer: whoever reads its weight or bias gets the adapted one."""
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """By the two classes that it is made of: the class itself exists at run time only."""
+        return _bare, type(self).__bases__, self.__dict__
+
     @property
     def weight(self) -> Tensor:
         """The adapted weight, with a gradient to the adapter."""
@@ -164,11 +168,16 @@ def carry(model: nn.Module) -> None:
             layer.__class__ = _with(Carried, cast(Hashable, type(layer)))
 
 
+def _bare(mixin: Hashable, layer: Hashable) -> object:
+    kind: Any = _with(mixin, layer)
+    return object.__new__(kind)
+
+
 @functools.cache
-def _with(mixin: type[Carried], layer: Hashable) -> type:
+def _with(mixin: Hashable, layer: Hashable) -> type:
     """The class of a layer with the mixin in front."""
-    kind = cast("type[BaseTunerLayer]", layer)
-    return type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
+    front, kind = cast("type[Carried]", mixin), cast("type[BaseTunerLayer]", layer)
+    return type(f"{front.__name__}{kind.__name__}", (front, kind), {})
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:

@@ -116,7 +116,13 @@ class Place(NamedTuple):
         return cast(Selected, self._parametrizations[0])
 
     def settle(self) -> None:
-        """Write the trained entries into the tensor, an ordinary one again."""
+        """Write the trained entries into the tensor, an ordinary one again.
+
+        torch takes the property off the module's class, which a copy of the module shares: give it its own first.
+        """
+        shared = type(self.module)
+        members = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+        self.module.__class__ = type(shared.__name__, shared.__bases__, members)
         parametrize.remove_parametrizations(self.module, self.name, leave_parametrized=True)
 
     @property

@@ -96,8 +96,8 @@ def _matching_expression(expression: str, modules: Iterable[str]) -> set[str]:
     if not names:
         example = next(iter(modules), "none")
         raise InputError(
-            f"peft.targets={expression!r} matched no linear, embedding or convolution layer; it must match "
-            f"a full module name, such as {example!r}"
+            f"peft.targets={expression!r} matched no linear, embedding or convolution layer: it is none of the sets "
+            f"{', '.join(NAMED)}, and as a regular expression it must match a full module name, such as {example!r}"
         )
     return names
 

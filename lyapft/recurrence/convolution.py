@@ -6,28 +6,24 @@ Letters: B batch, L tokens, D channels, K taps.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lyapft.recurrence.operations import Operations
 from lyapft.scan import mamba_ssm, packing
 
 if TYPE_CHECKING:
-    from lyapft.recurrence.forward import Forward
+    pass
 
 OPERATION = "causal_conv1d"
 
 
-class Convolution:
+class Convolution(Operations):
     """What a mixer calls for its convolution; the signatures are transformers'."""
 
     FUNCTIONS = {"causal_conv1d_fn": "convolve", "causal_conv1d_update": "update"}
-
-    def __init__(self, call: Forward, stock: dict[str, Any]) -> None:
-        self.call = call
-        self._stock = {name: stock[name] for name in self.FUNCTIONS if name in stock}
 
     @torch.compiler.disable
     def convolve(
@@ -54,18 +50,8 @@ class Convolution:
     @torch.compiler.disable
     def update(self, hidden_states: Tensor, *state_weight_bias: Any, **options: Any) -> Tensor:
         """One token after a cache, (B,D,1)."""
-        return updated(self.call, OPERATION, self._stock["causal_conv1d_update"], "causal_conv1d_update")(
-            hidden_states, *state_weight_bias, **options
-        )
-
-
-def updated(call: Forward, operation: str, stock: Callable, name: str) -> Callable:
-    """The function that takes one token after a cache: mamba-ssm's, transformers' choice, or transformers' in torch."""
-    device = next(call.layer.module.parameters()).device
-    kernel = call.seam.choose(operation, device)
-    if kernel == "mamba_ssm":
-        return mamba_ssm.function(name)
-    return stock if kernel == "stock" else inspect.unwrap(stock)
+        take = self._one_token(OPERATION, "causal_conv1d_update", "causal_conv1d_update")
+        return take(hidden_states, *state_weight_bias, **options)
 
 
 def _compiled(

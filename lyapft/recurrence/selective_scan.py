@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lyapft import scan
-from lyapft.recurrence.convolution import updated
+from lyapft.recurrence.operations import Operations
 from lyapft.recurrence.seam import INITIAL_STATE, STATE_OFFSET
 from lyapft.scan import mamba_ssm, packing
 
@@ -22,15 +22,14 @@ if TYPE_CHECKING:
 FAMILY = "selective_scan"
 
 
-class SelectiveScan:
+class SelectiveScan(Operations):
     """Whole sequences, the fused short-cut and one token after a cache; the signatures are transformers'."""
 
     SCAN = "mamba_selective_scan"
     FUNCTIONS = {SCAN: "scan", "mamba_inner_fn": "fused", "mamba_selective_state_update": "update"}
 
     def __init__(self, call: Forward, stock: dict[str, Any]) -> None:
-        self.call = call
-        self._stock = {name: stock[name] for name in self.FUNCTIONS if name in stock}
+        super().__init__(call, stock)
         self._heads: list[tuple[Tensor, Tensor]] = []  # of a mixer that calls the scan once per head (Zamba)
 
     @torch.compiler.disable
@@ -49,7 +48,7 @@ class SelectiveScan:
         **options: Any,
     ) -> Any:
         """(B,D,L) in and out, B and C (B,N,L); float32 whatever autocast says, result in the dtype of the input."""
-        seam, initial = self.call.seam, self._parameter(INITIAL_STATE)
+        seam, initial = self.call.seam, self._tuned(INITIAL_STATE)
         kernel = self._kernel(hidden_states, initial)
         seam.record(FAMILY, kernel)
         if initial is not None and self.call.mask is not None:  # padding must not wear the first state down
@@ -116,8 +115,8 @@ class SelectiveScan:
     @torch.compiler.disable
     def update(self, *arguments: Any, **options: Any) -> Tensor:
         """One token after a cache: (B,D) in and out; the state (B,D,N) changes in place."""
-        stock = self._stock["mamba_selective_state_update"]
-        y = updated(self.call, FAMILY, stock, "selective_state_update")(*arguments, **options)
+        take = self._one_token(FAMILY, "mamba_selective_state_update", "selective_state_update")
+        y = take(*arguments, **options)
         gate = options.get("z")
         return self._offset(y[..., None], arguments[5][:, None], None if gate is None else gate[..., None])[..., 0]
 
@@ -132,12 +131,9 @@ class SelectiveScan:
             return seam.instead(FAMILY, "torch", "transformers' own scan cannot keep packed sequences apart")
         return kernel
 
-    def _parameter(self, name: str) -> Tensor | None:
-        return getattr(self.call.layer.module, name, None)
-
     def _offset(self, y_BDL: Tensor, C_BLN: Tensor, z_BDL: Tensor | None) -> Tensor:
         """y + (C h') silu(z): what a tuned offset h' of the state adds (Kang et al. 2025)."""
-        offset = self._parameter(STATE_OFFSET)
+        offset = self._tuned(STATE_OFFSET)
         if offset is None:
             return y_BDL
         added = torch.einsum("bln,dn->bdl", C_BLN.to(offset.dtype), offset)

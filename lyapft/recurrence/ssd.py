@@ -11,28 +11,24 @@ import torch
 from torch import Tensor
 
 from lyapft import scan
-from lyapft.recurrence.convolution import updated
+from lyapft.recurrence.operations import Operations
 from lyapft.recurrence.seam import INITIAL_STATE, STATE_OFFSET
 from lyapft.recurrence.selective_scan import step_sizes
 from lyapft.scan import mamba_ssm
 
 if TYPE_CHECKING:
-    from lyapft.recurrence.forward import Forward
+    pass
 
 FAMILY = "ssd"
 CHUNKED = "torch-chunked"  # matrix products of chunks: kernel=cpu and kernel=torch alike
 UNLIMITED = (0.0, float("inf"))
 
 
-class SSD:
+class SSD(Operations):
     """Whole sequences, the fused short-cut and one token after a cache; the signatures are transformers'."""
 
     SCAN = "mamba2_chunk_scan"
     FUNCTIONS = {SCAN: "scan", "mamba2_split_conv1d_scan_combined": "fused", "mamba2_selective_state_update": "update"}
-
-    def __init__(self, call: Forward, stock: dict[str, Any]) -> None:
-        self.call = call
-        self._stock = {name: stock[name] for name in self.FUNCTIONS if name in stock}
 
     @torch.compiler.disable
     def scan(
@@ -56,7 +52,7 @@ class SSD:
         kernel = seam.choose(FAMILY, hidden_states.device)
         if kernel == "stock" and seam.sequence is not None:
             kernel = seam.instead(FAMILY, "torch", "transformers' own scan cannot keep packed sequences apart")
-        if initial_states is None and (start := self._parameter(INITIAL_STATE)) is not None:
+        if initial_states is None and (start := self._tuned(INITIAL_STATE)) is not None:
             initial_states = start.expand(hidden_states.shape[0], -1, -1, -1)
             if self.call.mask is not None:  # padding must not wear the first state down
                 dt = step_sizes(dt, dt_bias, dt_softplus).clamp(*dt_limit) * self.call.mask[..., None]
@@ -121,10 +117,9 @@ class SSD:
     def update(self, *arguments: Any, **options: Any) -> Tensor:
         """One token after a cache: (B,H,P) in and out; the state (B,H,P,N) changes in place."""
         options = {name: value for name, value in options.items() if name in ("D", "z", "dt_bias", "dt_softplus")}
-        stock = self._stock["mamba2_selective_state_update"]
-        offset = self._parameter(STATE_OFFSET)
+        offset = self._tuned(STATE_OFFSET)
         gate = options.pop("z", None) if offset is not None else options.get("z")
-        y = updated(self.call, FAMILY, stock, "selective_state_update")(*arguments, **options)
+        y = self._one_token(FAMILY, "mamba2_selective_state_update", "selective_state_update")(*arguments, **options)
         if offset is None:
             return y
         y = self._offset(y[:, None], arguments[5][:, None])[:, 0]
@@ -139,12 +134,9 @@ class SSD:
             *given, **options, seq_idx=None if sequence is None else sequence.int()
         )
 
-    def _parameter(self, name: str) -> Tensor | None:
-        return getattr(self.call.layer.module, name, None)
-
     def _offset(self, y_BLHP: Tensor, C_BLGN: Tensor) -> Tensor:
         """y + C h': what a tuned offset h' of the state adds (Kang et al. 2025)."""
-        offset = self._parameter(STATE_OFFSET)
+        offset = self._tuned(STATE_OFFSET)
         if offset is None:
             return y_BLHP
         per_group = offset.unflatten(0, (C_BLGN.shape[2], -1))  # (G,H/G,P,N)

@@ -9,9 +9,8 @@ from lyapft.report.tables import Column, as_html
 
 CAPTION = (
     "Worst values of the whole training. Neutral zone: share of (token, channel) pairs whose decay rounds to exactly 1 "
-    "in that format, ● where the recurrence ran in it; certificate: largest bound on the rounding error of a state; "
-    "shadow KL: float32 against the cell's format on the same weights. A smaller margin says that a cell sits closer "
-    "to the edge, not that it is less accurate: λ does not certify accuracy. A dash: not measured."
+    "in that format, ● where the recurrence ran in it. A smaller margin says that a cell sits closer to the edge, not "
+    "that it is less accurate: λ does not certify accuracy. A dash: not measured."
 )
 
 
@@ -38,8 +37,6 @@ def columns(cells: list[Cell]) -> list[Column]:
         Column("", "gain", numbers("gain")),
         Column("", "worst layer", [_worst_layer(one) for one in found], numeric=False),
         *zones,
-        Column("", "certificate", numbers("certificate")),
-        Column("", "shadow KL (nats/token)", [number(read(cell.record, "shadow", "kl"), ".3g") for cell in cells]),
     ]
 
 

@@ -1,0 +1,42 @@
+"""What the routed operations of a mixer share: the call that they belong to, and the functions that they stand for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from lyapft.scan import mamba_ssm
+
+if TYPE_CHECKING:
+    from lyapft.recurrence.forward import Forward
+
+
+class Operations:
+    """Methods in place of functions that a mixer's module holds; the signatures are transformers'.
+
+    Attributes:
+        FUNCTIONS: name of a function of the module -> the method that stands for it.
+        call: the forward of the layer.
+    """
+
+    FUNCTIONS: ClassVar[dict[str, str]]
+
+    def __init__(self, call: Forward, stock: dict[str, Any]) -> None:
+        self.call = call
+        self._stock: dict[str, Callable[..., Any]] = {name: stock[name] for name in self.FUNCTIONS if name in stock}
+
+    def _tuned(self, name: str) -> Tensor | None:
+        """A state that a strategy registered on the mixer."""
+        return getattr(self.call.layer.module, name, None)
+
+    def _one_token(self, operation: str, stock: str, name: str) -> Callable[..., Any]:
+        """What takes one token after a cache: mamba-ssm's `name`, transformers' choice, or transformers' torch code."""
+        kernel = self.call.seam.choose(operation, next(self.call.layer.module.parameters()).device)
+        ran = kernel if kernel in ("mamba_ssm", "stock") else "torch"
+        self.call.seam.record(f"{operation}, one token", ran)
+        if ran == "mamba_ssm":
+            return mamba_ssm.function(name)
+        return self._stock[stock] if ran == "stock" else inspect.unwrap(self._stock[stock])
