@@ -92,7 +92,8 @@ class ProbeConfig:
 class TrainerConfig:
     """Optimisation: AdamW, a warm-up and a schedule; one step is one optimizer update."""
 
-    steps: int = 120
+    steps: int = 120  # 0: the base as it is, scored in the cell's format
+    validation_rows: int = 0  # the last rows of the data, kept from training; the loss on them is recorded
     batch_size: int = 24
     accumulate: int = 1  # micro-batches per step, each of batch_size rows; the step's loss is the mean of theirs
     learning_rate: float | None = None  # null = model.learning_rate of this peft; a number is a shared-rate variant
@@ -129,6 +130,8 @@ class StudyConfig:
     """The folder that a matrix, its references and its reruns share."""
 
     name: str = "default"
+    noise_floor: list[str] = field(default_factory=list)  # reruns of cells: replicate (the same again), threads
+    noise_floor_seeds: list[int] = field(default_factory=lambda: [0])  # the cells with these seeds run again
 
 
 @dataclass
@@ -160,6 +163,7 @@ class CellConfig:
     device: str = "auto"  # auto | cpu | cuda
     reference: str = "auto"  # auto: find or make the full-precision counterparts; off
     runs: str = "runs"  # folder of all studies
+    rates: str | None = None  # learning_rates.yaml of a study=lr: its rates, where it has them, before model's own
 
 
 @dataclass
@@ -244,6 +248,15 @@ class ArcTask(TaskConfig):
 
     _target_: str = "lyapft.tasks.Arc"
     subset: str = "ARC-Easy"  # ARC-Easy | ARC-Challenge, where the set is loaded by name
+
+
+@dataclass
+class SuiteTask(TaskConfig):
+    """Several tasks, scored after one training."""
+
+    _target_: str = "lyapft.tasks.Suite"
+    tasks: dict[str, Any] = field(default_factory=dict)  # task settings by name
+    names: list[str] | None = None  # which of them; null = all
 
 
 @dataclass
@@ -349,7 +362,7 @@ class LyapunovProbe(ProbeConfig):
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"model": ModelConfig},
     "data": {"data": DataConfig, "skills": SkillsData, "mixture": MixtureData, "pydoc": PydocData, "table": TableData},
-    "task": {"task": TaskConfig, "skills": SkillsTask, "mmlu": MmluTask, "arc": ArcTask},
+    "task": {"task": TaskConfig, "skills": SkillsTask, "mmlu": MmluTask, "arc": ArcTask, "suite": SuiteTask},
     "peft": {
         "none": FullPeft,
         "lora": LoraPeft,
@@ -371,6 +384,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 NOT_SCIENCE = (
     "runs",
+    "rates",
     "study",
     "logger",
     "probe",
@@ -379,6 +393,7 @@ NOT_SCIENCE = (
     "threads",
 )  # cannot change a number by themselves
 NOT_SCIENCE_TRAINER = ("progress", "record_every_s")
+NOISE_FLOORS = ("replicate", "threads")
 PATHS = ("path", "tokenizer")  # known by content instead
 
 
@@ -423,7 +438,6 @@ def faults(cfg: DictConfig) -> list[str]:
     """Everything that is wrong with a cell's own values; what needs files or devices is checked by their owners."""
     found = []
     positive = {
-        "trainer.steps": cfg.trainer.steps,
         "trainer.batch_size": cfg.trainer.batch_size,
         "trainer.accumulate": cfg.trainer.accumulate,
         "trainer.max_nonfinite": cfg.trainer.max_nonfinite,
@@ -435,9 +449,14 @@ def faults(cfg: DictConfig) -> list[str]:
     optional["trainer.learning_rate"] = cfg.trainer.learning_rate
     positive.update({key: value for key, value in optional.items() if value is not None})
     found += [f"{key}={value} must be greater than 0" for key, value in positive.items() if value <= 0]
-    for key, value in {"seed": cfg.seed, "replicate": cfg.replicate}.items():
-        if value < 0:
-            found.append(f"{key}={value} must not be negative")
+    counts = {"seed": cfg.seed, "replicate": cfg.replicate}
+    counts |= {f"trainer.{key}": cfg.trainer[key] for key in ("steps", "validation_rows")}
+    found += [f"{key}={value} must not be negative" for key, value in counts.items() if value < 0]
+    found += [
+        f"study.noise_floor: {kind!r} is unknown: use {' and '.join(NOISE_FLOORS)}"
+        for kind in cfg.study.noise_floor
+        if kind not in NOISE_FLOORS
+    ]
     choices = {
         "trainer.schedule": (cfg.trainer.schedule, ("constant", "linear", "cosine", "hold_then_decay")),
         "reference": (cfg.reference, ("auto", "off")),
@@ -488,13 +507,28 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
     kept = {key: value for key, value in plain.items() if key not in NOT_SCIENCE}
     for key in NOT_SCIENCE_TRAINER:
         kept["trainer"].pop(key)
+    if not kept["trainer"]["validation_rows"]:
+        kept["trainer"].pop("validation_rows")
     kept["trainer"]["learning_rate"] = learning_rate(cfg)
     kept["kernel"].pop("require")  # it can stop a cell, not change it
     for key in ("learning_rate", "pretrain_steps", "pretrain_seed"):  # they act through the trainer and the seed
         kept["model"].pop(key)
     for group, content in fingerprints.items():
-        kept[group] = {key: value for key, value in kept[group].items() if key not in PATHS} | {"content": content}
+        kept[group] = without_paths(kept[group]) | {"content": content}
     return kept | {"runs_as": runs_as}
+
+
+def without_paths(node: dict[str, Any]) -> dict[str, Any]:
+    """A group's settings without the paths in it, those of the tasks of a suite too."""
+    kept = {key: value for key, value in node.items() if key not in PATHS}
+    return {key: without_paths(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def paths_of(node: DictConfig) -> dict[str, Any]:
+    """The paths in a group, of the tasks of a suite too: what the science part leaves out."""
+    found = {key: node[key] for key in PATHS if key in node}
+    parts = {key: paths_of(value) for key, value in node.items() if isinstance(value, DictConfig)}
+    return found | {str(key): value for key, value in parts.items() if value}
 
 
 def identity(science_part: dict[str, Any]) -> str:
@@ -518,3 +552,18 @@ def reference_configs(cfg: DictConfig) -> dict[str, DictConfig]:
         twin.replicate = 0
         counterparts[role] = twin
     return counterparts
+
+
+def noise_floor_configs(cfg: DictConfig, threads: int) -> dict[str, DictConfig]:
+    """The reruns of a cell that `study.noise_floor` asks for (THEORY: noise floor), by kind.
+
+    `replicate`: the same again. `threads`: on two threads where the cell had one, else on one.
+
+    Args:
+        threads: of the cell.
+    """
+    if cfg.replicate or cfg.seed not in cfg.study.noise_floor_seeds:
+        return {}
+    changes = {"replicate": {"replicate": 1}, "threads": {"threads": 2 if threads == 1 else 1}}
+    twins = {kind: OmegaConf.merge(cfg, changes[kind] | {"reference": "off"}) for kind in cfg.study.noise_floor}
+    return twins  # type: ignore[return-value]

@@ -61,7 +61,7 @@ def _score(cfg: DictConfig, folder: Path, record: Record, cell: DictConfig, task
     task = instantiate(task_node)
     science = {
         "run": record["id"],
-        "task": _plain(task_node) | {"path": None},
+        "task": config.without_paths(_plain(task_node)) | {"path": None},
         "content": task.fingerprint(),
         "device": device,
         "threads": resolve_threads(cfg.threads),
@@ -95,7 +95,8 @@ def _score_once(
         peft = instantiate(cell.peft)
         peft.attach(base, seam)
         strategy.cast(base.model)
-        peft.load(folder)
+        if record["files"]["weights"] is not None:  # a cell of no steps is its base
+            peft.load(folder)
         found = tasks.context_faults(task, base.tokenizer, base.max_positions)
         if found:
             raise InputError("; ".join(found))
@@ -133,7 +134,7 @@ def rebuild_config(record: Record) -> DictConfig:
     for group in ("model", "task", "peft", "precision"):
         values = science[group]
         values.pop("content", None)
-        nodes[group] = values | record["paths"].get(group, {})
+        nodes[group] = OmegaConf.merge(values, record["paths"].get(group, {}))
     nodes["kernel"] = asdict(config.KernelConfig(**science["kernel"]))
     return OmegaConf.create(nodes)
 

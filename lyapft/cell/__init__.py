@@ -22,10 +22,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from lyapft import backbone, config, dashboard, data, divergence, precision, records, recurrence, tasks
+from lyapft import backbone, config, dashboard, data, divergence, precision, rates, records, recurrence, tasks
 from lyapft.cell import summary
 from lyapft.cell.preparation import Cell, prepare
 from lyapft.cell.state import clean_state, log_file, only_one
+from lyapft.cell.validation import validation
 from lyapft.environment import PeakMemory
 from lyapft.errors import InputError
 from lyapft.module import FineTuner, NonFiniteTrainingError
@@ -52,6 +53,7 @@ def run(cfg: DictConfig) -> Record:
     log.info("cell: %s", ", ".join(HydraConfig.get().overrides.task) or "defaults")
     log.info("checking the model, the data and the tasks")
     try:
+        cfg = rates.applied(cfg)
         cell = prepare(cfg)
         record = ensure(cell)
     except InputError as error:
@@ -64,6 +66,10 @@ def run(cfg: DictConfig) -> Record:
     missing = [entry["counterpart"] for entry in record["divergence"] if entry["status"] == "missing"]
     if missing and cfg.reference == "auto":
         raise CellFailed(f"{cell.folder.name} is done, but not its reference: {', '.join(missing)}")
+    for kind, twin in config.noise_floor_configs(cfg, cell.threads).items():
+        rerun = prepare(twin, role="rerun", like=cell)
+        log.info("%s for the noise floor: %s", rerun.folder.name, kind)
+        ensure(rerun)
     return record
 
 
@@ -161,6 +167,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         strategy.cast(base.model)
         content = cell.science["data"]["content"]
         dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length, content, cfg.trainer.progress)
+        dataset, held_out = dataset.split(cfg.trainer.validation_rows)
         if cfg.data.packing:
             rows, dataset = len(dataset), data.pack(dataset, cfg.data.max_length)
             log.info(
@@ -177,14 +184,11 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
             "tasks": cell.task.record(),
             "peft": peft.record(),  # of an attempt that fails too; what training selects or allocates comes after it
         }
-        memory = PeakMemory(base.model, cell.device)
-        liveness = Liveness(base.model, steps=min(3, cfg.trainer.steps))
-        series, skipped = _fit(cell, base.model, peft, seam, strategy, dataset, loggers, liveness)
-        record["peft"] = peft.record() | {"proven_alive": liveness.proven, "stalled": liveness.stalled}
-        record["kernels"], record["kernel_fallbacks"] = dict(seam.kernels), dict(seam.fallbacks)
-        record["training"] = summary.training(series, skipped, config.learning_rate(cfg))
-        record["cost"] = summary.cost(series, memory, cfg.trainer.accumulate)
-        record["stability"] = summary.stability(series, seam, strategy.scan_format)
+        record["cost"] = {}
+        if cfg.trainer.steps:
+            _train(cell, record, base.model, peft, seam, strategy, dataset, loggers)
+        if held_out is not None:
+            record["validation"] = validation(base.model.to(cell.device), held_out, cell, strategy.autocast)
         evaluation = time.perf_counter()
         scores, items = tasks.evaluate(
             base.model.to(cell.device),
@@ -198,9 +202,32 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         )
         record["scores"] = [score.as_dict() for score in scores]
         records.save_items(cell.folder, items)
-        record["files"]["weights"] = peft.save(cell.folder)
+        record["kernels"], record["kernel_fallbacks"] = dict(seam.kernels), dict(seam.fallbacks)
+        if cfg.trainer.steps:  # else they are the base's
+            record["files"]["weights"] = peft.save(cell.folder)
         ended = time.perf_counter()
         record["cost"] |= {"eval_wall_s": ended - evaluation, "wall_s": ended - started}
+
+
+def _train(
+    cell: Cell,
+    record: Record,
+    model: torch.nn.Module,
+    peft: Strategy,
+    seam: recurrence.Seam,
+    strategy: precision.Precision,
+    dataset: data.TokenDataset,
+    loggers: list[Logger],
+) -> None:
+    """Fit, and record what training selected, proved, cost and showed of the recurrence."""
+    settings = cell.config.trainer
+    memory = PeakMemory(model, cell.device)
+    liveness = Liveness(model, steps=min(3, settings.steps))
+    series, skipped = _fit(cell, model, peft, seam, strategy, dataset, loggers, liveness)
+    record["peft"] = peft.record() | {"proven_alive": liveness.proven, "stalled": liveness.stalled}
+    record["training"] = summary.training(series, skipped, config.learning_rate(cell.config))
+    record["cost"] = summary.cost(series, memory, settings.accumulate)
+    record["stability"] = summary.stability(series, seam, strategy.scan_format)
 
 
 def _fit(

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from lyapft import backbone, config, dashboard, data, precision, recurrence, tasks
 from lyapft.data.packing import faults as packing_faults
 from lyapft.environment import resolve_device, resolve_threads
-from lyapft.errors import InputError
+from lyapft.errors import InputError, behind
 from lyapft.peft import faults as peft_faults
 
 
@@ -27,7 +27,7 @@ class Cell:
         folder: runs/STUDY/NAME-ID.
         device: `cpu` or `cuda`; threads: CPU threads.
         source, task: where its examples come from, and what it is scored on; both read and checked.
-        role: `cell` or `reference` (made because another cell needed it).
+        role: `cell`, `reference` (made because another cell needed it) or `rerun` (of a cell, for the noise floor).
     """
 
     config: DictConfig
@@ -51,7 +51,7 @@ def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Ce
 
     Args:
         cfg: a resolved config.
-        role: `cell` or `reference`.
+        role: `cell`, `reference` or `rerun`.
         like: a cell of the same data and task, whose input need not be read again.
     Raises:
         InputError: everything that is wrong with it, at once.
@@ -94,9 +94,10 @@ class Checked:
         except InputError as error:
             self.faults = str(error).splitlines()
         except InstantiationException as error:  # Hydra wraps what a constructor raised
-            if not isinstance(error.__cause__, InputError):
+            wrong = behind(error)
+            if wrong is None:
                 raise
-            self.faults = str(error.__cause__).splitlines()
+            self.faults = str(wrong).splitlines()
 
 
 def _read(node: DictConfig) -> tuple[data.Source, str]:

@@ -78,9 +78,7 @@ def stub(cell: Cell) -> Record:
         "created": records.now(),
         "finished": None,
         "config": cell.science,
-        "paths": {
-            group: {k: cfg[group][k] for k in config.PATHS if k in cfg[group]} for group in ("model", "data", "task")
-        },
+        "paths": {group: config.paths_of(cfg[group]) for group in ("model", "data", "task")},
         "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
         "choices": {group: cfg[group].name for group in ("model", "data", "task", "peft", "precision")},
         "seed": cfg.seed,

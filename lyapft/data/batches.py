@@ -5,7 +5,7 @@ Letters: B rows of a batch, L tokens. Labels are −100 wherever no loss counts:
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -49,6 +49,26 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         row = slice(self.starts[index], self.starts[index + 1])
         ids = torch.from_numpy(self.ids[row].astype(np.int64))
         return {"input_ids": ids, "labels": ids.masked_fill(~torch.from_numpy(self.is_target[row]), IGNORE)}
+
+    def split(self, held_out: int) -> tuple["TokenDataset", "TokenDataset | None"]:
+        """All rows but the last `held_out`, and those; None where none are held out.
+
+        Raises:
+            InputError: too few rows for that.
+        """
+        if not held_out:
+            return self, None
+        if held_out >= len(self):
+            raise InputError(
+                f"trainer.validation_rows={held_out} leaves nothing of the {len(self)} rows of {self.name} to train on"
+            )
+        cut = len(self) - held_out
+        middle = self.starts[cut]
+        first = replace(self, ids=self.ids[:middle], is_target=self.is_target[:middle], starts=self.starts[: cut + 1])
+        last = replace(
+            self, ids=self.ids[middle:], is_target=self.is_target[middle:], starts=self.starts[cut:] - middle
+        )
+        return first, last
 
     def collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Rows padded on the right to the longest: `input_ids`, `attention_mask` and `labels`, each (B, L)."""

@@ -7,6 +7,7 @@ from lyapft.tasks.hellaswag import Hellaswag
 from lyapft.tasks.mmlu import Mmlu
 from lyapft.tasks.piqa import Piqa
 from lyapft.tasks.skills import SkillsTask
+from lyapft.tasks.suite import Suite
 from lyapft.tasks.winogrande import Winogrande
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Query",
     "Score",
     "SkillsTask",
+    "Suite",
     "Task",
     "Winogrande",
     "context_faults",

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lyapft.errors import InputError
+from lyapft.errors import InputError, behind
 from lyapft.tasks.base import Query, Score, Task
 from lyapft.tasks.encoding import Pair, encode_pairs
 from lyapft.tasks.metrics import ChoiceAccuracy
@@ -44,9 +44,10 @@ def faults(cfg_task: DictConfig) -> list[str]:
     except InputError as error:
         return str(error).splitlines()
     except InstantiationException as error:
-        if isinstance(error.__cause__, InputError):
-            return str(error.__cause__).splitlines()
-        raise
+        wrong = behind(error)
+        if wrong is None:
+            raise
+        return str(wrong).splitlines()
     return []
 
 
