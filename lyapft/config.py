@@ -255,6 +255,7 @@ class SuiteTask(TaskConfig):
     """Several tasks, scored after one training."""
 
     _target_: str = "lyapft.tasks.Suite"
+    _convert_: str = "partial"  # its tasks as they are: Hydra would make settings of these dataclasses again
     tasks: dict[str, Any] = field(default_factory=dict)  # task settings by name
     names: list[str] | None = None  # which of them; null = all
 

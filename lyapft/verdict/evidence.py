@@ -184,12 +184,13 @@ def _labels(groups: Mapping[tuple[Any, ...], Any]) -> list[str]:
 def _recipe(key: tuple[Any, ...], label: str, records: Sequence[Record]) -> Recipe:
     finished = [record for record in records if record["status"] == "ok"]
     # The usual thread count stands for the recipe, the others measure the floor.
-    counts = Counter(threads(record) for record in finished if not record.get("replicate"))
+    first = [record for record in finished if not record.get("replicate") and record.get("role") != "rerun"]
+    counts = Counter(threads(record) for record in first)
     usual = max(counts, key=lambda count: counts[count], default=None)
     runs: dict[int, Record] = {}
     reruns = []
     for record in finished:
-        if record.get("replicate") or threads(record) != usual or seed_of(record) in runs:
+        if record not in first or threads(record) != usual or seed_of(record) in runs:
             reruns.append(record)
         else:
             runs[seed_of(record)] = record
