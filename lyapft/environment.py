@@ -6,12 +6,13 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets", "numba", "numpy", "lyapft")
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -49,15 +50,24 @@ class PeakMemory:
     """
 
     def __init__(self, model: nn.Module, device: str) -> None:
-        """Start measuring; the model is built, the training has not begun."""
+        """
+        Args:
+            model: before its training, on whatever device.
+            device: `cpu` or `cuda`, where it will train.
+        """
         tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
         self.device, self._model_bytes, self._start = device, sum(tensors.values()), 0
         if device == "cuda":
             self.source = "torch.cuda.max_memory_allocated"
+        else:
+            self.source = "resident set high-water mark (Linux)"
+
+    def start(self) -> None:
+        """Start measuring: the model is on its device, the training has not begun."""
+        if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
             return
-        self.source = "resident set high-water mark (Linux)"
         _return_free_memory()
         self._start = psutil.Process().memory_info().rss
         try:
@@ -67,12 +77,26 @@ class PeakMemory:
 
     def peak_bytes(self) -> int | None:
         """The peak since the start, in bytes."""
-        if self.device == "cuda":  # the model was moved there after the start, so it is in the peak
-            return torch.cuda.max_memory_allocated() - self._start
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - self._start + self._model_bytes
         if not self.source.startswith("resident"):
             return None
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return max(0, int(line.split()[1]) * 1024 - self._start) + self._model_bytes
+
+
+def warm_up(module: nn.Module, loss: Callable[[Any], Tensor], batches: Iterable[Any]) -> None:
+    """One forward and backward pass whose numbers are thrown away.
+
+    What a process allocates once, on its first pass (code, threads, workspaces), would otherwise be counted as the
+    memory of its first training alone. Random numbers are put back.
+    """
+    devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        loss(
+            {name: value.to(next(module.parameters()).device) for name, value in next(iter(batches)).items()}
+        ).backward()
+    module.zero_grad(set_to_none=True)
 
 
 def _return_free_memory() -> None:

@@ -110,7 +110,7 @@ def _named(numbers: list[float], suffix: str) -> dict[str, float]:
 
 
 class AdapterLiveness(Callback):
-    """Stops the run if a trainable tensor got no finite, non-zero gradient in the first steps."""
+    """Stops the run if a trainable tensor got no finite, non-zero gradient in the first steps, or none were taken."""
 
     def __init__(self, liveness: Liveness) -> None:
         self.liveness = liveness
@@ -128,6 +128,7 @@ class AdapterLiveness(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so where the steps were too few, or too many of them withheld, for a proof."""
+        self.liveness.verdict_at_end(trainer.global_step - cast("FineTuner", pl_module).skipped_steps)
         if stalled := self.liveness.stalled:
             log.warning(
                 "%d half weights never moved: every update rounds to nothing; the record names them", len(stalled)

@@ -9,6 +9,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 
 from lyapft import lyapunov, recurrence
 from lyapft.config import TrainerConfig
+from lyapft.peft import Liveness, LivenessError
 from lyapft.probes import AdapterLiveness, LyapunovProbe, StepRecorder
 from lyapft.records import StepSeries
 from tests.tolerances import TOL
@@ -136,8 +137,20 @@ def test_liveness_counts_only_steps_that_were_taken():
 
 @pytest.mark.parametrize("proven", [True, False])
 def test_a_missing_proof_of_life_is_said(proven, caplog):
-    AdapterLiveness(types.SimpleNamespace(proven=proven, stalled=[])).on_train_end(None, None)
+    liveness = types.SimpleNamespace(proven=proven, stalled=[], verdict_at_end=lambda step: None)
+    AdapterLiveness(liveness).on_train_end(types.SimpleNamespace(global_step=1), a_module())
     assert ("too few updates" in caplog.text) is not proven
+
+
+def test_a_training_whose_updates_were_withheld_has_no_proof_and_stops():
+    layer = torch.nn.Linear(2, 2)
+    liveness = Liveness(layer, steps=3)
+    liveness.observe_gradients()
+    module = a_module()
+    module.skipped_steps = 5
+    with pytest.raises(LivenessError, match=r"only 1 updates were taken.*weight, bias"):
+        AdapterLiveness(liveness).on_train_end(types.SimpleNamespace(global_step=6), module)
+    liveness.verdict_at_end(3)  # enough were taken: `verdict` has judged
 
 
 def test_the_recorder_writes_one_row_a_step_and_feeds_the_loggers(tmp_path):

@@ -27,7 +27,7 @@ from lyapft.cell import summary
 from lyapft.cell.preparation import Cell, prepare
 from lyapft.cell.state import clean_state, log_file, only_one
 from lyapft.cell.validation import validation
-from lyapft.environment import PeakMemory
+from lyapft.environment import PeakMemory, warm_up
 from lyapft.errors import InputError
 from lyapft.module import FineTuner, NonFiniteTrainingError
 from lyapft.peft import Liveness, LivenessError, Strategy
@@ -223,7 +223,7 @@ def _train(
     settings = cell.config.trainer
     memory = PeakMemory(model, cell.device)
     liveness = Liveness(model, steps=min(3, settings.steps))
-    series, skipped = _fit(cell, model, peft, seam, strategy, dataset, loggers, liveness)
+    series, skipped = _fit(cell, model, peft, seam, strategy, dataset, loggers, liveness, memory)
     record["peft"] = peft.record() | {"proven_alive": liveness.proven, "stalled": liveness.stalled}
     record["training"] = summary.training(series, skipped, config.learning_rate(cell.config))
     record["cost"] = summary.cost(series, memory, settings.accumulate)
@@ -239,6 +239,7 @@ def _fit(
     dataset: data.TokenDataset,
     loggers: list[Logger],
     liveness: Liveness,
+    memory: PeakMemory,
 ) -> tuple[pd.DataFrame, int]:
     """Train; returns the step series and how many steps were skipped."""
     settings = cell.config.trainer
@@ -271,7 +272,15 @@ def _fit(
     )
     model.train()
     loader = data.batches(dataset, settings.batch_size, settings.steps * settings.accumulate, cell.config.seed)
-    peft.prepare(module.to(cell.device).loss, loader)
+    module.to(cell.device)
+
+    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with strategy.autocast():
+            return module.loss(batch)
+
+    warm_up(module, loss, loader)
+    memory.start()
+    peft.prepare(loss, loader)
     log.info("training %s: %d steps", _title(cell), settings.steps)
     try:
         trainer.fit(module, loader)

@@ -93,6 +93,21 @@ class Liveness:
                 "The optimizer does not hold them, or its learning rate is too small to change a float32"
             )
 
+    def verdict_at_end(self, step: int) -> None:
+        """After the training: stop the run if so many updates were withheld that there is no proof.
+
+        Args:
+            step: optimizer steps really taken.
+        Raises:
+            LivenessError: naming the tensors that showed no life.
+        """
+        silent = list(dict.fromkeys([*self._without_gradient, *(self._still or {})]))
+        if step < self.steps and silent:
+            raise LivenessError(
+                f"only {step} updates were taken, the others withheld, and {len(silent)} trainable tensors showed no "
+                f"life in them: {listed(silent)}. Use a smaller learning rate, precision=bf16 or fp32, or more steps"
+            )
+
     def _partners_of(self, name: str) -> Iterator[str]:
         for factors in self.PRODUCTS:
             for factor in factors:
