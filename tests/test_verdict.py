@@ -216,6 +216,19 @@ def test_a_failure_names_its_parts_which_add_up() -> None:
     assert "single scores outside ±1 point" in said
 
 
+def test_a_remedy_is_the_nearest_recipe_that_changes_the_choice_to_blame() -> None:
+    off, near, far = ([x + by for x in STEADY] for by in (-4.0, -0.1, -2.5))
+    cells = {("fp32", "lora"): near, ("fp16", "lora"): off, ("bf16", "lora"): far, ("fp16", "none"): near}
+    said = text(judge(study(cells)), "Where it fails")
+    line = next(line for line in said.splitlines() if line.startswith("mamba_tiny · fp16 · lora is worse"))
+    assert f"Remedy tried: precision=fp32 instead, {sum(near) / 8:.2f} points".replace("-", "−") in line
+    assert "inside the margin" in line
+    said = text(judge(study({("fp32", "lora"): off, ("bf16", "lora"): near})), "Where it fails")
+    assert "All of it is the peft's: lora" in said
+    assert "No remedy was tried: add another peft=…" in said
+    assert "Remedy" not in text(judge(study({("fp32", "lora"): [-x for x in off]})), "Where it fails")
+
+
 def test_no_failure_is_not_called_agreement() -> None:
     said = text(judge(study({("bf16", "lora"): WILD})), "Where it fails")
     assert "1 of 1 are undecided, which does not mean that they agree" in said

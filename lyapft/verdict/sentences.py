@@ -6,10 +6,11 @@ from itertools import groupby
 
 from lyapft.divergence import is_spike
 from lyapft.verdict.architectures import Contrast, Gain
-from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, Evidence, Recipe, Settings, items_of
+from lyapft.verdict.blame import blame, remedy
+from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, Evidence, Settings, items_of
 from lyapft.verdict.floors import KINDS, Floor
 from lyapft.verdict.gaps import Gap
-from lyapft.verdict.recipes import Cost, Row, ScoreRow, shares
+from lyapft.verdict.recipes import Cost, Row, ScoreRow
 from lyapft.verdict.recommendation import Recommendation
 from lyapft.verdict.words import difference, interval, joined, margin, needed, p_value, ratio, seeds, signed, size
 
@@ -92,7 +93,7 @@ def _open(row: Row, settings: Settings) -> str:
 
 def failures(evidence: Evidence, found: Sequence[Row], scores: Sequence[ScoreRow], settings: Settings) -> list[str]:
     """Recipes and single scores that lie outside the margin, whose doing it is, and trainings that broke down."""
-    lines = [_failure(evidence, row, settings) for row in found if row.outcome(settings) in ("worse", "better")]
+    lines = [_failure(evidence, row, found, settings) for row in found if row.outcome(settings) in ("worse", "better")]
     lines += [_outside(row, own, settings) for row, own in _scores_outside(scores, settings)]
     if not lines and found:
         undecided = sum(row.outcome(settings) == "undecided" for row in found)
@@ -109,11 +110,12 @@ def failures(evidence: Evidence, found: Sequence[Row], scores: Sequence[ScoreRow
     return [*lines, _spikes(found, spikes, total, settings)] if total else lines
 
 
-def _failure(evidence: Evidence, row: Row, settings: Settings) -> str:
+def _failure(evidence: Evidence, row: Row, found: Sequence[Row], settings: Settings) -> str:
+    tried = remedy(evidence, row, found, settings) if row.outcome(settings) == "worse" else ""
     return (
         f"{row.recipe.name} is {row.outcome(settings)} than {REFERENCE} by more than {settings.margin:g} "
         f"point{'s' * (settings.margin != 1)}: {difference(row.comparison)}, {p_value(row.comparison.p_outside)}; "
-        f"score {row.score:.3f} against {row.counterpart_score:.3f}.{_blame(evidence, row.recipe)}"
+        f"score {row.score:.3f} against {row.counterpart_score:.3f}.{blame(evidence, row.recipe)}{tried}"
     )
 
 
@@ -124,20 +126,6 @@ def _spikes(found: Sequence[Row], spikes: int, total: int, settings: Settings) -
     return (
         f"Spikes: {spikes} of {total} single scores lie over {settings.spike:g} point from their counterpart's{note}."
     )
-
-
-def _blame(evidence: Evidence, recipe: Recipe) -> str:
-    """Peft or number format: the two parts add up to the whole."""
-    parts = shares(evidence, recipe)
-    if parts is None or recipe.precision == "fp32":
-        return ""
-    peft, form = parts
-    if recipe.peft == "none":
-        return " All of it is the number format's: every weight trains in both."
-    ours = (
-        f"{signed(peft.mean)} is the peft's ({recipe.peft}) and {signed(form.mean)} the format's ({recipe.precision})"
-    )
-    return f" Of it {ours}."
 
 
 def _scores_outside(scores: Sequence[ScoreRow], settings: Settings) -> list[tuple[Row, list[ScoreRow]]]:
