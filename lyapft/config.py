@@ -15,7 +15,9 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from lyapft import watch
 from lyapft.errors import InputError
 
 
@@ -144,6 +146,30 @@ class KernelConfig:
 
 
 @dataclass
+class RuleConfig:
+    """One number and where it must not go: at least one of below, above and sigma."""
+
+    metric: str = MISSING
+    below: float | None = None
+    above: float | None = None
+    sigma: float | None = None  # standard deviations above the mean of the last `window` steps
+    window: int = 128
+
+
+@dataclass
+class GuardConfig:
+    """What a training does where a number breaks a rule; part of the cell's identity."""
+
+    _target_: str | None = None
+    name: str = MISSING
+    action: str | None = None  # skip | rollback | stop
+    rules: dict[str, Any] = field(default_factory=dict)  # by name, each as RuleConfig
+    skip_steps: int = 0
+    every: int = 10
+    limit: int = 10
+
+
+@dataclass
 class CellConfig:
     """One cell, fully resolved."""
 
@@ -157,6 +183,7 @@ class CellConfig:
     logger: LoggerConfig = MISSING
     study: StudyConfig = MISSING
     kernel: KernelConfig = MISSING
+    guard: GuardConfig = MISSING
     seed: int = 0  # order of the data, dropout, adapter initialisation
     replicate: int = 0  # the same cell again, for the noise floor
     threads: int | None = None  # CPU threads; null = every core that this process may use
@@ -360,6 +387,30 @@ class LyapunovProbe(ProbeConfig):
     per_layer: bool = True  # a column per layer in the step series, besides the model's
 
 
+@dataclass
+class ShadowProbe(ProbeConfig):
+    """The cell's number format against float32, on the same batch and weights."""
+
+    _target_: str = "lyapft.probes.ShadowProbe"
+    every: int = 20  # steps
+
+
+@dataclass
+class ResourceProbe(ProbeConfig):
+    """Memory and processors."""
+
+    _target_: str = "lyapft.probes.ResourceProbe"
+    every: int = 1  # steps
+
+
+@dataclass
+class AlertProbe(ProbeConfig):
+    """Numbers that somebody wants to be told of."""
+
+    _target_: str = "lyapft.probes.AlertProbe"
+    rules: dict[str, Any] = field(default_factory=dict)  # by name, each as RuleConfig
+
+
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"model": ModelConfig},
     "data": {"data": DataConfig, "skills": SkillsData, "mixture": MixtureData, "pydoc": PydocData, "table": TableData},
@@ -375,7 +426,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "sdt": SdtPeft,
     },
     "precision": {"precision": PrecisionConfig},
-    "probe": {"lyapunov": LyapunovProbe},
+    "probe": {"lyapunov": LyapunovProbe, "shadow": ShadowProbe, "resources": ResourceProbe, "alerts": AlertProbe},
+    "guard": {"guard": GuardConfig},
     "kernel": {"kernel": KernelConfig},
     "trainer": {"trainer": TrainerConfig},
     "logger": {"logger": LoggerConfig, "wandb": WandbLoggerConfig},
@@ -394,6 +446,7 @@ NOT_SCIENCE = (
     "threads",
 )  # cannot change a number by themselves
 NOT_SCIENCE_TRAINER = ("progress", "record_every_s")
+GUARD_ACTIONS = ("skip", "rollback", "stop")
 NOISE_FLOORS = ("replicate", "threads")
 PATHS = ("path", "tokenizer")  # known by content instead
 
@@ -491,9 +544,41 @@ def faults(cfg: DictConfig) -> list[str]:
     for name, probe in cfg.probe.items():
         if "every" in probe and probe.every < 1:
             found.append(f"probe.{name}.every={probe.every} must be 1 or more")
+    found += _guard_faults(cfg)
     if not cfg.study.name or Path(cfg.study.name).name != cfg.study.name or cfg.study.name.startswith("."):
         found.append(f"study.name={cfg.study.name!r} must be a plain folder name")
     return found
+
+
+def _guard_faults(cfg: DictConfig) -> list[str]:
+    """What is wrong with the guard, and with the rules of guard and alerts."""
+    guard, found = cfg.guard, []
+    ruled = {"guard": guard.rules} | {f"probe.{name}": p.rules for name, p in cfg.probe.items() if "rules" in p}
+    for where, rules in ruled.items():
+        for name, rule in rules.items():
+            try:
+                watch.Rule(str(name), **OmegaConf.merge(OmegaConf.structured(RuleConfig), rule))  # type: ignore[arg-type]
+            except InputError as error:
+                found.append(f"{where}.rules: {error}")
+            except (OmegaConfBaseException, ValueError) as error:
+                fields = ", ".join(RuleConfig.__dataclass_fields__)
+                found.append(f"{where}.rules.{name}: {str(error).splitlines()[0]}; a rule has {fields}")
+    if guard._target_ is None:
+        return found
+    if guard.action not in GUARD_ACTIONS:
+        found.append(f"guard.action={guard.action} is unknown: use one of {', '.join(GUARD_ACTIONS)}")
+    if not guard.rules:
+        found.append(f"guard={guard.name} has no rules: it would never act")
+    late = [str(name) for name, rule in guard.rules.items() if rule.get("metric") not in ("loss", "grad_norm")]
+    if guard.action == "skip" and late:
+        found.append(
+            f"guard.rules {', '.join(late)}: only loss and grad_norm are known before an update, which action=skip "
+            "withholds: use action=rollback or stop"
+        )
+    if guard.action == "rollback" and cfg.peft.name == "adalora":
+        found.append("guard.action=rollback cannot restore what adalora remembers of each rank: use skip or stop")
+    values = {"skip_steps": (guard.skip_steps, 0), "every": (guard.every, 1), "limit": (guard.limit, 0)}
+    return found + [f"guard.{k}={v} must be at least {least}" for k, (v, least) in values.items() if v < least]
 
 
 def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, Any]) -> dict[str, Any]:
@@ -508,6 +593,8 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
     kept = {key: value for key, value in plain.items() if key not in NOT_SCIENCE}
     for key in NOT_SCIENCE_TRAINER:
         kept["trainer"].pop(key)
+    if cfg.guard.name == "none":
+        kept.pop("guard")
     if not kept["trainer"]["validation_rows"]:
         kept["trainer"].pop("validation_rows")
     kept["trainer"]["learning_rate"] = learning_rate(cfg)

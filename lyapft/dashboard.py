@@ -59,6 +59,16 @@ def build_loggers(cfg: DictConfig, record: Record, folder: Path) -> list[Logger]
     raise InputError(f"logger={cfg.name} is unknown: use none, csv or wandb")
 
 
+def alert(loggers: Iterable[Logger], title: str, text: str) -> None:
+    """Send an alert to the W&B runs among the loggers; one that cannot be sent is logged and stops nothing."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            try:
+                logger.experiment.alert(title=title, text=text)
+            except Exception:  # wandb raises many kinds
+                log.exception("the alert %r could not be sent", title)
+
+
 def finish(loggers: Iterable[Logger], record: Record) -> None:
     """Close the loggers of a cell, however it ended; a W&B run gets the record's results as its summary.
 

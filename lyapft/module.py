@@ -1,7 +1,8 @@
-"""The LightningModule: loss, optimizer, schedule, and the guard that keeps non-finite numbers out of the weights."""
+"""The LightningModule: loss, optimizer, schedule, and what keeps non-finite numbers out of the weights."""
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import lightning as L
@@ -19,13 +20,16 @@ from lyapft.recurrence import Seam
 IGNORED = -100  # label of a token that carries no loss
 
 
-class NonFiniteTrainingError(RuntimeError):
-    """Training met non-finite losses or gradients for too many steps in a row; `status` names the outcome for the
-    record."""
+class TrainingStopped(RuntimeError):
+    """A training ended before its time, by its own doing; `status` names the outcome for the record."""
 
     def __init__(self, message: str, status: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+class NonFiniteTrainingError(TrainingStopped):
+    """Training met non-finite losses or gradients for too many steps in a row."""
 
 
 def response_loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
@@ -69,7 +73,10 @@ class FineTuner(L.LightningModule):
     Attributes:
         observed: numbers of the present step, written by this module and by probes, read by the step recorder.
             Cleared at the start of every optimizer step.
-        skipped_steps: optimizer steps whose update was withheld, by the loss scaler or by the guard.
+        skipped_steps: optimizer steps whose update was withheld: not finite, by the loss scaler, or by `withhold`.
+        nonfinite: of each step with a non-finite loss or gradient: step, loss, layers, rows; without those that a loss
+            scaler is there for, which are in `scaler_skips`.
+        withhold: None, or asked before each update whether to withhold it.
     """
 
     def __init__(
@@ -97,16 +104,22 @@ class FineTuner(L.LightningModule):
         self.strategy = strategy or FullFineTuning()
         self.observed: dict[str, float | int | bool] = {}
         self.skipped_steps = 0
+        self.nonfinite: list[dict[str, Any]] = []
+        self.scaler_skips: list[dict[str, Any]] = []
+        self.withhold: Callable[[], bool] | None = None
         self._nonfinite_in_a_row = 0
         self._step_skipped = False
+        self._finite = True
+        self._rows: list[int] = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one micro-batch, `loss` of the task and what the strategy adds."""
         loss = self.loss(batch)
         if batch_idx % self.settings.accumulate == 0:
-            self.observed = {"loss": 0.0, "tokens": 0}
+            self.observed, self._rows = {"loss": 0.0, "tokens": 0}, []
         self.observed["loss"] += loss.item() / self.settings.accumulate
         self.observed["tokens"] += int(batch["attention_mask"].sum())
+        self._rows += batch["rows"].tolist() if "rows" in batch else []
         penalty = self.strategy.penalty()
         return loss if penalty is None else loss + penalty
 
@@ -115,10 +128,10 @@ class FineTuner(L.LightningModule):
 
         `batch`: input_ids, attention_mask, labels, and of packed rows sequence and position_ids, each (B, L).
         """
-        output = self.model(input_ids=batch["input_ids"], use_cache=False, **self._which_tokens(batch))
+        output = self.model(input_ids=batch["input_ids"], use_cache=False, **self.token_arguments(batch))
         return response_loss(output.logits, batch["labels"])
 
-    def _which_tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def token_arguments(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What keeps tokens apart: a mask of padding, or, packed, the seam and positions that start at 0 again."""
         if self._seam is not None:
             self._seam.sequence = batch.get("sequence")  # until the next batch: backward may recompute the forward pass
@@ -139,10 +152,13 @@ class FineTuner(L.LightningModule):
         """
         trainable = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         total = nn.utils.get_total_norm([p.grad.float() for p in trainable])
-        nn.utils.clip_grads_with_norm_(trainable, self.settings.grad_clip, total)
         norm = float(total)
+        self._finite = math.isfinite(norm) and math.isfinite(self.observed["loss"])
+        if not self._finite:
+            self._note_nonfinite()
+        nn.utils.clip_grads_with_norm_(trainable, self.settings.grad_clip, total)
         self.observed["grad_norm"] = norm
-        self._step_skipped = not (math.isfinite(norm) and math.isfinite(self.observed["loss"]))
+        self._step_skipped = not self._finite or (self.withhold is not None and self.withhold())
         if self._step_skipped:
             optimizer.zero_grad(set_to_none=True)
 
@@ -158,8 +174,18 @@ class FineTuner(L.LightningModule):
         self.skipped_steps += self._step_skipped
         if not self._step_skipped:
             self.strategy.after_step(self.trainer.global_step + 1 - self.skipped_steps)
-        self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if self._step_skipped else 0
+        self._nonfinite_in_a_row = 0 if self._finite else self._nonfinite_in_a_row + 1
         self._stop_if_hopeless(scale)
+
+    def _note_nonfinite(self) -> None:
+        """Keep which layers and rows it was, before the gradients are dropped."""
+        step, loss = self.trainer.global_step, self.observed["loss"]
+        scale = self._scaler_state()
+        if scale is not None and math.isfinite(loss):  # an overflow that the loss scaler is there to find
+            self.scaler_skips.append({"step": step, "loss_scale": scale, "rows": list(self._rows)})
+            return
+        layers = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        self.nonfinite.append({"step": step, "loss": loss, "layers": layers, "rows": list(self._rows)})
 
     def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any | None) -> None:
         """Advance the schedule, unless the update was withheld."""

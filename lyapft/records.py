@@ -21,8 +21,9 @@ from lyapft.errors import InputError
 SCHEMA_VERSION = 1
 RECORD, STEPS, ITEMS, LOG = "record.json", "steps.parquet", "items.parquet", "cell.log"
 EXPERIMENTS = "experiments"  # folder of a study with the records of its experiments
-STATUSES = ("ok", "nonfinite", "loss_scale_underflow", "oom", "interrupted", "failed", "running")
-FINAL = ("ok", "nonfinite", "loss_scale_underflow")  # outcomes of the cell itself: running it again would say the same
+STATUSES = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard", "oom", "interrupted", "failed", "running")
+# outcomes of the cell itself: running it again would say the same
+FINAL = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard")
 
 Record = dict[str, Any]
 log = logging.getLogger(__name__)

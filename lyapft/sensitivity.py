@@ -93,9 +93,9 @@ def perturbation_growth(
     Args:
         token: position of the perturbed token. epsilon: length of the perturbation. seed: of its direction.
     """
-    logits, hidden = _run(model, input_ids_BL, mask_BL)
+    logits, hidden = _run(model, input_ids_BL, attention_mask=mask_BL)
     with _perturbed(model, token, epsilon, seed):
-        other_logits, other_hidden = _run(model, input_ids_BL, mask_BL)
+        other_logits, other_hidden = _run(model, input_ids_BL, attention_mask=mask_BL)
     return Growth(
         torch.linalg.vector_norm(other_logits - logits, dim=-1), torch.linalg.vector_norm(other_hidden - hidden, dim=-1)
     )
@@ -116,12 +116,27 @@ def growth_rate(norms_BL: Tensor, mask_BL: Tensor, token: int) -> Tensor:
 
 
 def shadow(
-    model: nn.Module, input_ids_BL: Tensor, mask_BL: Tensor, arithmetic: Callable[[], AbstractContextManager[Any]]
+    model: nn.Module,
+    input_ids_BL: Tensor,
+    mask_BL: Tensor,
+    arithmetic: Callable[[], AbstractContextManager[Any]],
+    *,
+    full: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    wide: nn.Module | None = None,
+    **tokens: Tensor,
 ) -> Shadow:
-    """The same batch in float32 and inside `arithmetic()`, an autocast or an emulation of a format."""
-    logits, hidden = _run(model, input_ids_BL, mask_BL)
+    """The same batch in float32 and inside `arithmetic()`, an autocast or an emulation of a format.
+
+    Args:
+        full: makes the context of the float32 pass, where flags of the process would reduce it.
+        wide: the model of the float32 pass, where the weights of `model` are stored in half.
+        tokens: what the model is told of the tokens instead of the mask, such as the position_ids of packed rows.
+    """
+    told: dict[str, Any] = tokens or {"attention_mask": mask_BL}
+    with full():
+        logits, hidden = _run(model if wide is None else wide, input_ids_BL, **told)
     with arithmetic():
-        other_logits, other_hidden = _run(model, input_ids_BL, mask_BL, autocast=True)
+        other_logits, other_hidden = _run(model, input_ids_BL, autocast=True, **told)
     real = mask_BL.bool()
     log_p, log_q = logits[real].log_softmax(-1), other_logits[real].log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -161,7 +176,7 @@ def depth_exponents(
         for name, block in residual_blocks(model)
     ]
     with _removed(handles):
-        _run(model, input_ids_BL, mask_BL)
+        _run(model, input_ids_BL, attention_mask=mask_BL)
     first = calls[0][2][0] if calls[0][2] else calls[0][3]["hidden_states"]
     real = mask_BL[..., None].to(first.dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -224,7 +239,7 @@ def _orthonormal(frame_KBLD: Tensor) -> tuple[Tensor, Tensor]:
     return frame, R.diagonal(dim1=1, dim2=2).abs().log()
 
 
-def _run(model: nn.Module, input_ids_BL: Tensor, mask_BL: Tensor, autocast: bool = False) -> tuple[Tensor, Tensor]:
+def _run(model: nn.Module, input_ids_BL: Tensor, *, autocast: bool = False, **tokens: Any) -> tuple[Tensor, Tensor]:
     """Logits and the residual stream after every block (N, B, L, D), in float32 or wider."""
     hidden: list[Tensor] = []
     handles = [
@@ -233,7 +248,7 @@ def _run(model: nn.Module, input_ids_BL: Tensor, mask_BL: Tensor, autocast: bool
     ]
     full = nullcontext() if autocast else torch.autocast(input_ids_BL.device.type, enabled=False)
     with _removed(handles), _at_rest(model), full:
-        out = model(input_ids=input_ids_BL, attention_mask=mask_BL, use_cache=False)
+        out = model(input_ids=input_ids_BL, use_cache=False, **tokens)
     return _wide(out.logits), torch.stack(hidden)
 
 

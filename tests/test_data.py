@@ -317,6 +317,10 @@ def made_rows(n: int) -> Made:
 def test_batches_pad_on_the_right_and_padding_costs_nothing(tokenizer):
     dataset = build(made_rows(9), tokenizer, 32)
     (batch,) = batches(dataset, 9, 1, 0)
+    rows = batch.pop("rows")
+    assert sorted(rows.tolist()) == list(range(9))
+    for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], rows, strict=True):
+        assert torch.equal(ids[mask.bool()], dataset[int(row)]["input_ids"])
     assert {key: (value.shape, value.dtype) for key, value in batch.items()} == dict.fromkeys(
         ("input_ids", "attention_mask", "labels"), (batch["input_ids"].shape, torch.int64)
     )

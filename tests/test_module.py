@@ -113,6 +113,33 @@ def test_a_non_finite_loss_changes_no_weight_no_moment_and_no_schedule():
     assert module.skipped_steps == 1
 
 
+def test_what_was_not_finite_is_named_by_step_layer_and_rows():
+    module = FineTuner(Bigram(), trainer_settings(), learning_rate=0.1)
+    batches = [batch(i, poisoned=i == 1) | {"rows": torch.tensor([2 * i, 2 * i + 1])} for i in range(3)]
+    fit(module, batches)
+    (event,) = module.nonfinite
+    assert (event["step"], event["layers"], event["rows"]) == (1, ["table.weight"], [2, 3])
+    assert not math.isfinite(event["loss"])
+    assert module.scaler_skips == []
+
+
+def test_an_overflow_that_a_loss_scaler_finds_is_kept_apart():
+    module = FineTuner(Bigram(), trainer_settings(), learning_rate=0.1)
+    plain, count = module.loss, iter(range(9))
+    huge = 3e38  # its gradient times the scale overflows, the loss does not
+
+    def loss(given):
+        one = module.model.table.weight[0, 0]
+        return plain(given) + (one - one.detach()) * (huge if next(count) == 1 else 0)
+
+    module.loss = loss
+    fit(module, [batch(i) | {"rows": torch.tensor([i])} for i in range(3)], plugins=[CountingScaler()])
+    assert module.nonfinite == []
+    (skip,) = module.scaler_skips
+    assert skip == {"step": 1, "loss_scale": 4.0, "rows": [1]}
+    assert module.skipped_steps == 1
+
+
 def test_a_run_that_stays_non_finite_ends():
     module = FineTuner(Bigram(), trainer_settings(max_nonfinite=3), learning_rate=0.1)
     with pytest.raises(NonFiniteTrainingError, match="3 steps in a row") as caught:

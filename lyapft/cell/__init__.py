@@ -10,6 +10,7 @@ import os
 import signal
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -29,9 +30,9 @@ from lyapft.cell.state import clean_state, log_file, only_one
 from lyapft.cell.validation import validation
 from lyapft.environment import PeakMemory, warm_up
 from lyapft.errors import InputError
-from lyapft.module import FineTuner, NonFiniteTrainingError
+from lyapft.module import FineTuner, TrainingStopped
 from lyapft.peft import Liveness, LivenessError, Strategy
-from lyapft.probes import AdapterLiveness, LyapunovProbe, ProgressBar, StepRecorder
+from lyapft.probes import AdapterLiveness, AlertProbe, LyapunovProbe, ProgressBar, ShadowProbe, StepRecorder
 from lyapft.records import Record
 
 __all__ = ["Cell", "CellFailed", "disk_message", "ensure", "prepare", "run"]
@@ -114,7 +115,7 @@ def _run_and_record(cell: Cell) -> Record:
             _execute(cell, record, loggers)
             record["divergence"] = divergence.against_counterparts(record, counterparts)
             record["status"] = "ok"
-        except NonFiniteTrainingError as error:
+        except TrainingStopped as error:
             _failed(record, error.status, error)
         except (InputError, LivenessError) as error:
             _failed(record, "failed", error)
@@ -223,15 +224,17 @@ def _train(
     settings = cell.config.trainer
     memory = PeakMemory(model, cell.device)
     liveness = Liveness(model, steps=min(3, settings.steps))
-    series, skipped = _fit(cell, model, peft, seam, strategy, dataset, loggers, liveness, memory)
+    series, skipped = _fit(cell, record, model, peft, seam, strategy, dataset, loggers, liveness, memory)
     record["peft"] = peft.record() | {"proven_alive": liveness.proven, "stalled": liveness.stalled}
     record["training"] = summary.training(series, skipped, config.learning_rate(cell.config))
     record["cost"] = summary.cost(series, memory, settings.accumulate)
     record["stability"] = summary.stability(series, seam, strategy.scan_format)
+    record |= summary.shadow(series)
 
 
 def _fit(
     cell: Cell,
+    record: Record,
     model: torch.nn.Module,
     peft: Strategy,
     seam: recurrence.Seam,
@@ -241,17 +244,22 @@ def _fit(
     liveness: Liveness,
     memory: PeakMemory,
 ) -> tuple[pd.DataFrame, int]:
-    """Train; returns the step series and how many steps were skipped."""
+    """Train; returns the step series and how many steps were skipped. What happened on the way goes into the record."""
     settings = cell.config.trainer
     module = FineTuner(model, settings, config.learning_rate(cell.config), peft, seam)
-    probes = [instantiate(node) for node in cell.config.probe.values()]
+    probes: list[Callback] = [instantiate(node) for node in cell.config.probe.values()]
     for probe in probes:
         if isinstance(probe, LyapunovProbe):
             probe.bind(seam)
+        elif isinstance(probe, ShadowProbe):
+            probe.bind(seam, strategy.autocast, partial(precision.matmul_flags, tf32=False))
+    probes.sort(key=lambda probe: isinstance(probe, AlertProbe))  # alerts read what the others measured
+    guards: list[Callback] = [] if cell.config.guard._target_ is None else [instantiate(cell.config.guard)]
     series = records.StepSeries(cell.folder / records.STEPS)
     callbacks: list[Callback] = [
         AdapterLiveness(liveness),
         *probes,
+        *guards,
         StepRecorder(series, settings.record_every_s),
     ]
     if settings.progress:
@@ -290,6 +298,7 @@ def _fit(
     finally:
         seam.sequence = None
         series.flush()
+        record |= summary.events(module, probes, guards)
     return pd.DataFrame(series.rows), module.skipped_steps
 
 

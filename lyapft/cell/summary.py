@@ -1,13 +1,18 @@
 """The parts of a record: what is known before a cell runs, and what its step series says afterwards."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import Callback
 
 from lyapft import config, lyapunov, records, recurrence
 from lyapft.cell.preparation import Cell
 from lyapft.environment import PeakMemory, describe
+from lyapft.guards import Guard
+from lyapft.module import FineTuner
+from lyapft.probes import AlertProbe
 from lyapft.records import Record
 
 WARM_UP_STEPS = 5  # left out of tokens/s: caches, allocators and compilation settle
@@ -62,6 +67,36 @@ def stability(series: pd.DataFrame, seam: recurrence.Seam, scan_format: str) -> 
     measured = [layer for layer in seam.layers if f"lambda_max/{layer.name}" in series]
     layers = [{"layer": layer.name, "family": layer.family} | worst(f"/{layer.name}") for layer in measured]
     return worst("") | {"scan_format": scan_format, "layers": layers}
+
+
+def shadow(series: pd.DataFrame) -> dict[str, Any]:
+    """How far the number format was from float32 on the same weights, where a shadow probe ran."""
+    if "shadow_kl" not in series:
+        return {}
+    taken = series.dropna(subset=["shadow_kl"])
+    blocks = [name for name in series if name.startswith("shadow_deviation/")]
+    numbers = {
+        "kl_mean": taken["shadow_kl"].mean(),
+        "kl_max": taken["shadow_kl"].max(),
+        "top1_mean": taken["shadow_top1"].mean(),
+        "top1_min": taken["shadow_top1"].min(),
+        "deviation_max": taken["shadow_deviation"].max(),
+        "seconds": taken["shadow_s"].sum(),
+        "share_of_training": taken["shadow_s"].sum() / series["step_s"].sum(),
+    }
+    layers = {name.removeprefix("shadow_deviation/"): float(taken[name].max()) for name in blocks}
+    return {
+        "shadow": {"n": len(taken)} | {k: float(v) for k, v in numbers.items()} | {"deviation_max_by_block": layers}
+    }
+
+
+def events(module: FineTuner, probes: Sequence[Callback], guards: Sequence[Callback]) -> dict[str, Any]:
+    """What happened during a training, however it ended: updates withheld, alerts, and what a guard did."""
+    alerts = [alert for probe in probes if isinstance(probe, AlertProbe) for alert in probe.given]
+    actions = [action for guard in guards if isinstance(guard, Guard) for action in guard.actions]
+    found: dict[str, Any] = {"nonfinite": module.nonfinite, "scaler_skips": module.scaler_skips}
+    found |= {"alerts": alerts} if any(isinstance(probe, AlertProbe) for probe in probes) else {}
+    return found | ({"guard_actions": actions} if guards else {})
 
 
 def stub(cell: Cell) -> Record:

@@ -45,10 +45,11 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         return len(self.starts) - 1
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`input_ids` and `labels` of one row, int64."""
+        """`input_ids` and `labels` of one row, int64, and `row`, its number."""
         row = slice(self.starts[index], self.starts[index + 1])
         ids = torch.from_numpy(self.ids[row].astype(np.int64))
-        return {"input_ids": ids, "labels": ids.masked_fill(~torch.from_numpy(self.is_target[row]), IGNORE)}
+        labels = ids.masked_fill(~torch.from_numpy(self.is_target[row]), IGNORE)
+        return {"input_ids": ids, "labels": labels, "row": torch.tensor([index])}
 
     def split(self, held_out: int) -> tuple["TokenDataset", "TokenDataset | None"]:
         """All rows but the last `held_out`, and those; None where none are held out.
@@ -71,12 +72,13 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         return first, last
 
     def collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Rows padded on the right to the longest: `input_ids`, `attention_mask` and `labels`, each (B, L)."""
+        """Rows padded on the right to the longest: `input_ids`, `attention_mask` and `labels`, each (B, L); `rows`."""
         shape = len(rows), max(len(row["input_ids"]) for row in rows)
         batch = {
             "input_ids": torch.full(shape, self.pad_id),
             "attention_mask": torch.zeros(shape, dtype=torch.int64),
             "labels": torch.full(shape, IGNORE),
+            "rows": torch.cat([row["row"] for row in rows]),
         }
         for i, row in enumerate(rows):
             length = len(row["input_ids"])

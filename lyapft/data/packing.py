@@ -57,7 +57,7 @@ class PackedDataset(TokenDataset):
         return len(self.packs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`input_ids`, `labels`, `sequence` and `position_ids` of one pack, int64.
+        """`input_ids`, `labels`, `sequence` and `position_ids` of one pack, int64, and `row`, those that are in it.
 
         The first token of an example is no target: what stands before it belongs to another one.
         """
@@ -65,7 +65,7 @@ class PackedDataset(TokenDataset):
         for row in rows:
             row["labels"][0] = IGNORE
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        joined = {key: torch.cat([row[key] for row in rows]) for key in ("input_ids", "labels")}
+        joined = {key: torch.cat([row[key] for row in rows]) for key in ("input_ids", "labels", "row")}
         joined["sequence"] = torch.arange(len(rows)).repeat_interleave(lengths)
         joined["position_ids"] = torch.cat([torch.arange(int(length)) for length in lengths])
         return joined

@@ -15,6 +15,7 @@ from lyapft.lyapunov.diagonal import DiagonalJacobian, selective_scan_exponents,
 from lyapft.lyapunov.matrix import MatrixJacobian
 from lyapft.lyapunov.summary import (
     FIELDS,
+    MEANS,
     NEUTRAL_ZONE,
     Profile,
     Stability,
@@ -29,6 +30,7 @@ from lyapft.lyapunov.summary import (
 
 __all__ = [
     "FIELDS",
+    "MEANS",
     "NEUTRAL_ZONE",
     "DiagonalJacobian",
     "MatrixJacobian",

@@ -21,6 +21,8 @@ from lyapft.lyapunov.tokens import check_tokens, mean_over_tokens, wide
 # |ΔA| below which exp(ΔA) rounds to exactly 1: half the spacing of the format just below 1
 NEUTRAL_ZONE = {"bf16": 2.0**-9, "fp16": 2.0**-12, "fp32": 2.0**-25}
 _EDGES = tuple(NEUTRAL_ZONE.values())
+# which of the fields are means, and over what; the others are maxima
+MEANS = {"lambda_mean": "sequences"} | {f"neutral_{name}": "tokens" for name in NEUTRAL_ZONE}
 FIELDS = ("lambda_max", "lambda_mean", "norm_bound", "one_step_norm", *(f"neutral_{name}" for name in NEUTRAL_ZONE))
 
 

@@ -20,7 +20,8 @@ from lyapft.verdict.evidence import Evidence, Recipe, gather, seed_of, values_of
 from lyapft.verdict.words import p_value
 
 WORSE = 1  # exit code
-FAILED = ("nonfinite", "loss_scale_underflow", "oom", "failed")  # not those that are running or were interrupted
+# not those that are running or were interrupted
+FAILED = ("nonfinite", "loss_scale_underflow", "stopped_by_guard", "oom", "failed")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,11 @@ from lyapft.errors import InputError
 from lyapft.records import Record, accuracies, divergence_entry
 
 PAPER, PRECISION_ONLY = "paper", "precision_only"
-BROKE_DOWN = ("nonfinite", "loss_scale_underflow")  # the recipe's own doing: a result, not an accident
+BROKE_DOWN = (
+    "nonfinite",
+    "loss_scale_underflow",
+    "stopped_by_guard",
+)  # the recipe's own doing: a result, not an accident
 NOT_THE_RECIPE = ("seed", "replicate", "runs_as.threads")  # what may differ between runs of one recipe
 
 

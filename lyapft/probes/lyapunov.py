@@ -1,0 +1,116 @@
+"""The Lyapunov probe: what the recurrence of every layer says at every step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lyapft import lyapunov
+from lyapft.scan import packing
+
+if TYPE_CHECKING:
+    from lyapft.module import FineTuner
+    from lyapft.recurrence import Layer, Seam
+
+
+class LyapunovProbe(Callback):
+    """λ_max, margin, norms and neutral zones of every recurrent layer at every step, from the Δ of the forward pass.
+
+    Each layer's Δ is reduced when the tap shows it, while it is still in the cache, and is not kept. Over the
+    micro-batches of one optimizer step, and over layers, the maximum of each number (the worst) is reported.
+
+    Attributes:
+        profiles: layer -> the last measured micro-batch per sequence and per token.
+    """
+
+    def __init__(self, every: int = 1, per_layer: bool = True) -> None:
+        """
+        Args:
+            every: steps between two measurements.
+            per_layer: report each layer besides the whole model.
+        """
+        self.every = every
+        self.per_layer = per_layer
+        self._seam: Seam | None = None
+        self._mask = torch.empty(0)
+        self._packed: Tensor | None = None  # (S,M) tokens of the sequences of a packed batch
+        self._worst: dict[str, list[float]] = {}
+        self.profiles: dict[str, lyapunov.Profile] = {}
+
+    def bind(self, seam: Seam) -> None:
+        """Observe the recurrence of this model."""
+        self._seam = seam
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Open the tap on the steps that are measured."""
+        if self._seam is None or not self._seam.layers:
+            return
+        self.profiles = {}
+        self._mask, self._packed = batch["attention_mask"], None
+        if "sequence" in batch:
+            self._unpack(packing.rows(batch["sequence"]))
+        self._seam.tap = self._reduce if trainer.global_step % self.every == 0 else None
+
+    def _unpack(self, rows: packing.Rows) -> None:
+        """λ is per sequence: one row for each of a packed batch, padding left out."""
+        mask_SM = rows.split(self._mask) * rows.real_SM
+        kept = mask_SM.any(1)
+        self._mask, self._packed = mask_SM[kept], rows.token_SM[kept]
+
+    def _reduce(self, layer: Layer, delta: Tensor, A: Tensor) -> None:
+        if self._packed is not None:
+            delta = delta.flatten(0, 1)[self._packed]
+        self.profiles[layer.name] = lyapunov.stability_profile(delta, A, self._mask)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        """Take over what the layers said, with one copy to the host."""
+        if self._seam is None or not self.profiles:
+            return
+        self._seam.tap = None
+        module = cast("FineTuner", pl_module)
+        found = torch.stack([profile.numbers for profile in self.profiles.values()])
+        numbers = (over_ranks(found, self._mask) if dist.is_initialized() else found).tolist()
+        if batch_idx % module.settings.accumulate == 0:
+            self._worst = {}
+        for name, row in zip(self.profiles, numbers, strict=True):
+            self._worst[name] = [max(pair) for pair in zip(row, self._worst.get(name, row), strict=True)]
+        module.observed.update(self._summary())
+
+    def _summary(self) -> dict[str, float]:
+        worst = [max(column) for column in zip(*self._worst.values(), strict=True)]
+        summary = _named(worst, "")
+        if self.per_layer:
+            for name, numbers in self._worst.items():
+                summary |= _named(numbers, f"/{name}")
+        return summary
+
+
+def over_ranks(numbers: Tensor, mask_BL: Tensor) -> Tensor:
+    """The numbers of the whole batch, from those of each rank's part: maxima of maxima, means by what they are over.
+
+    Args:
+        numbers: (layers, fields) as `lyapunov.FIELDS`, of this rank's part of the batch.
+        mask_BL: of its tokens.
+    """
+    largest = numbers.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    counts = {"sequences": torch.tensor(len(mask_BL)), "tokens": mask_BL.sum()}
+    over = [counts.get(lyapunov.MEANS.get(field, ""), torch.tensor(0)) for field in lyapunov.FIELDS]
+    weights = torch.stack([count.to(numbers.device) for count in over]).to(numbers.dtype)
+    sums = torch.cat((numbers * weights, weights[None]))
+    dist.all_reduce(sums)
+    return torch.where(sums[-1] > 0, sums[:-1] / sums[-1].clamp(min=1), largest)
+
+
+def _named(numbers: list[float], suffix: str) -> dict[str, float]:
+    named = {f"{field}{suffix}": number for field, number in zip(lyapunov.FIELDS, numbers, strict=True)}
+    return named | {f"margin{suffix}": -named[f"lambda_max{suffix}"]}

@@ -1,0 +1,188 @@
+"""Guards and alerts: what they do about a spike, that they say so, and that they are part of a cell or not."""
+
+import types
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+
+from lyapft import config, dashboard
+from lyapft.guards import Guard
+from lyapft.module import FineTuner, TrainingStopped
+from lyapft.probes import AlertProbe
+from tests.test_config import composed, identity
+from tests.test_module import Bigram, batch, trainer_settings
+
+RULES = {"high": {"metric": "loss", "above": 100.0}}
+
+
+class Watcher(Callback):
+    """Weights and rates after each step."""
+
+    def __init__(self):
+        self.weights, self.rates, self.moments = [], [], []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.weights.append(module.model.table.weight.detach().clone())
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        state = trainer.optimizers[0].state_dict()["state"].get(0, {})
+        self.moments.append({key: value.clone() for key, value in state.items()})
+
+
+def run(guard, steps: int = 8, high: tuple[int, ...] = (4,), **more):
+    """Train on batches of which some have a loss a thousand times too high; returns what was seen, and the module."""
+    torch.manual_seed(0)
+    module = FineTuner(Bigram(), trainer_settings(steps=steps), learning_rate=0.1)
+    plain, count = module.loss, iter(range(steps))
+    module.loss = lambda given: plain(given) * (1000 if next(count) in high else 1)
+    watcher = Watcher()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        L.Trainer(
+            accelerator="cpu", max_steps=steps, callbacks=[*([guard] if guard else []), watcher], logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **more,
+        ).fit(module, DataLoader([batch(i) for i in range(steps)], batch_size=None))  # fmt: skip
+    return watcher, module
+
+
+def guard(action: str, **more) -> Guard:
+    return Guard(**({"name": action, "action": action, "rules": RULES} | more))
+
+
+def test_skip_withholds_the_update_and_the_next_and_the_schedule_waits():
+    skip = guard("skip", skip_steps=1)
+    seen, module = run(skip)
+    assert torch.equal(seen.weights[3], seen.weights[4])
+    assert torch.equal(seen.weights[4], seen.weights[5])
+    assert not torch.equal(seen.weights[5], seen.weights[6])
+    assert seen.rates[3] == seen.rates[4] == seen.rates[5] > seen.rates[6]
+    assert module.skipped_steps == 2
+    assert module.nonfinite == []
+    (action,) = skip.actions
+    assert action["step"] == 4
+    assert (action["action"], action["rule"], action["metric"]) == ("skip", "high", "loss")
+    assert action["value"] > 100 == action["limit"]
+
+
+def test_rollback_restores_weights_moments_and_rate_of_the_last_copy_and_goes_on():
+    back = guard("rollback", every=2)
+    seen, module = run(back)
+    plain, _ = run(None)
+    assert torch.equal(seen.weights[3], plain.weights[3])
+    assert torch.equal(seen.weights[4], seen.weights[3])  # the copy of the second good step was replaced at the fourth
+    for key, value in seen.moments[3].items():
+        assert torch.equal(seen.moments[4][key], value)
+    assert seen.rates[4] == seen.rates[3]
+    assert not torch.equal(plain.weights[4], plain.weights[3])
+    assert not torch.equal(seen.weights[5], seen.weights[4])
+    assert [action["step"] for action in back.actions] == [5]  # counted after the update
+    assert module.skipped_steps == 0
+
+
+def test_rollback_before_any_copy_goes_to_the_start():
+    torch.manual_seed(0)
+    start = Bigram().table.weight.detach().clone()
+    seen, _ = run(guard("rollback", every=50), high=(1,))
+    assert torch.equal(seen.weights[1], start)
+    assert all(not value.any() for value in seen.moments[1].values())
+
+
+def test_stop_and_a_guard_that_acts_too_often_end_the_training():
+    with pytest.raises(TrainingStopped, match="guard=stop stopped the training: high: loss is") as caught:
+        run(guard("stop"))
+    assert caught.value.status == "stopped_by_guard"
+    with pytest.raises(TrainingStopped, match=r"guard\.limit=1 times"):
+        run(guard("skip", limit=1), high=(2, 4, 6))
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_a_guard_that_never_acts_changes_no_bit(action):
+    seen, _ = run(guard(action, every=1), high=())
+    plain, _ = run(None, high=())
+    assert all(torch.equal(a, b) for a, b in zip(seen.weights, plain.weights, strict=True))
+
+
+def test_a_restored_guard_goes_on():
+    one = guard("rollback", every=2)
+    run(one)
+    other = guard("rollback", every=2)
+    other.load_state_dict(one.state_dict())
+    assert other.actions == one.actions
+    assert other._good == one._good
+
+
+def test_a_guard_is_part_of_the_cell_and_none_is_the_cell_of_before():
+    plain = identity()
+    assert plain == identity("guard=none")
+    assert len({plain, *(identity(f"guard={name}") for name in ("skip", "stop", "rollback"))}) == 4
+    assert identity("guard=skip", "guard.skip_steps=2") != identity("guard=skip")
+    assert plain == identity("probe=all") == identity("probe=[lyapunov,shadow]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["guard=skip", "guard.rules.spike.metric=margin"], "only loss and grad_norm are known before an update"),
+        (["guard=rollback", "peft=adalora"], "adalora"),
+        (["guard=skip", "guard.action=jump"], "guard.action=jump is unknown"),
+        (["guard=skip", "~guard.rules.spike"], "no rules"),
+        (["guard=rollback", "guard.every=0"], "guard.every=0"),
+        (["guard=skip", "+guard.rules.odd={metric: loss}"], "rule odd has none of below, above and sigma"),
+        (["guard=skip", "+guard.rules.odd={metric: loss, abov: 3}"], "guard.rules.odd: Key 'abov' not in 'RuleConfig'"),
+        (["guard=skip", "+guard.rules.odd={above: 3}"], "odd"),
+        (["probe=alerts", "probe.alerts.rules.spike.window=3"], "window=3"),
+    ],
+)
+def test_wrong_rules_are_refused_before_anything_runs(overrides, message):
+    assert any(message in fault for fault in config.faults(composed(*overrides)))
+
+
+# --- alerts
+
+
+def given_alerts(values, **rule):
+    probe = AlertProbe({"r": {"metric": "x"} | rule})
+    module = types.SimpleNamespace(settings=types.SimpleNamespace(accumulate=1), observed={})
+    for step, value in enumerate(values):
+        module.observed = {"x": value}
+        probe.on_train_batch_end(types.SimpleNamespace(global_step=step, loggers=[]), module, None, None, step)
+    return probe
+
+
+def test_an_alert_is_given_once_until_the_number_comes_back(caplog):
+    probe = given_alerts([1, 0.5, 0.4, 1, 0.3, 0.2], below=0.9)
+    assert [alert["step"] for alert in probe.given] == [1, 4]
+    assert probe.given[0] | {"step": 1, "rule": "r", "metric": "x", "value": 0.5, "limit": 0.9} == probe.given[0]
+    assert caplog.text.count("alert at step") == 2
+
+
+def test_a_spike_of_six_standard_deviations_alerts():
+    values = [1 + 0.1 * (i % 2) for i in range(128)]
+    assert given_alerts([*values, 1.05 + 5 * 0.0502], sigma=6.0).given == []
+    assert len(given_alerts([*values, 1.05 + 7 * 0.0502], sigma=6.0).given) == 1
+
+
+def test_micro_batches_are_not_judged_before_their_step_is_whole():
+    probe = AlertProbe({"r": {"metric": "x", "above": 0.0}})
+    module = types.SimpleNamespace(settings=types.SimpleNamespace(accumulate=2), observed={"x": 1.0})
+    probe.on_train_batch_end(types.SimpleNamespace(global_step=0, loggers=[]), module, None, None, 0)
+    assert probe.given == []
+    probe.on_train_batch_end(types.SimpleNamespace(global_step=1, loggers=[]), module, None, None, 1)
+    assert len(probe.given) == 1
+
+
+def test_an_alert_reaches_wandb_and_one_that_cannot_be_sent_stops_nothing(monkeypatch, caplog):
+    from lightning.pytorch.loggers import WandbLogger
+
+    sent = []
+    logger = WandbLogger.__new__(WandbLogger)
+    experiment = types.SimpleNamespace(alert=lambda title, text: sent.append((title, text)))
+    monkeypatch.setattr(WandbLogger, "experiment", property(lambda self: experiment))
+    dashboard.alert([logger], "t", "text")
+    assert sent == [("t", "text")]
+    experiment.alert = lambda title, text: 1 / 0
+    dashboard.alert([logger], "t", "text")
+    assert "could not be sent" in caplog.text
