@@ -7,10 +7,12 @@ from lyapft.report.cells import Cell, Study, read
 from lyapft.report.columns import ABSENT, number
 from lyapft.report.tables import Column, as_html
 
+SHADOW = "shadow: format against float32"
 CAPTION = (
     "Worst values of the whole training. Neutral zone: share of (token, channel) pairs whose decay rounds to exactly 1 "
     "in that format, ● where the recurrence ran in it. A smaller margin says that a cell sits closer to the edge, not "
-    "that it is less accurate: λ does not certify accuracy. A dash: not measured."
+    "that it is less accurate: λ does not certify accuracy. Shadow: the same weights and batches in float32 beside the "
+    "cell's format; a KL far below the loss says that the format alone changes little at a step. A dash: not measured."
 )
 
 
@@ -37,6 +39,23 @@ def columns(cells: list[Cell]) -> list[Column]:
         Column("", "gain", numbers("gain")),
         Column("", "worst layer", [_worst_layer(one) for one in found], numeric=False),
         *zones,
+        *_shadow(cells),
+    ]
+
+
+def _shadow(cells: list[Cell]) -> list[Column]:
+    """What the shadow probe measured, where one ran in any cell."""
+    if not any(cell.record.get("shadow") for cell in cells):
+        return []
+    return [
+        Column(
+            "shadow: format against float32", title, [number(read(cell.record, "shadow", key), shown) for cell in cells]
+        )
+        for title, key, shown in (
+            ("mean KL (nats/token)", "kl_mean", ".2e"),
+            ("least top-1 agreement", "top1_min", ".3f"),
+            ("largest deviation of a block", "deviation_max", ".2e"),
+        )
     ]
 
 
