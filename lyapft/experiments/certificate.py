@@ -7,7 +7,7 @@ already, since projections and convolution ran in it; the certificate is told ho
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
