@@ -2,7 +2,7 @@
 
     python benchmarks/certificate.py [--draws 10000] [--seed 0]
 
-Draws are those of `lyapft.experiments.certificate`; every kernel and format has its share, at lengths up to 4,096
+Draws are those of `lyapft.experiments.soundness`; every kernel and format has its share, at lengths up to 4,096
 tokens. Counted: violations (some measured deviation not below its bound: there must be none) and overflows (left out).
 The ratio of a draw is its largest bound over its largest measured deviation. The last line is one JSON object.
 """
@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from lyapft.experiments.certificate import LENGTHS, NAMES, run
+from lyapft.experiments.soundness import LENGTHS, NAMES, run
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def training(size: tuple[int, ...]) -> tuple[Callable[[bool], float], Callable[[
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     seam, probe = recurrence.install(model), LyapunovProbe()
     probe.bind(seam)
-    trainer = types.SimpleNamespace(global_step=0)
+    trainer = types.SimpleNamespace(global_step=0, max_steps=99)
     settings = OmegaConf.structured(TrainerConfig(steps=1))
     module = types.SimpleNamespace(observed={}, settings=settings, device=torch.device("cpu"))
     ids = torch.randint(1, vocabulary, (batch, length))

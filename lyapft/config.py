@@ -411,6 +411,80 @@ class AlertProbe(ProbeConfig):
     rules: dict[str, Any] = field(default_factory=dict)  # by name, each as RuleConfig
 
 
+@dataclass
+class ExperimentConfig:
+    """An experiment, instead of scoring a run."""
+
+    _target_: str = MISSING
+
+
+@dataclass
+class TheoremExperiment(ExperimentConfig):
+    """Random Mamba layers: do perturbations decay?"""
+
+    layers: int = 500  # of each family
+    tokens: int = 4096
+    sizes: list[float] = field(default_factory=lambda: [10.0**k for k in range(-8, 0)])  # ε
+    seed: int = 0
+
+
+@dataclass
+class StallExperiment(ExperimentConfig):
+    """A state that stops, and what helps."""
+
+    step: float = 1e-3  # Δ, with A = −1
+    starts: list[float] = field(default_factory=lambda: [0.0, 2.0])  # initial states
+    tokens: int = 10000
+    draws: int = 64  # of stochastic rounding
+    sweep: list[float] = field(default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1])  # Δ of the second figure
+    seed: int = 0
+
+
+@dataclass
+class ModelsExperiment(ExperimentConfig):
+    """Models beside each other on the same texts."""
+
+    models: list[str] = MISSING  # names in conf/model/, or folders runs/STUDY/CELL
+    prompts: int = 8  # texts: intervals are over them
+    tokens: int = 48  # of a prompt
+    seeds: int = 2  # draws per prompt
+
+
+@dataclass
+class GrowthExperiment(ModelsExperiment):
+    """A change of one token's embedding, over later tokens."""
+
+    token: int = 8  # whose embedding is changed
+    epsilon: float = 1e-3  # length of the change
+
+
+@dataclass
+class DepthExperiment(ModelsExperiment):
+    """Directions of the residual stream, from block to block."""
+
+    directions: int = 4
+
+
+@dataclass
+class ClosedLoopExperiment(ModelsExperiment):
+    """Greedy decoding after a change of the prompt."""
+
+    new_tokens: int = 48
+    sizes: list[float] = field(default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1, 1.0])  # ε
+
+
+@dataclass
+class CertificateExperiment(ExperimentConfig):
+    """Promised rounding of the recurrent state against the measured one."""
+
+    models: list[str] = MISSING  # folders runs/STUDY/CELL, in their own format, or names in conf/model/
+    prompts: int = 8  # texts: intervals are over them
+    tokens: int = 96  # of a prompt
+    entries: int = 256  # states of a layer, drawn at random
+    precision: str = "bf16"  # of models by name
+    seed: int = 0  # draws the entries
+
+
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"model": ModelConfig},
     "data": {"data": DataConfig, "skills": SkillsData, "mixture": MixtureData, "pydoc": PydocData, "table": TableData},
@@ -432,6 +506,14 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "trainer": {"trainer": TrainerConfig},
     "logger": {"logger": LoggerConfig, "wandb": WandbLoggerConfig},
     "study": {"study": StudyConfig},
+    "experiment": {
+        "theorem": TheoremExperiment,
+        "stall": StallExperiment,
+        "growth": GrowthExperiment,
+        "depth": DepthExperiment,
+        "closed_loop": ClosedLoopExperiment,
+        "certificate": CertificateExperiment,
+    },
 }
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"

@@ -1,7 +1,8 @@
 """Schemas and atomic input/output of records, step series and per-item scores.
 
 A run folder holds `record.json` (what happened), `steps.parquet` (one row per step), `items.parquet` (one row per
-scored item), `cell.log` and the trained tensors as safetensors. A finished record is never overwritten.
+scored item), `stability.parquet` (the recurrence at the end of the training), `cell.log` and the trained tensors as
+safetensors. A finished record is never overwritten.
 """
 
 import json
@@ -20,6 +21,7 @@ from lyapft.errors import InputError
 
 SCHEMA_VERSION = 1
 RECORD, STEPS, ITEMS, LOG = "record.json", "steps.parquet", "items.parquet", "cell.log"
+STABILITY = "stability.parquet"
 EXPERIMENTS = "experiments"  # folder of a study with the records of its experiments
 STATUSES = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard", "oom", "interrupted", "failed", "running")
 # outcomes of the cell itself: running it again would say the same
@@ -167,6 +169,11 @@ class StepSeries:
         if self.rows:
             frame = pd.DataFrame(self.rows)
             write_atomically(self.path, lambda path: frame.to_parquet(path, index=False))
+
+
+def save_stability(folder: Path, table: pd.DataFrame) -> None:
+    """Write the spectrum, sequences and positions of a cell's recurrent layers, atomically."""
+    write_atomically(folder / STABILITY, lambda path: table.to_parquet(path, index=False))
 
 
 def save_items(folder: Path, items: pd.DataFrame) -> None:

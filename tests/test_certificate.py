@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lyapft.experiments.certificate import LENGTHS, NAMES, bound_and_measure, draw, run
+from lyapft.experiments.soundness import LENGTHS, NAMES, bound_and_measure, draw, run
 from lyapft.lyapunov.certificate import FORMATS, KERNELS, Rounding, certificate, exact_states
 
 

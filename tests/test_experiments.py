@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
+from lyapft.cell import CellFailed
 from lyapft.data import pydoc
 from lyapft.errors import InputError
-from lyapft.experiments import closed_loop, depth, growth, subjects
-from lyapft.experiments.frame import interval
+from lyapft.experiments import certificate, closed_loop, depth, growth, record, subjects
+from lyapft.experiments.frame import interval, over_seeds
 from lyapft.report.experiments import page
+from tests.test_config import composed
 
 MODELS = ["mamba_tiny", "llama_tiny"]
 
@@ -81,4 +83,46 @@ def test_the_command_takes_models_by_name_and_names_unknown_ones(root, tmp_path)
     (written,) = (tmp_path / "runs" / "experiments").glob("growth-*.json")
     assert json.loads(written.read_text())["rows"][0]["model"] == "pythia_tiny"
     assert unknown.returncode != 0
-    assert "model=nothing is not a choice" in unknown.stderr
+    assert "'nothing' is neither a model of conf/model/ nor the folder of a finished run" in unknown.stderr
+    assert "Error in call to target" not in unknown.stderr
+
+
+def test_runs_of_one_recipe_get_an_interval_over_runs():
+    rows = [
+        {"model": f"s{i}", "recipe": "mamba · bf16", "rate": value, "low": 0.0, "high": 1.0, "n": 4, "epsilon": e}
+        for e, values in {0.1: [0.1, 0.3, 0.2], 0.2: [0.7]}.items()
+        for i, value in enumerate(values)
+    ]
+    found = over_seeds([*rows, rows[0] | {"recipe": None}], "rate", ["epsilon"])
+    assert [row["over"] for row in found] == ["prompts"] * 5 + ["runs"]
+    expected = interval([0.1, 0.3, 0.2])
+    assert (found[-1]["rate"], found[-1]["low"], found[-1]["high"], found[-1]["n"]) == expected
+    assert found[-1]["model"] == "mamba · bf16 (3 runs)"
+
+
+@pytest.mark.parametrize("name", ["theorem", "stall", "growth", "depth", "closed_loop", "certificate"])
+def test_settings_of_every_experiment_are_typed(name):
+    assert composed(f"experiment={name}", name="evaluate").experiment
+    for wrong in ("experiment.promts=3", "experiment.tokens=many"):
+        with pytest.raises(Exception, match=r"promts|many"):
+            composed(f"experiment={name}", wrong, name="evaluate")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("experiment.models=[]", "experiment.models is empty"),
+        ("experiment.prompts=0", "experiment.prompts=0 must be above 0"),
+        ("experiment.token=200", "experiment.token=200 must be one of the 96 tokens"),
+        ("experiment.prompts=100000", "ask for fewer prompts"),
+    ],
+)
+def test_wrong_settings_are_one_clean_sentence(tmp_path, wrong, message):
+    with pytest.raises(CellFailed, match=message) as caught:
+        record.run(composed("experiment=growth", "experiment.models=[mamba_tiny]", wrong, name="evaluate"), tmp_path)
+    assert "Error in call" not in str(caught.value)
+
+
+def test_the_certificate_has_a_figure_and_enters_the_cards_of_its_runs():
+    found = certificate.run(["mamba_tiny"], prompts=2, tokens=16, entries=8, precision="bf16", seed=0)
+    assert page_of("certificate", found).count("<figcaption>") == 1

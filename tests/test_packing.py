@@ -117,7 +117,7 @@ def test_exponents_of_packed_sequences_are_those_of_each_by_itself():
     module = FineTuner(model, OmegaConf.structured(config.TrainerConfig), 1e-3, seam=seam)
     rows = dataset([6, 3, 9, 5], seed=3)
     packed = pack(rows, 12)
-    probe, trainer = LyapunovProbe(), types.SimpleNamespace(global_step=0)
+    probe, trainer = LyapunovProbe(), types.SimpleNamespace(global_step=0, max_steps=99)
     probe.bind(seam)
 
     def exponents(batch: dict[str, torch.Tensor]) -> list[list[float]]:

@@ -78,6 +78,7 @@ def test_weights_in_half_are_compared_with_the_same_weights_widened(build):
     with strategy:
         probe.on_train_batch_start(None, module, batch, 0)
         probe.on_before_optimizer_step(types.SimpleNamespace(global_step=0), module, None)
+        assert seam.kernels == {}  # what the shadow ran is not the training's
         stored = {name: value.clone() for name, value in model.state_dict().items()}
         other = build()
         other.load_state_dict({name: value.float() for name, value in stored.items()})
@@ -89,7 +90,6 @@ def test_weights_in_half_are_compared_with_the_same_weights_widened(build):
     assert module.observed["shadow_kl"] > 0
     assert_close(module.observed["shadow_kl"], float(kl), rtol=0.05, atol=1e-9)
     assert {p.dtype for p in model.parameters()} >= {torch.bfloat16}
-    assert seam.kernels == {}  # what the shadow ran is not the training's
 
 
 def test_the_seam_is_as_it_was_after_a_shadow_that_failed(monkeypatch):

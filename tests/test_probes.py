@@ -66,7 +66,7 @@ def test_numbers_equal_those_from_the_stock_model(build, monkeypatch):
     ]
     seam, probe = recurrence.install(model), LyapunovProbe()
     probe.bind(seam)
-    trainer = types.SimpleNamespace(global_step=0)
+    trainer = types.SimpleNamespace(global_step=0, max_steps=99)
     probe.on_train_batch_start(trainer, module, batch, 0)
     model.train()(**batch)
     probe.on_train_batch_end(trainer, module, None, batch, 0)
@@ -88,7 +88,7 @@ def test_micro_batches_report_their_worst_and_every_skips_steps():
     for index in range(2):
         batch = a_batch()
         for target in (a_module(), module):
-            trainer = types.SimpleNamespace(global_step=0)
+            trainer = types.SimpleNamespace(global_step=0, max_steps=99)
             first = index if target is module else 0
             probe_here = probe if target is module else LyapunovProbe(per_layer=False)
             probe_here.bind(seam)
@@ -100,7 +100,7 @@ def test_micro_batches_report_their_worst_and_every_skips_steps():
     assert module.observed["lambda_max"] == max(singles)
     assert set(module.observed) == {*lyapunov.FIELDS, "margin"}
     module.observed.clear()
-    trainer = types.SimpleNamespace(global_step=1)
+    trainer = types.SimpleNamespace(global_step=1, max_steps=99)
     probe.on_train_batch_start(trainer, module, batch, 0)
     model(**batch)
     probe.on_train_batch_end(trainer, module, None, batch, 0)
@@ -119,7 +119,7 @@ def test_gradient_checkpointing_is_counted_once():
 def test_a_model_without_recurrence_is_left_alone():
     probe, module = LyapunovProbe(), a_module()
     probe.bind(recurrence.install(torch.nn.Linear(2, 2)))
-    trainer = types.SimpleNamespace(global_step=0)
+    trainer = types.SimpleNamespace(global_step=0, max_steps=99)
     probe.on_train_batch_start(trainer, module, {}, 0)
     probe.on_train_batch_end(trainer, module, None, {}, 0)
     assert module.observed == {}
@@ -131,14 +131,14 @@ def test_liveness_counts_only_steps_that_were_taken():
     callback, module = AdapterLiveness(liveness), a_module()
     module.skipped_steps = 2
     callback.on_before_optimizer_step(None, module, None)
-    callback.on_train_batch_end(types.SimpleNamespace(global_step=5), module, None, None, 0)
+    callback.on_train_batch_end(types.SimpleNamespace(global_step=5, max_steps=99), module, None, None, 0)
     assert seen == ["look", 3]
 
 
 @pytest.mark.parametrize("proven", [True, False])
 def test_a_missing_proof_of_life_is_said(proven, caplog):
     liveness = types.SimpleNamespace(proven=proven, stalled=[], verdict_at_end=lambda step: None)
-    AdapterLiveness(liveness).on_train_end(types.SimpleNamespace(global_step=1), a_module())
+    AdapterLiveness(liveness).on_train_end(types.SimpleNamespace(global_step=1, max_steps=99), a_module())
     assert ("too few updates" in caplog.text) is not proven
 
 
@@ -149,7 +149,7 @@ def test_a_training_whose_updates_were_withheld_has_no_proof_and_stops():
     module = a_module()
     module.skipped_steps = 5
     with pytest.raises(LivenessError, match=r"only 1 updates were taken.*weight, bias"):
-        AdapterLiveness(liveness).on_train_end(types.SimpleNamespace(global_step=6), module)
+        AdapterLiveness(liveness).on_train_end(types.SimpleNamespace(global_step=6, max_steps=99), module)
     liveness.verdict_at_end(3)  # enough were taken: `verdict` has judged
 
 
@@ -180,7 +180,7 @@ def test_training_is_bitwise_the_same_with_and_without_the_probe():
             probe.bind(seam)
         optimizer, batch = torch.optim.AdamW(model.parameters(), lr=1e-2), a_batch()
         for step in range(3):
-            trainer = types.SimpleNamespace(global_step=step)
+            trainer = types.SimpleNamespace(global_step=step, max_steps=99)
             probe.on_train_batch_start(trainer, module, batch, step)
             model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
             optimizer.step()

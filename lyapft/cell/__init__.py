@@ -299,6 +299,10 @@ def _fit(
         seam.sequence = None
         series.flush()
         record |= summary.events(module, probes, guards)
+    for probe in probes:
+        if isinstance(probe, LyapunovProbe) and probe.spectra:
+            records.save_stability(cell.folder, probe.table())
+            record["files"]["stability"] = records.STABILITY
     return pd.DataFrame(series.rows), module.skipped_steps
 
 

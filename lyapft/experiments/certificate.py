@@ -1,103 +1,183 @@
-"""Random layers against their rounding certificate: what kernels compute, what was promised.
+"""The rounding certificate on real weights and texts: the deviation it promises against the one that is there.
 
-Letters: L tokens, D channels. A draw is a layer of `CHANNELS` channels with one state each, an input and an initial
-state. Step sizes spread over five decades, so that 1 − ā reaches 1e-5 and below; inputs over ten, so that fp16 states
-become subnormal, or overflow; a third of the layers has an A that an adapter has changed.
+Letters: B prompts, L tokens, K entries of a layer's state, drawn at random. An entry is a state of one channel (of a
+head, in Mamba-2) by itself: what others hold does not enter it, so K single states with their own Δ, A, u and b are the
+layer. The exact trajectory is that of the float32 model's inputs, in float64. The format's inputs are other ones
+already, since projections and convolution ran in it; the certificate is told how far they are off.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from omegaconf import DictConfig, OmegaConf
+from scipy import stats
 from torch import Tensor
 
-from lyapft import scan
+from lyapft import config, precision, scan
+from lyapft.data import pydoc
+from lyapft.errors import InputError
+from lyapft.evaluation import rebuild_config
+from lyapft.experiments import subjects
+from lyapft.experiments.frame import Result, correlation_interval, track
 from lyapft.lyapunov.certificate import KERNELS, certificate, exact_states
 from lyapft.lyapunov.ssd_certificate import ssd_certificate
-
-NAMES = [*KERNELS, "ssd"]
-CHANNELS = 4
-LENGTHS = (16, 64, 256, 1024, 4096)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from lyapft.recurrence import Layer
 
 
-class Draws(NamedTuple):
-    """Layers side by side, float64: Δ (1, L, D), A and what an adapter made of it (D,), u (1, L, D), B (L,), x_0."""
+class Entries(NamedTuple):
+    """K states of a layer, each a channel of its own: u, Δ, b (B, L, K), A (K,), float32; `key` is equal where b is."""
 
+    family: str
+    inputs: Tensor
     delta: Tensor
     A: Tensor
-    adapted: Tensor
-    inputs: Tensor
     B: Tensor
-    initial: Tensor
+    key: Tensor
+
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """ΔA and the write Δ u b, (B, L, K), float64."""
+        delta, A, inputs, B = (t.double() for t in (self.delta, self.A, self.inputs, self.B))
+        return delta * A, delta * inputs * B
 
 
-def draw(layers: int, length: int, generator: torch.Generator) -> Draws:
-    """Random layers: step sizes over five decades, inputs over ten, a third with an A that an adapter has changed."""
+def run(
+    models: list[str], prompts: int, tokens: int, entries: int, precision: str, seed: int, progress: bool = False
+) -> Result:
+    """One row per model and layer: promised and measured deviation, and their rank correlation over entries.
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
+    A run is measured in its own number format, a base model by name in `precision`. The interval of the correlation is
+    over prompts.
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    Raises:
+        InputError: a model without a recurrence that the certificate covers.
+    """
+    rows, points = [], []
+    for name in track(models, "models", progress):
+        for one in _layers(name, prompts, tokens, entries, precision, seed):
+            kept = one.measured.isfinite().all(0) & one.promised.isfinite().all(0)
+            promised, measured = one.promised[:, kept], one.measured[:, kept]
+            ranks = [float(stats.spearmanr(*pair).statistic) for pair in zip(promised, measured, strict=True)]
+            found = correlation_interval(ranks)
+            shared = {"model": Path(name).name, "layer": one.layer, "format": one.form}
+            rows.append(
+                shared
+                | {"family": one.family, "kernel": one.kernel}
+                | {"promised": float(promised.max()), "measured": float(measured.max())}
+                | {"median_ratio": float((promised / measured)[measured > 0].median())}
+                | {"violations": int((measured > promised).sum()), "entries": int(kept.sum())}
+                | {"rank_correlation": found.mean, "low": found.low, "high": found.high, "n": found.n}
+            )
+            points.append(shared | {"promised": promised.amax(0).tolist(), "measured": measured.amax(0).tolist()})
+    return Result(rows, {"points": points})
 
-    width = layers * CHANNELS
-    step = 10 ** uniform(-5, 0, layers).repeat_interleave(CHANNELS)
-    delta = step * (0.5 * normal(1, length, width)).exp()
-    A = -(10 ** uniform(-0.5, 1.2, width))
-    change = (uniform(0, 1, layers) < 1 / 3).repeat_interleave(CHANNELS) * 0.3 * normal(width)
-    size = 10 ** uniform(-5, 5, layers).repeat_interleave(CHANNELS)
-    started = (uniform(0, 1, layers) < 0.5).repeat_interleave(CHANNELS)
-    initial = started * size * normal(1, width)
-    return Draws(delta, A, A * change.exp(), size * normal(1, length, width), normal(length), initial)
+
+class _Layer(NamedTuple):
+    """Promised and measured deviation (B, K) of the drawn entries of one layer."""
+
+    layer: str
+    family: str
+    kernel: str
+    form: str
+    promised: Tensor
+    measured: Tensor
 
 
-def computed(kernel: str, delta: Tensor, A: Tensor, inputs: Tensor, B: Tensor, initial: Tensor) -> Tensor:
-    """(1, L, D) states that a kernel really computes from inputs in its own format; ssd shows the last one only."""
+def _layers(name: str, prompts: int, tokens: int, entries: int, form: str, seed: int) -> list[_Layer]:
+    chosen = _precision_of(name, form)
+    exact = _entries(name, None, prompts, tokens, entries, seed)
+    given = _entries(name, chosen, prompts, tokens, entries, seed)
+    if not exact:
+        raise InputError(f"experiment.models: {name} has no recurrence that the certificate covers (Mamba, Mamba-2)")
+    found = []
+    for layer, reference in exact.items():
+        kernel = "ssd" if reference.family == "ssd" else "torch" if scan.available()["cpu"] else "cpu"
+        both = _promised_and_measured(kernel, reference, given[layer])
+        found.append(_Layer(layer, reference.family, kernel, chosen.name, *both))
+    return found
+
+
+def _precision_of(name: str, form: str) -> DictConfig:
+    record = subjects.record_of(name)
+    if record is None:
+        return config.load_choice("precision", form)
+    return OmegaConf.create(OmegaConf.to_container(rebuild_config(record).precision))  # type: ignore[return-value]
+
+
+def _entries(
+    name: str, form: DictConfig | None, prompts: int, tokens: int, entries: int, seed: int
+) -> dict[str, Entries]:
+    """What the scans of a model read, for the same drawn entries and texts in every format; None: float32."""
+    found: dict[str, Entries] = {}
+    generator = torch.Generator().manual_seed(seed)
+
+    def keep(layer: Layer, inputs: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> None:
+        found[f"{layer.name}{'' if layer.name not in found else f'#{len(found)}'}"] = _drawn(
+            layer.family, inputs.float(), delta.float(), A.float(), B.float(), entries, generator
+        )
+
+    strategy = None if form is None else precision.build(form, "cpu")
+    with subjects.load(name, "torch", strategy) as subject, torch.no_grad():
+        ids = subjects.prompts(subject, pydoc.texts(), prompts, tokens)
+        subject.seam.input_tap = keep
+        if strategy is None:
+            subject.model(input_ids=ids, use_cache=False)
+        else:
+            with strategy.autocast():
+                subject.model(input_ids=ids, use_cache=False)
+    return found
+
+
+def _drawn(
+    family: str, inputs: Tensor, delta: Tensor, A: Tensor, B: Tensor, entries: int, generator: torch.Generator
+) -> Entries:
+    """At most `entries` states of a layer, drawn without replacement."""
+    if family == "ssd":
+        H, P, G, N = *inputs.shape[2:], *B.shape[2:]
+        h, p, n = _draw((H, P, N), entries, generator)
+        g = h * G // H
+        return Entries(family, inputs[:, :, h, p], delta[:, :, h], A[h], B[:, :, g, n], g * N + n)
+    d, n = _draw(tuple(A.shape), entries, generator)
+    return Entries(family, inputs[:, :, d], delta[:, :, d], A[d, n], B[:, :, n], n)
+
+
+def _draw(shape: tuple[int, ...], entries: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    count = int(torch.tensor(shape).prod())
+    return torch.unravel_index(torch.randperm(count, generator=generator)[:entries], shape)
+
+
+def _promised_and_measured(kernel: str, reference: Entries, given: Entries) -> tuple[Tensor, Tensor]:
+    """(B, K) largest bound and largest deviation over tokens; of ssd, which shows no other state, at the last token."""
+    log_decay, write = reference.exact()
+    other_decay, other_write = given.exact()
+    states = exact_states(log_decay, write, torch.zeros_like(write[:, 0]))
+    bound_of: Callable[..., Tensor] = ssd_certificate
+    if kernel != "ssd":
+        bound_of = lambda *exact, **off: certificate(KERNELS[kernel], *exact, **off)  # noqa: E731
+    bound = bound_of(
+        log_decay,
+        write,
+        states,
+        log_decay_deviation=(other_decay - log_decay).abs(),
+        write_deviation=(other_write - write).abs(),
+        write_factor=float(given.B.abs().max()),
+    )
+    computed = _computed(kernel, given)
+    deviation = (computed.double() - states[:, -computed.shape[1] :]).abs()
+    return bound[:, -computed.shape[1] :].amax(1), deviation.amax(1)
+
+
+def _computed(kernel: str, given: Entries) -> Tensor:
+    """(B, L, K) states that the kernel computes; of ssd the last alone, (B, 1, K)."""
     if kernel == "ssd":
-        head = (inputs[..., None], delta, A, B[None, :, None, None], B[None, :, None, None], initial[..., None, None])
-        return scan.ssd(*head, kernel="torch")[1].flatten(1)[:, None]
-    if kernel in ("torch", "cpu"):
-        ones = torch.ones_like(B)[None, :, None]
-        return scan.selective_scan(
-            inputs, delta, A[:, None], B[None, :, None], ones, initial[..., None], kernel=kernel
-        )[0]  # one state a channel and C = 1: the output is the state
-    name = kernel.split()[1]
-    state, states = initial.to(DTYPES[name]), []
-    for t in range(delta.shape[1]):
-        state = torch.exp(delta[:, t] * A) * state + (delta[:, t] * inputs[:, t]) * B[t]
-        state = state.to(DTYPES[name])
-        states.append(state)
-    return torch.stack(states, dim=1)
-
-
-def bound_and_measure(kernel: str, draws: Draws) -> tuple[Tensor, Tensor]:
-    """((1, L, D) certificate, measured deviation) of every state shown; not finite where the kernel overflowed."""
-    dtype = DTYPES[kernel.split()[1]] if kernel.startswith("loop") else torch.float32
-    exact = draws.delta * draws.A, draws.delta * draws.inputs * draws.B[:, None]
-    given = [t.to(dtype) for t in (draws.delta, draws.adapted, draws.inputs, draws.B)]
-    initial = draws.initial.to(DTYPES[kernel.split()[1]] if " " in kernel else dtype)
-    delta, A, inputs, B = (t.double() for t in given)
-    states = exact_states(*exact, draws.initial)
-    deviations: dict[str, Any] = {
-        "log_decay_deviation": (delta * A - exact[0]).abs(),
-        "write_deviation": (delta * inputs * B[:, None] - exact[1]).abs(),
-        "initial_deviation": (initial.double() - draws.initial).abs(),
-        "write_factor": float(B.abs().max()),
-    }
-    if kernel == "ssd":
-        bound = ssd_certificate(*exact, states, **deviations)[:, -1:]
-    else:
-        bound = certificate(KERNELS[kernel], *exact, states, **deviations)
-    found = computed(kernel, given[0], given[1], given[2], given[3], initial)
-    return bound, (found.double() - states[:, -found.shape[1] :]).abs()
-
-
-def run(kernel: str, layers: int, length: int, generator: torch.Generator) -> tuple[int, int, list[float]]:
-    """(violations, overflows, ratio of each draw that measured a deviation) among `layers` draws."""
-    found = bound_and_measure(kernel, draw(layers, length, generator))
-    bound, measured = (t[0].unflatten(-1, (layers, CHANNELS)) for t in found)
-    finite = measured.isfinite().all(2).all(0)
-    violated = (~(measured <= bound).all(2).all(0) & finite).sum()
-    top, worst = bound.amax((0, 2)), measured.amax((0, 2))
-    kept = finite & (worst > 0)
-    return int(violated), int((~finite).sum()), (top / worst)[kept].tolist()
+        B = given.B[..., None]  # a group for each entry
+        return scan.ssd(given.inputs[..., None], given.delta, given.A, B, B, kernel="torch")[1].flatten(1)[:, None]
+    states = torch.empty_like(given.inputs)
+    for key in given.key.unique():  # channels that share b; with C = 1 the output is the state
+        own = given.key == key
+        B = given.B[:, :, own][..., :1]
+        states[:, :, own] = scan.selective_scan(
+            given.inputs[:, :, own], given.delta[:, :, own], given.A[own][:, None], B, torch.ones_like(B), kernel=kernel
+        )[0]
+    return states

@@ -2,7 +2,7 @@
 
 from lyapft.data import pydoc
 from lyapft.experiments import subjects
-from lyapft.experiments.frame import Result, interval, track
+from lyapft.experiments.frame import Result, interval, over_seeds, share_interval, track
 from lyapft.sensitivity import closed_loop
 
 
@@ -23,14 +23,14 @@ def run(
     for name in track(models, "models", progress):
         with subjects.load(name) as subject:
             ids = subjects.prompts(subject, pydoc.texts(), prompts, tokens)
-            shared = {"model": subject.name, "architecture": subject.architecture, "recurrent": subject.recurrent}
+            shared = subject.named()
             own = []
             for epsilon in sizes:
                 found = [
                     closed_loop(subject.model, ids, token=tokens - 1, epsilon=epsilon, new_tokens=new_tokens, seed=seed)
                     for seed in range(seeds)
                 ]
-                agreement = interval((sum(one.agreement_B for one in found) / seeds).tolist())  # type: ignore[union-attr]
+                agreement = share_interval((sum(one.agreement_B for one in found) / seeds).tolist())  # type: ignore[union-attr]
                 first = interval((sum(one.first_difference_B.double() for one in found) / seeds).tolist())  # type: ignore[union-attr]
                 own.append(agreement)
                 rows.append(
@@ -39,4 +39,4 @@ def run(
                     | {"first_difference": first.mean, "first_low": first.low, "first_high": first.high, "n": first.n}
                 )
         curves.append(shared | {"x": sizes} | {key: [getattr(a, key) for a in own] for key in ("mean", "low", "high")})
-    return Result(rows, {"curves": curves})
+    return Result(over_seeds(rows, "agreement", ["epsilon"]), {"curves": curves})

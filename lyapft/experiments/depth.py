@@ -4,7 +4,7 @@ import torch
 
 from lyapft.data import pydoc
 from lyapft.experiments import subjects
-from lyapft.experiments.frame import Result, interval, track
+from lyapft.experiments.frame import Result, interval, over_seeds, track
 from lyapft.sensitivity import depth_exponents
 
 
@@ -23,9 +23,9 @@ def run(models: list[str], prompts: int, tokens: int, directions: int, seeds: in
             ]
         largest_NB = torch.stack(found).mean(0).amax(-1)
         rate = interval(largest_NB.mean(0).tolist())
-        shared = {"model": subject.name, "architecture": subject.architecture, "recurrent": subject.recurrent}
+        shared = subject.named()
         rows.append(shared | {"exponent": rate.mean, "low": rate.low, "high": rate.high, "n": rate.n})
         bands = [interval(block.tolist()) for block in largest_NB.cumsum(0)]
         curve = {key: [0.0, *(getattr(band, key) for band in bands)] for key in ("mean", "low", "high")}
         curves.append(shared | {"x": list(range(len(bands) + 1)), **curve})
-    return Result(rows, {"curves": curves})
+    return Result(over_seeds(rows, "exponent"), {"curves": curves})

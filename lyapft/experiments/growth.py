@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lyapft.data import pydoc
 from lyapft.experiments import subjects
-from lyapft.experiments.frame import Result, interval, track
+from lyapft.experiments.frame import Result, interval, over_seeds, track
 from lyapft.sensitivity import growth_rate, perturbation_growth
 
 
@@ -30,10 +30,10 @@ def run(
         slopes = torch.stack([growth_rate(norms, mask, token) for norms in found]).mean(0)
         logs_BL = torch.stack([(norms[:, token:] / epsilon).double().log() for norms in found]).mean(0)
         rate = interval(slopes.tolist())
-        shared = {"model": subject.name, "architecture": subject.architecture, "recurrent": subject.recurrent}
+        shared = subject.named()
         rows.append(shared | {"rate": rate.mean, "low": rate.low, "high": rate.high, "n": rate.n, "epsilon": epsilon})
         curves.append(shared | {"x": list(range(tokens - token)), **_band(logs_BL)})
-    return Result(rows, {"curves": curves})
+    return Result(over_seeds(rows, "rate"), {"curves": curves})
 
 
 def _band(logs_BL: Tensor) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lyapft import backbone, config, records, recurrence
+from lyapft import backbone, config, precision, records, recurrence
 from lyapft.errors import InputError
 from lyapft.evaluation import rebuild_config
 
@@ -23,29 +23,52 @@ class Subject(NamedTuple):
     recurrent: bool
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
+    seam: recurrence.Seam
+    record: records.Record | None = None  # of a run
+
+    def named(self) -> dict[str, Any]:
+        """What the rows of an experiment say of the model; runs of one `recipe` differ in their seed alone."""
+        choices = (self.record or {}).get("choices") or {}
+        recipe = " · ".join(str(choices[key]) for key in ("model", "data", "precision", "peft")) if choices else None
+        return {"model": self.name, "recipe": recipe, "architecture": self.architecture, "recurrent": self.recurrent}
+
+
+def record_of(name: str) -> records.Record | None:
+    """The record of a run, if the name is the folder of one."""
+    return records.load(Path(name)) if (Path(name) / records.RECORD).is_file() else None
 
 
 @contextmanager
-def load(name: str) -> Iterator[Subject]:
-    """A base model of conf/model/, or the trained weights of runs/STUDY/CELL; stock kernels, which JVPs need.
+def load(name: str, kernel: str = "stock", strategy: precision.Precision | None = None) -> Iterator[Subject]:
+    """A base model of conf/model/, or the trained weights of runs/STUDY/CELL.
 
+    Args:
+        name: of the model, or the folder of the run.
+        kernel: stock can be differentiated forward.
+        strategy: stores the weights in its format; None: float32.
     Raises:
         InputError: neither; or a run that did not end well.
     """
-    folder = Path(name)
-    record = records.load(folder) if (folder / records.RECORD).is_file() else None
+    folder, record = Path(name), record_of(name)
+    if record is None and not (config.CONF_DIR / "model" / f"{name}.yaml").is_file():
+        raise InputError(
+            f"experiment.models: {name!r} is neither a model of conf/model/ nor the folder of a finished run"
+        )
     if record is not None and record["status"] != "ok":
         raise InputError(f"{folder} has status {record['status']}: only a finished run can be looked at")
     cell: Any = rebuild_config(record) if record is not None else None
     chosen: Any = cell.model if cell is not None else config.load_choice("model", name)
     base = backbone.load(chosen)
-    seam = recurrence.install(base.model, "stock")
+    seam = recurrence.install(base.model, kernel)
     if cell is not None:
         peft = instantiate(cell.peft)
         peft.attach(base, seam)
+    if strategy is not None:
+        strategy.cast(base.model)
+    if record is not None and record["files"]["weights"] is not None:  # a cell of no steps is its base
         peft.load(folder)
     label = folder.name if record is not None else name
-    yield Subject(label, base.architecture, bool(seam.layers), base.model.eval(), base.tokenizer)
+    yield Subject(label, base.architecture, bool(seam.layers), base.model.eval(), base.tokenizer, seam, record)
 
 
 def prompts(subject: Subject, texts: Sequence[str], count: int, tokens: int) -> Tensor:

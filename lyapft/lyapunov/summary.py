@@ -51,6 +51,20 @@ def log_running_product(delta_BLC: Tensor, A: Tensor, mask_BL: Tensor) -> Tensor
     return steps_BLC.masked_fill(~mask_BL.bool()[..., None], 0).cumsum(1).amax(-1)
 
 
+def spectrum(delta_BLC: Tensor, A: Tensor, mask_BL: Tensor) -> Tensor:
+    """All finite-time exponents of a layer, mean over the sequences, slowest first; of Mamba-2 one for each head.
+
+    Returns:
+        (C·N,) or (H,), nats per token.
+
+    >>> spectrum(torch.full((2, 3, 1), 0.5), torch.tensor([[-2.0, -1.0]]), torch.ones(2, 3))
+    tensor([-0.5000, -1.0000])
+    """
+    mean_C = mean_over_tokens(wide(delta_BLC), mask_BL).mean(0)
+    rates = wide(A)
+    return (mean_C[:, None] * rates if rates.dim() == 2 else mean_C * rates).flatten().sort(descending=True).values
+
+
 @dataclass(frozen=True)
 class Stability:
     """What one forward pass of one recurrence says about its distance from the edge, in nats per token.

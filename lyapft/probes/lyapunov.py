@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
+import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from lyapft.recurrence import Layer, Seam
 
 
+SPECTRUM_POINTS = 257
+
+
 class LyapunovProbe(Callback):
     """λ_max, margin, norms and neutral zones of every recurrent layer at every step, from the Δ of the forward pass.
 
@@ -26,6 +31,7 @@ class LyapunovProbe(Callback):
 
     Attributes:
         profiles: layer -> the last measured micro-batch per sequence and per token.
+        spectra: layer -> all exponents of the training's last micro-batch, slowest first.
     """
 
     def __init__(self, every: int = 1, per_layer: bool = True) -> None:
@@ -41,6 +47,8 @@ class LyapunovProbe(Callback):
         self._packed: Tensor | None = None  # (S,M) tokens of the sequences of a packed batch
         self._worst: dict[str, list[float]] = {}
         self.profiles: dict[str, lyapunov.Profile] = {}
+        self.spectra: dict[str, Tensor] = {}
+        self._last = False
 
     def bind(self, seam: Seam) -> None:
         """Observe the recurrence of this model."""
@@ -56,7 +64,8 @@ class LyapunovProbe(Callback):
         self._mask, self._packed = batch["attention_mask"], None
         if "sequence" in batch:
             self._unpack(packing.rows(batch["sequence"]))
-        self._seam.tap = self._reduce if trainer.global_step % self.every == 0 else None
+        self._last = trainer.global_step == trainer.max_steps - 1
+        self._seam.tap = self._reduce if self._last or trainer.global_step % self.every == 0 else None
 
     def _unpack(self, rows: packing.Rows) -> None:
         """λ is per sequence: one row for each of a packed batch, padding left out."""
@@ -68,6 +77,8 @@ class LyapunovProbe(Callback):
         if self._packed is not None:
             delta = delta.flatten(0, 1)[self._packed]
         self.profiles[layer.name] = lyapunov.stability_profile(delta, A, self._mask)
+        if self._last:
+            self.spectra[layer.name] = lyapunov.spectrum(delta, A, self._mask)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
@@ -84,6 +95,30 @@ class LyapunovProbe(Callback):
         for name, row in zip(self.profiles, numbers, strict=True):
             self._worst[name] = [max(pair) for pair in zip(row, self._worst.get(name, row), strict=True)]
         module.observed.update(self._summary())
+
+    def table(self) -> pd.DataFrame:
+        """The recurrence at the end of the training: columns layer, kind, index, value (nats per token).
+
+        Kinds: `spectrum`, all exponents, slowest first, at SPECTRUM_POINTS quantiles (index 0..1 is the share of
+        exponents before it); `sequence`, the largest exponent of each sequence; `position`, the mean over sequences of
+        log‖J_t‖ at each token.
+        """
+        tables = []
+        for layer, profile in self.profiles.items():
+            exponents = self.spectra[layer]
+            share = np.linspace(0, 1, min(SPECTRUM_POINTS, len(exponents)))
+            real_BL = self._mask.bool()
+            mean_L = profile.log_norm_BL.sum(0) / real_BL.sum(0).clamp(min=1)
+            series = {
+                "spectrum": (share, exponents.cpu().numpy()[(share * (len(exponents) - 1)).round().astype(int)]),
+                "sequence": (np.arange(len(profile.lambda_B)), profile.lambda_B.cpu().numpy()),
+                "position": (np.arange(len(mean_L)), mean_L.cpu().numpy()),
+            }
+            tables += [
+                pd.DataFrame({"layer": layer, "kind": kind, "index": index.astype(float), "value": value})
+                for kind, (index, value) in series.items()
+            ]
+        return pd.concat(tables, ignore_index=True)
 
     def _summary(self) -> dict[str, float]:
         worst = [max(column) for column in zip(*self._worst.values(), strict=True)]

@@ -29,6 +29,7 @@ class Layer(NamedTuple):
 
 
 Tap = Callable[[Layer, Tensor, Tensor], None]
+InputTap = Callable[[Layer, Tensor, Tensor, Tensor, Tensor], None]
 
 
 class Seam:
@@ -44,6 +45,8 @@ class Seam:
             packed. State and convolution start anew wherever it changes. Leave it set until backward is over.
         tap: None, or called on each full-sequence forward with the layer, detached float32 Δ after bias, softplus and
             clamp, (B,L,D) or (B,L,H), and A, (D,N) or (H,). Not called again when gradient checkpointing recomputes.
+        input_tap: None, or called before each scan that no kernel fuses with the layer, u, Δ, A and B: what the state
+            is computed from; u (B,L,D) or (B,L,H,P), B (B,L,N) or (B,L,G,N). For experiments, not for training.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Seam:
         self.unknown: list[str] = []
         self.sequence: Tensor | None = None
         self.tap: Tap | None = None
+        self.input_tap: InputTap | None = None
         self._looked_at: tuple[Tensor | None, bool] = (None, False)
 
     def remove(self) -> None:
@@ -159,4 +163,4 @@ class Seam:
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tap": None, "sequence": None, "_looked_at": (None, False)}
+        return {**self.__dict__, "tap": None, "input_tap": None, "sequence": None, "_looked_at": (None, False)}

@@ -54,6 +54,9 @@ class SelectiveScan(Operations):
         if initial is not None and self.call.mask is not None:  # padding must not wear the first state down
             dt = step_sizes(dt.transpose(1, 2), delta_bias, delta_softplus) * self.call.mask[..., None]
             dt, delta_bias, delta_softplus = dt.transpose(1, 2), None, False
+        if seam.input_tap is not None:
+            delta = step_sizes(dt.transpose(1, 2), delta_bias, delta_softplus)
+            seam.input_tap(self.call.layer, hidden_states.transpose(1, 2), delta, A, B.transpose(1, 2))
         given = (hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus)
         if kernel == "stock":
             self._show(dt, delta_bias, delta_softplus, A)

@@ -57,6 +57,9 @@ class SSD(Operations):
             if self.call.mask is not None:  # padding must not wear the first state down
                 dt = step_sizes(dt, dt_bias, dt_softplus).clamp(*dt_limit) * self.call.mask[..., None]
                 dt_bias, dt_softplus, dt_limit = None, False, UNLIMITED
+        if seam.input_tap is not None:
+            delta = step_sizes(dt, dt_bias, dt_softplus).clamp(*dt_limit)
+            seam.input_tap(self.call.layer, hidden_states, delta, A, B)
         seam.record(FAMILY, CHUNKED if kernel in ("cpu", "torch") else kernel)
         if kernel in ("mamba_ssm", "stock"):
             self._show(dt, dt_bias, dt_softplus, dt_limit, A)

@@ -34,6 +34,7 @@ class Cell:
     facet: str
     steps: pd.DataFrame = field(default_factory=pd.DataFrame)
     items: pd.DataFrame | None = None
+    stability: pd.DataFrame | None = None
 
     @property
     def ok(self) -> bool:
@@ -174,7 +175,8 @@ def load_study(folder: Path) -> Study:
         steps = _table(home / records.STEPS, notes)
         items = _table(home / records.ITEMS, notes)
         shown = pd.DataFrame() if steps is None else steps
-        cells.append(Cell(record, label, kind, facet(record, groups), shown, items))
+        end = _table(home / records.STABILITY, notes)
+        cells.append(Cell(record, label, kind, facet(record, groups), shown, items, end))
     kept = sorted((folder / records.EXPERIMENTS).glob("*.json"))
     experiments = []
     for path in kept:

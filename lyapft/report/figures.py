@@ -50,13 +50,63 @@ def stability(study: Study) -> list[Figure]:
     several = [cell for cell in cells if len(layer_names(cell)) > 1]
     figures = [_stability_lines(study, cells)] if cells else []
     if several:
-        figures.append(_stability_heatmaps(several))
+        figures.append(_stability_heatmaps(_worst_of_their_kind(several)))
+    if ended := [cell for cell in _worst_of_their_kind(cells) if cell.stability is not None]:
+        figures.append(_spectra(study, ended))
     return figures
+
+
+def _worst_of_their_kind(cells: Sequence[Cell]) -> list[Cell]:
+    """Of the seeds of one kind the cell with the smallest margin: pictures of every seed would hide it."""
+    worst: dict[tuple[str, str], Cell] = {}
+    for cell in cells:
+        key = cell.facet, cell.kind
+        if key not in worst or cell.steps["margin"].min() < worst[key].steps["margin"].min():
+            worst[key] = cell
+    return [cell for cell in cells if worst[cell.facet, cell.kind] is cell]
+
+
+def _spectra(study: Study, cells: Sequence[Cell]) -> Figure:
+    """All exponents of every layer at the end of the training, as a curve over their share."""
+    drawn = [
+        (cell, cell.stability[cell.stability["kind"] == "spectrum"]) for cell in cells if cell.stability is not None
+    ]
+    layers = {
+        (cell.facet, layer): None for cell, table in drawn for layer in _ends(list(dict.fromkeys(table["layer"])))
+    }
+    rows = math.ceil(len(layers) / 2)
+    look = styles(study.cells)
+    used = {style_key(cell) for cell in cells}
+    panels = Panels(rows, 2, [f"{facet}, {layer}" for facet, layer in layers], [look[k] for k in look if k in used])
+    for index, (facet, layer) in enumerate(layers):
+        for cell, table in drawn:
+            own = table[table["layer"] == layer]
+            if cell.facet == facet and len(own):
+                y = (-own["value"].astype(float)).where(own["value"] < 0)
+                panels.line(
+                    index // 2 + 1, index % 2 + 1, cell, look[style_key(cell)], "share %{x:.2f}",
+                    x=own["index"].tolist(), y=[None if math.isnan(v) else v for v in y],
+                )  # fmt: skip
+    panels.figure.update_yaxes(type="log", tickformat=".2~g", nticks=6)
+    drawing = panels.dress("share of the layer's exponents, slowest first", ["−λ (nats/token)"] * 2)
+    return Figure("Spectrum of the recurrent state, per layer, at the end of training", drawing, SPECTRUM_READING)
+
+
+def _ends(layers: list[str]) -> list[str]:
+    """All layers, or of many the first, the middle and the last."""
+    return layers if len(layers) <= LINE_LAYERS else [layers[0], layers[len(layers) // 2], layers[-1]]
 
 
 STABILITY_READING = (
     "Distance from 0 is what to compare: a smaller margin means a longer memory and slower forgetting of rounding "
     "errors; λ_max below 0 is no finding, since every finite Mamba weight has it, and it does not certify the outputs."
+)
+
+
+SPECTRUM_READING = (
+    "The left end is the margin, 1/−λ the memory in tokens: a curve that was pushed down remembers, and keeps rounding "
+    "errors, for longer. Curves that coincide say that fine-tuning left the recurrence as it was, not that the outputs "
+    "agree. Of several seeds the one with the smallest margin is drawn."
 )
 
 

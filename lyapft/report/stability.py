@@ -7,10 +7,14 @@ from lyapft.report.cells import Cell, Study, read
 from lyapft.report.columns import ABSENT, number
 from lyapft.report.tables import Column, as_html
 
+CERTIFICATE = "rounding of the state, largest"
+SHADOW = "shadow: format against float32"
 CAPTION = (
     "Worst values of the whole training. Neutral zone: share of (token, channel) pairs whose decay rounds to exactly 1 "
     "in that format, ● where the recurrence ran in it. A smaller margin says that a cell sits closer to the edge, not "
-    "that it is less accurate: λ does not certify accuracy. A dash: not measured."
+    "that it is less accurate: λ does not certify accuracy. Rounding: what the certificate promises at "
+    "most and what was measured. Shadow: the same weights and batches in float32 beside the "
+    "cell's format; a KL far below the loss says that the format alone changes little at a step. A dash: not measured."
 )
 
 
@@ -19,10 +23,10 @@ def cards(study: Study) -> str:
     cells = [cell for cell in study.cells if isinstance(read(cell.record, "stability", "lambda_max"), int | float)]
     if not cells:
         return ""
-    return f"<h2>Stability cards</h2>\n{as_html(columns(cells), CAPTION)}"
+    return f"<h2>Stability cards</h2>\n{as_html(columns(study, cells), CAPTION)}"
 
 
-def columns(cells: list[Cell]) -> list[Column]:
+def columns(study: Study, cells: list[Cell]) -> list[Column]:
     """Columns of the cards, in the order of the cells."""
     found = [cell.record["stability"] for cell in cells]
 
@@ -37,6 +41,40 @@ def columns(cells: list[Cell]) -> list[Column]:
         Column("", "gain", numbers("gain")),
         Column("", "worst layer", [_worst_layer(one) for one in found], numeric=False),
         *zones,
+        *_certificate(study, cells),
+        *_shadow(cells),
+    ]
+
+
+def _certificate(study: Study, cells: list[Cell]) -> list[Column]:
+    """Largest promised and measured rounding of the state, where the experiment ran on any cell of the study."""
+    rows = [row for one in study.experiments if one["name"] == "certificate" for row in one["rows"]]
+    largest = {
+        (row["model"], key): max(float(other[key]) for other in rows if other["model"] == row["model"])
+        for row in rows
+        for key in ("promised", "measured")
+    }
+    if not any((cell.record["name"], "promised") in largest for cell in cells):
+        return []
+    return [
+        Column(CERTIFICATE, key, [number(largest.get((cell.record["name"], key)), ".2e") for cell in cells])
+        for key in ("promised", "measured")
+    ]
+
+
+def _shadow(cells: list[Cell]) -> list[Column]:
+    """What the shadow probe measured, where one ran in any cell."""
+    if not any(cell.record.get("shadow") for cell in cells):
+        return []
+    return [
+        Column(
+            "shadow: format against float32", title, [number(read(cell.record, "shadow", key), shown) for cell in cells]
+        )
+        for title, key, shown in (
+            ("mean KL (nats/token)", "kl_mean", ".2e"),
+            ("least top-1 agreement", "top1_min", ".3f"),
+            ("largest deviation of a block", "deviation_max", ".2e"),
+        )
     ]
 
 

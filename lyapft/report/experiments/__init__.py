@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lyapft.report.drawing import Figure
-from lyapft.report.experiments import compared, stall, theorem
+from lyapft.report.experiments import certificate, compared, stall, theorem
 
 Content = dict[str, Any]  # the JSON record of an experiment
 
@@ -14,6 +14,7 @@ FIGURES: dict[str, Callable[[Content], list[Figure]]] = {
     "growth": compared.growth,
     "depth": compared.depth,
     "closed_loop": compared.closed_loop,
+    "certificate": certificate.figures,
 }
 
 
