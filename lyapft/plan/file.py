@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lyapft.errors import InputError
 from lyapft.plan.cells import CELL, RERUN, Planned, key_of, recipe_of, settings_of
-from lyapft.records import Record, save_json
+from lyapft.records import RECORD, Record, load_study, save_json
 from lyapft.verdict import Outstanding
 
 FILE = "plan.json"
@@ -41,9 +41,7 @@ class Entry:
 def entry(planned: Planned) -> Entry:
     """What is kept of a planned cell."""
     replicate = int(planned.config.replicate)
-    return Entry(
-        planned.key, planned.recipe, planned.role, planned.choices, planned.seed, replicate, planned.threads
-    )
+    return Entry(planned.key, planned.recipe, planned.role, planned.choices, planned.seed, replicate, planned.threads)
 
 
 def save(planned: Iterable[Planned]) -> None:
@@ -72,6 +70,16 @@ def load(folder: Path) -> list[Entry]:
         return []
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise InputError(f"{path} is not a plan ({error}): delete it; the next command writes it anew") from None
+
+
+def records_in(folder: Path) -> list[Record]:
+    """The records of a study, none where it has not begun; those that cannot be read are named in a warning."""
+    if not any(folder.glob(f"*/{RECORD}")):
+        return []
+    try:
+        return [record for _, record in load_study(folder)]
+    except InputError:  # none of them can be read
+        return []
 
 
 def states(entries: Sequence[Entry], records: Iterable[Record]) -> dict[str, str]:

@@ -120,13 +120,14 @@ def count(cfg: DictConfig) -> Sizes:
     scan, attention = _recurrent_operations(model), _attention_operations(model)
     multiplied = sum(m.weight.numel() for m in weights)
     operand = HALF if cfg.precision.name in MIXED | TRUE_HALF else FULL
-    kept = sum(_kept(model, operand))
+    trains = cfg.trainer.steps > 0
+    kept = sum(_kept(model, operand)) if trains else 0
     _attach(cfg, model)
     total = {id(p): p for p in model.parameters()}
     return Sizes(
         base=sum(base.values()),
         adapters=sum(p.numel() for key, p in total.items() if key not in base),
-        trainable=sum(p.numel() for p in total.values() if p.requires_grad),
+        trainable=sum(p.numel() for p in total.values() if p.requires_grad) if trains else 0,
         weights=multiplied,
         vocabulary=vocabulary,
         kept=kept,
