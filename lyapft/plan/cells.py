@@ -105,15 +105,20 @@ def cells(command: DictConfig) -> list[Planned]:
         InputError: a cell whose settings cannot be resolved.
     """
     multirun = command.hydra.mode == RunMode.MULTIRUN
-    given = list(command.hydra.overrides.task)
-    launcher = OmegaConf.to_container(command.hydra.launcher) if multirun else {}
-    spanned = jobs(given, command.hydra.sweeper.get("params") or {}) if multirun else [given]
+    given, params, launcher = (_unresolved(command, key) for key in ("overrides.task", "sweeper.params", "launcher"))
+    spanned = jobs(given, params or {}) if multirun else [given]
     found: dict[str, Planned] = {}
-    for planned in _families(spanned, launcher):
+    for planned in _families(spanned, launcher if multirun else {}):
         known = found.get(planned.key)
         if known is None or (planned.role == CELL != known.role):  # a reference that is a cell of the matrix too
             found[planned.key] = planned
     return list(found.values())
+
+
+def _unresolved(command: DictConfig, key: str) -> Any:
+    """A node of Hydra's own as it was typed: an override may hold an interpolation, which is the cell's to resolve."""
+    node = OmegaConf.select(command.hydra, key)
+    return OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
 
 
 def _families(spanned: Sequence[Sequence[str]], launcher: Mapping[str, Any]) -> Iterator[Planned]:
