@@ -69,6 +69,8 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # a cell is one process; where several share one, the launcher has started them
+    warnings.filterwarnings("ignore", message=r"The `srun` command is available")
     warnings.filterwarnings("ignore", message=r".*does not have many workers")  # tokens are in memory already
     warnings.filterwarnings(
         "ignore", message=r".*lr_scheduler.step\(\)` before `optimizer.step"

@@ -6,9 +6,8 @@ layer. The exact trajectory is that of the float32 model's inputs, in float64. T
 already, since projections and convolution ran in it; the certificate is told how far they are off.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +23,7 @@ from lyapft.experiments.frame import Result, correlation_interval, track
 from lyapft.lyapunov.certificate import KERNELS, certificate, exact_states
 from lyapft.lyapunov.ssd_certificate import ssd_certificate
 from lyapft.recurrence import Layer
+from lyapft.scan.ssd import CHUNK
 
 
 class Entries(NamedTuple):
@@ -152,17 +152,15 @@ def _promised_and_measured(kernel: str, reference: Entries, given: Entries) -> t
     log_decay, write = reference.exact()
     other_decay, other_write = given.exact()
     states = exact_states(log_decay, write, torch.zeros_like(write[:, 0]))
-    bound_of: Callable[..., Tensor] = ssd_certificate
-    if kernel != "ssd":
-        bound_of = lambda *exact, **off: certificate(KERNELS[kernel], *exact, **off)  # noqa: E731
-    bound = bound_of(
-        log_decay,
-        write,
-        states,
-        log_decay_deviation=(other_decay - log_decay).abs(),
-        write_deviation=(other_write - write).abs(),
-        write_factor=float(given.B.abs().max()),
-    )
+    off: dict[str, Any] = {
+        "log_decay_deviation": (other_decay - log_decay).abs(),
+        "write_deviation": (other_write - write).abs(),
+        "write_factor": float(given.B.abs().max()),
+    }
+    if kernel == "ssd":
+        bound = ssd_certificate(log_decay, write, states, chunk=CHUNK, **off)
+    else:
+        bound = certificate(KERNELS[kernel], log_decay, write, states, **off)
     computed = _computed(kernel, given)
     deviation = (computed.double() - states[:, -computed.shape[1] :]).abs()
     return bound[:, -computed.shape[1] :].amax(1), deviation.amax(1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lyapft import scan
 from lyapft.lyapunov.certificate import KERNELS, certificate, exact_states
 from lyapft.lyapunov.ssd_certificate import ssd_certificate
+from lyapft.scan.ssd import CHUNK
 
 NAMES = [*KERNELS, "ssd"]
 CHANNELS = 4
@@ -85,7 +86,7 @@ def bound_and_measure(kernel: str, draws: Draws) -> tuple[Tensor, Tensor]:
         "write_factor": float(B.abs().max()),
     }
     if kernel == "ssd":
-        bound = ssd_certificate(*exact, states, **deviations)[:, -1:]
+        bound = ssd_certificate(*exact, states, **deviations, chunk=CHUNK)[:, -1:]
     else:
         bound = certificate(KERNELS[kernel], *exact, states, **deviations)
     found = computed(kernel, given[0], given[1], given[2], given[3], initial)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lyapft.lyapunov.certificate import FORMATS, REFERENCE, ULP, gamma, unbounded
-from lyapft.scan.ssd import CHUNK
 
 UNIT, TINY = FORMATS["fp32"]
 
@@ -30,9 +29,9 @@ def ssd_certificate(
     write_deviation: Tensor | None = None,
     initial_deviation: Tensor | None = None,
     write_factor: float = 1.0,
-    chunk: int = CHUNK,
+    chunk: int,
 ) -> Tensor:
-    """(B, ⌈L/chunk⌉, …) upper bounds of |x̂ − x| after each chunk; arguments as of `certificate`."""
+    """(B, ⌈L/chunk⌉, …) upper bounds of |x̂ − x| after each chunk of `chunk` tokens; else as `certificate`."""
     changed = torch.zeros_like(log_decay) if log_decay_deviation is None else log_decay_deviation
     given = torch.zeros_like(write) if write_deviation is None else write_deviation
     e = torch.zeros_like(states[:, 0]) if initial_deviation is None else initial_deviation.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +11,8 @@ import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lyapft.environment import STATUS
+if sys.platform == "linux":
+    import resource  # elsewhere it counts in other units, or is not there
 
 if TYPE_CHECKING:
     from lyapft.module import FineTuner
@@ -65,10 +67,10 @@ class ResourceProbe(Callback):
         if device.type == "cuda":
             return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
         now = self._process.memory_info().rss
-        if not STATUS.exists():
+        if sys.platform != "linux":
             return now, None
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return now, int(line.split()[1]) * 1024
+        # the kernel counts in batches, and the peak may lag behind
+        return now, max(now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def _gpu(self, module: FineTuner) -> None:
         if not self._gpu_reports:
@@ -80,5 +82,4 @@ class ResourceProbe(Callback):
 
     def _clocks(self) -> tuple[float, float]:
         """Seconds of the wall, and of all threads of this process on processors."""
-        times = self._process.cpu_times()
-        return time.perf_counter(), times.user + times.system
+        return time.perf_counter(), time.process_time()

@@ -14,13 +14,18 @@ CAPTION = (
     "in that format, ● where the recurrence ran in it. A smaller margin says that a cell sits closer to the edge, not "
     "that it is less accurate: λ does not certify accuracy. Rounding: what the certificate promises at "
     "most and what was measured. Shadow: the same weights and batches in float32 beside the "
-    "cell's format; a KL far below the loss says that the format alone changes little at a step. A dash: not measured."
+    "cell's format; a KL far below the loss says that the format alone changes little at a step. A dash: "
+    "not measured; a Transformer has no recurrent state, so its card holds the shadow alone."
 )
 
 
 def cards(study: Study) -> str:
-    """The cards as one table, a row per cell with a measured stability; empty where there is none."""
-    cells = [cell for cell in study.cells if isinstance(read(cell.record, "stability", "lambda_max"), int | float)]
+    """The cards as one table, a row per cell with a measured recurrence or shadow; empty where there is none."""
+    cells = [
+        cell
+        for cell in study.cells
+        if isinstance(read(cell.record, "stability", "lambda_max"), int | float) or cell.record.get("shadow")
+    ]
     if not cells:
         return ""
     return f"<h2>Stability cards</h2>\n{as_html(columns(study, cells), CAPTION)}"
@@ -28,7 +33,7 @@ def cards(study: Study) -> str:
 
 def columns(study: Study, cells: list[Cell]) -> list[Column]:
     """Columns of the cards, in the order of the cells."""
-    found = [cell.record["stability"] for cell in cells]
+    found = [cell.record.get("stability") or {} for cell in cells]
 
     def numbers(key: str) -> list[str]:
         return [number(one.get(key), ".3g") for one in found]
