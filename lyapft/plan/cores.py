@@ -30,6 +30,6 @@ def jobs_of(launcher: Mapping[str, Any]) -> int:
 
 
 def _joblib_cores() -> int:
-    from joblib import cpu_count  # which knows of the limits of containers too
+    from joblib import cpu_count  # type: ignore[import-untyped]  # it knows of the limits of containers too
 
     return int(cpu_count())

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from lyapft import backbone, peft, recurrence
 from lyapft.backbone import Backbone
 from lyapft.backbone.source import plain_dims
+from lyapft.config import ModelConfig
 from lyapft.errors import InputError
 from lyapft.precision.strategy import MIXED, TRUE_HALF
 
@@ -136,7 +137,7 @@ def count(cfg: DictConfig) -> Sizes:
     )
 
 
-def architecture(cfg: DictConfig) -> PreTrainedModel:
+def architecture(cfg: ModelConfig) -> PreTrainedModel:
     """The model of a config without its weights: from a folder here, or from `model.dims`."""
     if cfg.path is not None and Path(cfg.path).expanduser().is_dir():
         return backbone.skeleton(cfg).model
@@ -172,12 +173,12 @@ def _kept(model: PreTrainedModel, operand: int) -> Iterator[int]:
 
 
 def _channels(mixer: nn.Module) -> int:
-    return int(mixer.intermediate_size)
+    return cast(int, mixer.intermediate_size)
 
 
 def _recurrent_operations(model: PreTrainedModel) -> int:
     mixers = [m for m in model.modules() if recurrence.forward.family_of(m) is not None]
-    return sum(SCAN_OPERATIONS * _channels(m) * int(m.ssm_state_size) for m in mixers)
+    return sum(SCAN_OPERATIONS * _channels(m) * cast(int, m.ssm_state_size) for m in mixers)
 
 
 def _attention_operations(model: PreTrainedModel) -> int:
