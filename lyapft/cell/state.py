@@ -18,11 +18,25 @@ from lyapft.environment import keep_freed_memory
 log = logging.getLogger(__name__)
 
 
+def _lock(cell: Cell) -> FileLock:
+    lock = FileLock(cell.study / ".locks" / f"{cell.id}.lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    return lock
+
+
+def is_elsewhere(cell: Cell) -> bool:
+    """Whether another process is at work on this cell."""
+    try:
+        with _lock(cell).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 @contextmanager
 def only_one(cell: Cell) -> Iterator[None]:
     """No other process works on this cell meanwhile; the system frees the lock of a process that died."""
-    lock = FileLock(cell.study / ".locks" / f"{cell.id}.lock")
-    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    lock = _lock(cell)
     try:
         lock.acquire(timeout=0)
     except Timeout:
