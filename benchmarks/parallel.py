@@ -3,7 +3,7 @@
     python benchmarks/parallel.py [--jobs 2] [overrides of train.py]
 
 The same cells, without references, run one by one on one thread, then with hydra/launcher=joblib, each time by a
-process of its own in an empty folder. Work is the wall time of the first command, the start of Python and the report included.
+process of its own in an empty folder. Work is the wall time of the first command, start of Python and report included.
 The last line is one JSON object; ratio = parallel wall · jobs / work. Run it on an idle machine.
 """
 
