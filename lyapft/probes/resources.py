@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lyapft.environment import STATUS
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lyapft.module import FineTuner
@@ -75,10 +78,10 @@ class ResourceProbe(Callback):
             return
         try:
             module.observed["gpu_percent"] = float(torch.cuda.utilization(module.device))
-        except (ModuleNotFoundError, RuntimeError):  # no NVML, or a driver that does not say
+        except Exception as error:  # noqa: BLE001 - no NVML, or NVML's own: a slice of a GPU has no such number
             self._gpu_reports = False
+            log.warning("the busy share of the GPU is not measured: %s", error)
 
     def _clocks(self) -> tuple[float, float]:
         """Seconds of the wall, and of all threads of this process on processors."""
-        times = self._process.cpu_times()
-        return time.perf_counter(), times.user + times.system
+        return time.perf_counter(), time.process_time()
