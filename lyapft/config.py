@@ -147,12 +147,13 @@ class KernelConfig:
 
 @dataclass
 class RuleConfig:
-    """One number and where it must not go: at least one of below, above and sigma."""
+    """One number and where it must not go: at least one of below, above, sigma and fall."""
 
     metric: str = MISSING
     below: float | None = None
     above: float | None = None
     sigma: float | None = None  # standard deviations above the mean of the last `window` steps
+    fall: float | None = None  # factor below the largest of the last `window` steps
     window: int = 128
 
 
@@ -651,13 +652,21 @@ def _guard_faults(cfg: DictConfig) -> list[str]:
         found.append(f"guard.action={guard.action} is unknown: use one of {', '.join(GUARD_ACTIONS)}")
     if not guard.rules:
         found.append(f"guard={guard.name} has no rules: it would never act")
+    for name, rule in guard.rules.items():
+        try:
+            probe = watch.measured_by(str(rule.get("metric")))
+        except InputError as error:
+            found.append(f"guard.rules.{name}: {error}")
+            continue
+        if probe is not None and probe not in cfg.probe:
+            found.append(f"guard.rules.{name} reads {rule.metric}, which probe={probe} measures: switch it on")
     late = [str(name) for name, rule in guard.rules.items() if rule.get("metric") not in ("loss", "grad_norm")]
     if guard.action == "skip" and late:
         found.append(
             f"guard.rules {', '.join(late)}: only loss and grad_norm are known before an update, which action=skip "
             "withholds: use action=rollback or stop"
         )
-    if guard.action == "rollback" and cfg.peft.name == "adalora":
+    if guard.action == "rollback" and OmegaConf.get_type(cfg.peft) is AdaLoraPeft:
         found.append("guard.action=rollback cannot restore what adalora remembers of each rank: use skip or stop")
     values = {"skip_steps": (guard.skip_steps, 0), "every": (guard.every, 1), "limit": (guard.limit, 0)}
     return found + [f"guard.{k}={v} must be at least {least}" for k, (v, least) in values.items() if v < least]
@@ -675,8 +684,12 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
     kept = {key: value for key, value in plain.items() if key not in NOT_SCIENCE}
     for key in NOT_SCIENCE_TRAINER:
         kept["trainer"].pop(key)
-    if cfg.guard.name == "none":
+    if cfg.guard._target_ is None:
         kept.pop("guard")
+    else:
+        read = {watch.measured_by(rule["metric"]) for rule in kept["guard"]["rules"].values()}
+        settings = {name: probe for name, probe in plain["probe"].items() if name in read}
+        kept["guard"] |= {"probes": settings} if settings else {}  # they say at which steps it sees a number
     if not kept["trainer"]["validation_rows"]:
         kept["trainer"].pop("validation_rows")
     kept["trainer"]["learning_rate"] = learning_rate(cfg)

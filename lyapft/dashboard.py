@@ -93,7 +93,7 @@ def summary(record: Record) -> dict[str, Any]:
     {'status': 'ok', 'score/mmlu/5-shot': 0.5}
     """
     flat: dict[str, Any] = {"status": record["status"], "error": (record.get("error") or {}).get("message")}
-    for part in ("training", "cost"):
+    for part in ("training", "cost", "shadow"):
         flat |= {f"{part}/{name}": value for name, value in (record.get(part) or {}).items()}
     for name, value in (record.get("stability") or {}).items():
         if name == "layers":

@@ -273,14 +273,14 @@ def _fit(
             probe.bind(seam)
         elif isinstance(probe, ShadowProbe):
             probe.bind(seam, strategy.autocast, partial(precision.matmul_flags, tf32=False))
-    probes.sort(key=lambda probe: isinstance(probe, AlertProbe))  # alerts read what the others measured
     guards: list[Callback] = [] if cell.config.guard._target_ is None else [instantiate(cell.config.guard)]
     series = records.StepSeries(cell.folder / records.STEPS)
     callbacks: list[Callback] = [
         AdapterLiveness(liveness),
-        *probes,
-        *guards,
+        *(probe for probe in probes if not isinstance(probe, AlertProbe)),
         StepRecorder(series, settings.record_every_s),
+        *(probe for probe in probes if isinstance(probe, AlertProbe)),  # they and guards read whole rows
+        *guards,
     ]
     if settings.progress:
         callbacks.append(ProgressBar(_title(cell)))
