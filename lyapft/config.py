@@ -111,6 +111,7 @@ class TrainerConfig:
     max_nonfinite: int = 10  # steps in a row without a finite gradient before the cell ends; fp16: see the loss scale
     progress: bool = True
     record_every_s: float = 30.0  # how often the step series is written while training
+    checkpoint_every_s: float = 60.0  # how often a training that may be killed writes what it continues from
 
 
 @dataclass
@@ -530,11 +531,14 @@ NOT_SCIENCE = (
     "device",
     "threads",
 )  # cannot change a number by themselves
-NOT_SCIENCE_TRAINER = ("progress", "record_every_s")
+NOT_SCIENCE_TRAINER = ("progress", "record_every_s", "checkpoint_every_s")
 GUARD_ACTIONS = ("skip", "rollback", "stop")
 NOISE_FLOORS = ("replicate", "threads")
 PATHS = ("path", "tokenizer")  # known by content instead
-FOLDER_PARTS = ("study.name", *(f"{group}.name" for group in ("model", "data", "peft", "precision")))  # of a run's folder
+FOLDER_PARTS = (
+    "study.name",
+    *(f"{group}.name" for group in ("model", "data", "peft", "precision")),
+)  # of a run's folder
 FOLDER_PART = re.compile(r"[\w][\w.+-]*")
 
 

@@ -76,7 +76,7 @@ def _leaves(value: Any, name: str = "", key: str = "") -> Iterator[tuple[str, st
 
 
 def _is_secret(key: str, value: Any, known: set[str]) -> bool:
-    """Numbers are settings (`experiment.token=8`); a text is a secret by its field's name, its look, or as a known one."""
+    """Numbers are settings (`experiment.token=8`); a text is a secret by its field, its look, or as a known one."""
     if not isinstance(value, str) or value in ("", "null"):
         return False
     named = bool(KEY.search(key)) and not re.fullmatch(r"[\d,\s.]+", value)

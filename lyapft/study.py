@@ -85,6 +85,8 @@ def closing(command: Callable[[], None]) -> int:
         code = INTERRUPTED
     except SystemExit as stop:  # how Hydra ends after it has printed an error
         code = stop.code if isinstance(stop.code, int) else 1
+    if code > 128 and code != INTERRUPTED:  # a signal of the scheduler: what follows it leaves no time for a report
+        return code
     planned = [] if StudyFolder.planned is None else [StudyFolder.planned]
     for folder in StudyFolder.touched or planned:
         if any(folder.glob("*/record.json")):

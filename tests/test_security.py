@@ -291,7 +291,9 @@ def test_markup_in_data_is_shown_in_the_report_and_not_run(typed, tmp_path):  # 
             (folder / f"{subject}_{part}.csv").write_text(rows.replace("A", "<script>alert(3)</script>", 1))
     pages = []
     for name in ("clean", "marked"):
-        done = typed(*SMALL, "reference=off", "task=mmlu", f"task.path={name}", f"study.name={name}", "data.max_length=64")
+        done = typed(
+            *SMALL, "reference=off", "task=mmlu", f"task.path={name}", f"study.name={name}", "data.max_length=64"
+        )
         assert done[0] == 0, done[1]
         study = Path("runs") / name
         ((folder, record),) = records.load_study(study)
