@@ -15,7 +15,7 @@ from transformers import Mamba2ForCausalLM, MambaForCausalLM
 
 from lyapft import cell, precision, recurrence, sensitivity
 from lyapft.cell import summary
-from lyapft.probes import ResourceProbe, ShadowProbe, StepRecorder
+from lyapft.probes import ResourceProbe, ShadowProbe, StepRecorder, resources
 from lyapft.records import StepSeries
 from tests.test_cell import prepared, same_weights
 from tests.test_precision import cfg as precision_settings
@@ -162,8 +162,18 @@ def test_memory_and_processor_time_are_this_process():
     assert 1 < seen["cpu_percent"] < 100 * (os.cpu_count() or 1) * 1.5
 
 
+def test_without_linux_the_peak_is_not_known(monkeypatch, tmp_path):
+    monkeypatch.setattr(resources, "STATUS", tmp_path / "none")
+    module = a_module()
+    module.observed = {"tokens": 100}
+    ResourceProbe().on_train_batch_end(types.SimpleNamespace(global_step=1), module, None, None, 0)
+    assert abs(module.observed["memory_bytes"] - psutil.Process().memory_info().rss) < 16 * 2**20
+    assert set(module.observed) == {"tokens", "memory_bytes"}
+
+
 def test_only_whole_steps_and_those_asked_for_are_measured():
     module, probe = a_module(accumulate=2), ResourceProbe(every=3)
+    probe.on_train_start(types.SimpleNamespace(global_step=0), module)
     for step, batch_idx in ((1, 0), (1, 1), (2, 3)):
         probe.on_train_batch_end(types.SimpleNamespace(global_step=step), module, None, None, batch_idx)
     assert module.observed == {}
