@@ -9,6 +9,8 @@ anything runs.
 import hashlib
 import json
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lyapft import watch
+from lyapft import secrets, watch
 from lyapft.errors import InputError
 
 
@@ -109,6 +111,7 @@ class TrainerConfig:
     max_nonfinite: int = 10  # steps in a row without a finite gradient before the cell ends; fp16: see the loss scale
     progress: bool = True
     record_every_s: float = 30.0  # how often the step series is written while training
+    checkpoint_every_s: float = 60.0  # how often a training that may be killed writes what it continues from
 
 
 @dataclass
@@ -528,10 +531,15 @@ NOT_SCIENCE = (
     "device",
     "threads",
 )  # cannot change a number by themselves
-NOT_SCIENCE_TRAINER = ("progress", "record_every_s")
+NOT_SCIENCE_TRAINER = ("progress", "record_every_s", "checkpoint_every_s")
 GUARD_ACTIONS = ("skip", "rollback", "stop")
 NOISE_FLOORS = ("replicate", "threads")
 PATHS = ("path", "tokenizer")  # known by content instead
+FOLDER_PARTS = (
+    "study.name",
+    *(f"{group}.name" for group in ("model", "data", "peft", "precision")),
+)  # of a run's folder
+FOLDER_PART = re.compile(r"[\w][\w.+-]*")
 
 
 def register() -> None:
@@ -628,9 +636,18 @@ def faults(cfg: DictConfig) -> list[str]:
         if "every" in probe and probe.every < 1:
             found.append(f"probe.{name}.every={probe.every} must be 1 or more")
     found += _guard_faults(cfg)
-    if not cfg.study.name or Path(cfg.study.name).name != cfg.study.name or cfg.study.name.startswith("."):
-        found.append(f"study.name={cfg.study.name!r} must be a plain folder name")
-    return found
+    for key in FOLDER_PARTS:
+        found += name_faults(key, [OmegaConf.select(cfg, key)])
+    return found + secrets.faults(OmegaConf.to_container(cfg, resolve=True))
+
+
+def name_faults(key: str, names: Iterable[Any]) -> list[str]:
+    """Names that are no plain part of a folder's name: they would lead out of the folder that a run may write to."""
+    return [
+        f"{key}={name!r} must be a plain folder name: letters, digits and . _ + - after a letter, a digit or _"
+        for name in names
+        if not FOLDER_PART.fullmatch(str(name))
+    ]
 
 
 def _guard_faults(cfg: DictConfig) -> list[str]:

@@ -47,6 +47,7 @@ class PeakMemory:
 
     Attributes:
         source: where the number comes from, for the record.
+        earlier_bytes: the peak of an attempt that this one continues.
     """
 
     def __init__(self, model: nn.Module, device: str) -> None:
@@ -57,6 +58,7 @@ class PeakMemory:
         """
         tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
         self.device, self._model_bytes, self._start = device, sum(tensors.values()), 0
+        self.earlier_bytes: int | None = None
         if device == "cuda":
             self.source = "torch.cuda.max_memory_allocated"
         else:
@@ -76,7 +78,11 @@ class PeakMemory:
             self.source = "not available on this system"
 
     def peak_bytes(self) -> int | None:
-        """The peak since the start, in bytes."""
+        """The peak since the start, or of an earlier attempt where that was higher, in bytes."""
+        peak = self._since_start()
+        return peak if peak is None else max(peak, self.earlier_bytes or 0)
+
+    def _since_start(self) -> int | None:
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated() - self._start + self._model_bytes
         if not self.source.startswith("resident"):

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from lyapft.errors import InputError
 from lyapft.peft import FullFineTuning, Strategy
 from lyapft.recurrence import Seam
 
+COUNTERS = ("skipped_steps", "nonfinite", "scaler_skips", "_nonfinite_in_a_row")  # of a module, in its checkpoints
 IGNORED = -100  # label of a token that carries no loss
 
 
@@ -200,6 +202,25 @@ class FineTuner(L.LightningModule):
         optimizer._step_supports_amp_scaling = False
         scheduler = LambdaLR(optimizer, lambda step: schedule_factor(step, self.settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Only what trains, and what this module and its strategy count."""
+        checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in self.strategy.tensors().items()}
+        checkpoint["counters"] = {name: getattr(self, name) for name in COUNTERS}
+        checkpoint["strategy"] = self.strategy.training_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Count on from there.
+
+        Raises:
+            InputError: other tensors train here than in the checkpoint.
+        """
+        mine = {f"model.{name}" for name in self.strategy.tensors()}
+        if differing := sorted(mine ^ set(checkpoint["state_dict"])):
+            raise InputError(f"the checkpoint is of another training: {differing[0]} is in one of the two only")
+        for name, value in checkpoint["counters"].items():
+            setattr(self, name, value)
+        self.strategy.take_up(checkpoint["strategy"])
 
     def _scaler_state(self) -> float | None:
         return cast(float | None, getattr(self.trainer.precision_plugin, "loss_scale", None))

@@ -5,6 +5,7 @@ scored item), `stability.parquet` (the recurrence at the end of the training), `
 safetensors. A finished record is never overwritten.
 """
 
+import io
 import json
 import logging
 import math
@@ -15,7 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lyapft.errors import InputError
 
@@ -163,6 +166,15 @@ class StepSeries:
     def append(self, row: dict[str, float | int | bool]) -> None:
         """Add the numbers of one step."""
         self.rows.append(row)
+
+    def packed(self) -> NDArray[np.uint8]:
+        """All rows so far as the bytes of a Parquet file."""
+        return np.frombuffer(pd.DataFrame(self.rows).to_parquet(index=False), dtype=np.uint8).copy()
+
+    def unpack(self, packed: NDArray[np.uint8]) -> None:
+        """Take up the rows that `packed` gave."""
+        frame = pd.read_parquet(io.BytesIO(packed.tobytes()))
+        self.rows = cast("list[dict[str, float | int | bool]]", frame.to_dict("records"))
 
     def flush(self) -> None:
         """Write all rows so far, atomically."""

@@ -2,6 +2,8 @@
 
 import math
 import os
+import subprocess
+import sys
 import types
 from contextlib import nullcontext
 from functools import partial
@@ -13,7 +15,7 @@ import torch
 from torch.testing import assert_close
 from transformers import Mamba2ForCausalLM, MambaForCausalLM
 
-from lyapft import cell, precision, recurrence, sensitivity
+from lyapft import cell, environment, precision, recurrence, sensitivity
 from lyapft.cell import summary
 from lyapft.probes import ResourceProbe, ShadowProbe, StepRecorder, resources
 from lyapft.records import StepSeries
@@ -160,6 +162,20 @@ def test_memory_and_processor_time_are_this_process():
     assert seen["memory_peak_bytes"] >= seen["memory_bytes"] > held.nbytes > spin * 0
     assert seen["memory_bytes_per_token"] == seen["memory_peak_bytes"] / 100
     assert 1 < seen["cpu_percent"] < 100 * (os.cpu_count() or 1) * 1.5
+
+
+@pytest.mark.skipif(not environment.STATUS.exists(), reason="the peak is known on Linux")
+def test_the_peak_is_not_that_of_the_process_that_launched_this_one():
+    code = (
+        "import torch; from lyapft.probes import ResourceProbe; print(ResourceProbe().memory(torch.device('cpu'))[1])"
+    )
+    held = torch.ones(500_000_000, dtype=torch.int8)  # touched
+    held += torch.ones((), dtype=torch.int8)
+    two = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)]
+    del held
+    two.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True))
+    first, second = (int(done.stdout) for done in two)
+    assert first == pytest.approx(second, abs=100_000_000)
 
 
 def test_without_linux_the_peak_is_not_known(monkeypatch, tmp_path):

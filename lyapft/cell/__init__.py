@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from lyapft import backbone, config, dashboard, data, divergence, precision, rates, records, recurrence, tasks
 from lyapft.cell import summary
 from lyapft.cell.preparation import Cell, prepare
-from lyapft.cell.state import clean_state, log_file, only_one
+from lyapft.cell.state import clean_state, is_elsewhere, log_file, only_one
 from lyapft.cell.validation import validation
 from lyapft.environment import PeakMemory, warm_up
 from lyapft.errors import InputError
@@ -34,6 +34,7 @@ from lyapft.module import FineTuner, TrainingStopped
 from lyapft.peft import Liveness, LivenessError, Strategy
 from lyapft.probes import AdapterLiveness, AlertProbe, LyapunovProbe, ProgressBar, ShadowProbe, StepRecorder
 from lyapft.records import Record
+from lyapft.resume import CheckpointFiles, Interrupted, Resume, Signals
 
 __all__ = ["Cell", "CellFailed", "disk_message", "ensure", "prepare", "run"]
 
@@ -85,6 +86,7 @@ def ensure(cell: Cell) -> Record:
                 if found["id"] != cell.id:
                     raise InputError(f"{cell.folder} holds the record of another cell ({found['id']}): move it away")
                 if records.is_final(found):
+                    CheckpointFiles(cell.folder).remove()  # of a process that died between the two
                     log.info("%s is done already: %s", cell.folder.name, found["status"])
                     return _compared(cell, found)
             record = _run_and_record(cell)
@@ -100,7 +102,8 @@ def _compared(cell: Cell, record: Record) -> Record:
     known = {entry["status"] for entry in record["divergence"]}
     if cell.config.reference != "auto" or record["status"] != "ok" or (known and "missing" not in known):
         return record
-    return records.save_divergence(cell.folder, divergence.against_counterparts(record, _counterparts(cell)))
+    counterparts = _counterparts(cell, _references(cell))
+    return records.save_divergence(cell.folder, divergence.against_counterparts(record, counterparts))
 
 
 def _run_and_record(cell: Cell) -> Record:
@@ -108,12 +111,18 @@ def _run_and_record(cell: Cell) -> Record:
     record = summary.stub(cell)
     records.save(cell.folder, record)
     loggers: list[Logger] = []
-    with log_file(cell.folder / records.LOG):
+    with log_file(cell.folder / records.LOG), Signals() as signals:
         try:
-            counterparts = _counterparts(cell) if cell.config.reference == "auto" else {}
+            references = _references(cell) if cell.config.reference == "auto" else {}
+            # what another process is making will be there when this cell is done: nobody waits with work to do
+            later = {name: twin for name, twin in references.items() if twin is not None and is_elsewhere(twin)}
+            counterparts = _counterparts(cell, {name: references[name] for name in references if name not in later})
             loggers += dashboard.build_loggers(cell.config.logger, record, cell.folder)
-            _execute(cell, record, loggers)
-            record["divergence"] = divergence.against_counterparts(record, counterparts)
+            _execute(cell, record, loggers, signals)
+            counterparts |= {name: _awaited(twin) for name, twin in later.items()}
+            record["divergence"] = divergence.against_counterparts(
+                record, {name: counterparts[name] for name in references}
+            )
             record["status"] = "ok"
         except TrainingStopped as error:
             _failed(record, error.status, error)
@@ -122,11 +131,16 @@ def _run_and_record(cell: Cell) -> Record:
         except KeyboardInterrupt as error:
             _failed(record, "interrupted", error, "stopped by the user; the same command continues the study")
             raise
+        except Interrupted as error:
+            _failed(record, "interrupted", error)
+            raise error.leave() from None
         except Exception as error:  # noqa: BLE001 - whatever broke, its record and its log say so
             _failed(record, "oom" if _out_of_memory(error) else "failed", error)
         finally:
             record["finished"] = records.now()
             records.save(cell.folder, record)
+            if records.is_final(record):
+                CheckpointFiles(cell.folder).remove()
             dashboard.finish(loggers, record)
     return record
 
@@ -140,20 +154,33 @@ def _failed(record: Record, status: str, error: BaseException, message: str | No
     log.debug("%s", "".join(traceback.format_exception(error)))
 
 
-def _counterparts(cell: Cell) -> dict[str, Record | None]:
-    """Records of the two full-precision counterparts, made where they are missing; None is the cell itself."""
-    found: dict[str, Record | None] = {}
+def _references(cell: Cell) -> dict[str, Cell | None]:
+    """The cells of the two full-precision counterparts; None is the cell itself."""
+    found: dict[str, Cell | None] = {}
     for name, twin in config.reference_configs(cell.config).items():
         reference = prepare(twin, role="reference", like=cell)
-        if reference.id == cell.id:
-            found[name] = None
-            continue
-        log.info("%s needs its reference %s", cell.folder.name, reference.folder.name)
-        found[name] = ensure(reference)
+        found[name] = None if reference.id == cell.id else reference
     return found
 
 
-def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
+def _counterparts(cell: Cell, references: dict[str, Cell | None]) -> dict[str, Record | None]:
+    """Records of references, made where they are missing; None is the cell itself."""
+    found: dict[str, Record | None] = {}
+    for name, reference in references.items():
+        if reference is not None:
+            log.info("%s needs its reference %s", cell.folder.name, reference.folder.name)
+        found[name] = None if reference is None else ensure(reference)
+    return found
+
+
+def _awaited(reference: Cell) -> Record:
+    """The record of a reference that another process makes; an empty one if that process died before it was done."""
+    with only_one(reference):
+        made = (reference.folder / records.RECORD).exists()
+        return records.load(reference.folder) if made else summary.stub(reference)
+
+
+def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals) -> None:
     """Build, fit, evaluate, save; fills the record as it goes."""
     cfg, started = cell.config, time.perf_counter()
     with clean_state(cell) as strategy:
@@ -187,7 +214,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         }
         record["cost"] = {}
         if cfg.trainer.steps:
-            _train(cell, record, base.model, peft, seam, strategy, dataset, loggers)
+            _train(cell, record, base.model, peft, seam, strategy, dataset, loggers, signals)
         if held_out is not None:
             record["validation"] = validation(base.model.to(cell.device), held_out, cell, strategy.autocast)
         evaluation = time.perf_counter()
@@ -207,7 +234,8 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger]) -> None:
         if cfg.trainer.steps:  # else they are the base's
             record["files"]["weights"] = peft.save(cell.folder)
         ended = time.perf_counter()
-        record["cost"] |= {"eval_wall_s": ended - evaluation, "wall_s": ended - started}
+        earlier = record.get("resumed", {}).get("earlier_s", 0.0)
+        record["cost"] |= {"eval_wall_s": ended - evaluation, "wall_s": ended - started + earlier}
 
 
 def _train(
@@ -219,12 +247,13 @@ def _train(
     strategy: precision.Precision,
     dataset: data.TokenDataset,
     loggers: list[Logger],
+    signals: Signals,
 ) -> None:
     """Fit, and record what training selected, proved, cost and showed of the recurrence."""
     settings = cell.config.trainer
     memory = PeakMemory(model, cell.device)
     liveness = Liveness(model, steps=min(3, settings.steps))
-    series, skipped = _fit(cell, record, model, peft, seam, strategy, dataset, loggers, liveness, memory)
+    series, skipped = _fit(cell, record, model, peft, seam, strategy, dataset, loggers, liveness, memory, signals)
     record["peft"] = peft.record() | {"proven_alive": liveness.proven, "stalled": liveness.stalled}
     record["training"] = summary.training(series, skipped, config.learning_rate(cell.config))
     record["cost"] = summary.cost(series, memory, settings.accumulate)
@@ -243,6 +272,7 @@ def _fit(
     loggers: list[Logger],
     liveness: Liveness,
     memory: PeakMemory,
+    signals: Signals,
 ) -> tuple[pd.DataFrame, int]:
     """Train; returns the step series and how many steps were skipped. What happened on the way goes into the record."""
     settings = cell.config.trainer
@@ -264,10 +294,14 @@ def _fit(
     ]
     if settings.progress:
         callbacks.append(ProgressBar(_title(cell)))
+    files = CheckpointFiles(cell.folder)
+    resume = Resume(files, settings.checkpoint_every_s, signals, seam, memory)
+    callbacks.append(resume)
+    checkpoint = files.latest()
     trainer = L.Trainer(
         accelerator=cell.device,
         devices=1,
-        plugins=[strategy.plugin],
+        plugins=[strategy.plugin, files],
         max_steps=settings.steps,
         accumulate_grad_batches=settings.accumulate,
         callbacks=callbacks,
@@ -288,16 +322,19 @@ def _fit(
 
     warm_up(module, loss, loader)
     memory.start()
-    peft.prepare(loss, loader)
-    log.info("training %s: %d steps", _title(cell), settings.steps)
+    if checkpoint is None:
+        peft.prepare(loss, loader)
+    log.info("training %s: %d steps%s", _title(cell), settings.steps, ", continued" if checkpoint else "")
     try:
-        trainer.fit(module, loader)
+        with signals.deferred():
+            trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C, after it has switched the signal off
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt from None
     finally:
         seam.sequence = None
         series.flush()
+        record |= {"resumed": {"at_steps": resume.resumed_at, "earlier_s": resume.earlier_s}}
         record |= summary.events(module, probes, guards)
     for probe in probes:
         if isinstance(probe, LyapunovProbe) and probe.spectra:

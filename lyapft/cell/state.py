@@ -18,11 +18,25 @@ from lyapft.environment import keep_freed_memory
 log = logging.getLogger(__name__)
 
 
+def _lock(cell: Cell) -> FileLock:
+    lock = FileLock(cell.study / ".locks" / f"{cell.id}.lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    return lock
+
+
+def is_elsewhere(cell: Cell) -> bool:
+    """Whether another process is at work on this cell."""
+    try:
+        with _lock(cell).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 @contextmanager
 def only_one(cell: Cell) -> Iterator[None]:
     """No other process works on this cell meanwhile; the system frees the lock of a process that died."""
-    lock = FileLock(cell.study / ".locks" / f"{cell.id}.lock")
-    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    lock = _lock(cell)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -55,6 +69,8 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # a cell is one process; where several share one, the launcher has started them
+    warnings.filterwarnings("ignore", message=r"The `srun` command is available")
     warnings.filterwarnings("ignore", message=r".*does not have many workers")  # tokens are in memory already
     warnings.filterwarnings(
         "ignore", message=r".*lr_scheduler.step\(\)` before `optimizer.step"

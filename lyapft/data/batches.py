@@ -198,17 +198,21 @@ class Order(Sampler[list[int]]):
 
     def __init__(self, rows: int, batch_size: int, steps: int, seed: int, shuffle: bool = True) -> None:
         self.rows, self.batch_size, self.steps, self.seed, self.shuffle = rows, batch_size, steps, seed, shuffle
+        self.first = 0  # the batch that the next iteration starts with
+        self.drawn = 0  # batches that the last iteration has given, those before its first included
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        stream = self._rows()
-        for _ in range(self.steps):
+        self.drawn = self.first
+        epoch, row = divmod(self.first * self.batch_size, self.rows)
+        stream = islice(self._rows(epoch), row, None)
+        while self.drawn < self.steps:
+            self.drawn += 1
             yield list(islice(stream, self.batch_size))
 
-    def _rows(self) -> Iterator[int]:
-        epoch = 0
+    def _rows(self, epoch: int) -> Iterator[int]:
         while True:
             rows = list(range(self.rows))
             if self.shuffle:
@@ -217,13 +221,27 @@ class Order(Sampler[list[int]]):
             epoch += 1
 
 
-def batches(dataset: TokenDataset, batch_size: int, steps: int, seed: int) -> DataLoader[dict[str, Tensor]]:
+class Batches(DataLoader[dict[str, Tensor]]):
+    """A loader that Lightning can stop between two batches and take up there."""
+
+    batch_sampler: Order
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches given so far: without workers none is drawn ahead."""
+        return {"drawn": self.batch_sampler.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next iteration start behind them; its length stays that of the whole."""
+        self.batch_sampler.first = state["drawn"]
+
+
+def batches(dataset: TokenDataset, batch_size: int, steps: int, seed: int) -> Batches:
     """`steps` batches of `input_ids`, `attention_mask` and `labels`, each (B, L), padded on the right.
 
     The order depends on the seed and the number of rows only; a source whose order is part of the data keeps it.
     """
     order = Order(len(dataset), batch_size, steps, seed, shuffle=not dataset.ordered)
     # a generator of its own, or the loader would draw from the global one and shift whatever is drawn after it
-    return DataLoader(
+    return Batches(
         dataset, batch_sampler=order, collate_fn=dataset.collate, generator=torch.Generator().manual_seed(seed)
     )

@@ -7,6 +7,7 @@ J_t is diagonal, exp(Δ_t A), and a step Δ ≥ 0 scales all states of a channel
 the compiled pass, which runs on float32 step sizes in CPU memory where numba is installed.
 """
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lyapft import scan
 from lyapft.lyapunov.diagonal import slowest
 from lyapft.lyapunov.tokens import check_tokens, mean_over_tokens, wide
 
 # |ΔA| below which exp(ΔA) rounds to exactly 1: half the spacing of the format just below 1
 NEUTRAL_ZONE = {"bf16": 2.0**-9, "fp16": 2.0**-12, "fp32": 2.0**-25}
+COMPILES = importlib.util.find_spec("numba") is not None
 _EDGES = tuple(NEUTRAL_ZONE.values())
 # which of the fields are means, and over what; the others are maxima
 MEANS = {"lambda_mean": "sequences"} | {f"neutral_{name}": "tokens" for name in NEUTRAL_ZONE}
@@ -148,11 +149,7 @@ def stability_profile(delta_BLC: Tensor, A: Tensor, mask_BL: Tensor) -> Profile:
         ValueError: a sequence without a real token.
     """
     found = None
-    if (
-        delta_BLC.device.type == "cpu"
-        and delta_BLC.dtype == A.dtype == torch.float32
-        and scan.available()["cpu"] is None
-    ):
+    if delta_BLC.device.type == "cpu" and delta_BLC.dtype == A.dtype == torch.float32 and COMPILES:
         from lyapft.lyapunov import compiled  # needs numba
 
         found = compiled.profile(delta_BLC, A, mask_BL, _EDGES)

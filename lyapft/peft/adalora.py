@@ -19,6 +19,8 @@ from lyapft.peft.carry import ADAPTER
 if TYPE_CHECKING:
     from lyapft.config import AdaLoraPeft, PeftConfig
 
+IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of peft's allocator: by parameter name
+
 
 class AdaLora(Adapter):
     """W + alpha/init_r · B diag(E) A; the least important entries of E are set to zero until target_r a layer remain.
@@ -108,6 +110,19 @@ class AdaLora(Adapter):
         """Move the budget, as the gradients of this step say."""
         if all(p.grad is not None for p in self.trainable_parameters()):  # else liveness names the one without
             cast(AdaLoraModel, self.tuner).update_and_allocate(step)
+
+    def training_state(self) -> dict[str, Any]:
+        """Smoothed importance and its uncertainty, and the ranks that were kept."""
+        tuner = cast(AdaLoraModel, self.tuner)
+        ranks = tuner.peft_config[ADAPTER].rank_pattern
+        return {name: getattr(tuner.rankallocator, name) for name in IMPORTANCE} | {"rank_pattern": ranks}
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Go on with the importance that was known."""
+        tuner = cast(AdaLoraModel, self.tuner)
+        for name in IMPORTANCE:
+            setattr(tuner.rankallocator, name, {k: v.to(self.backbone.model.device) for k, v in state[name].items()})
+        tuner.peft_config[ADAPTER].rank_pattern = state["rank_pattern"]
 
     @staticmethod
     def _range_faults(

@@ -87,6 +87,13 @@ class Strategy(ABC):
     def after_step(self, step: int) -> None:  # noqa: B027 - a hook
         """Called after each optimizer step that was really taken, its gradients still there; `step` counts from 1."""
 
+    def training_state(self) -> dict[str, Any]:
+        """What a training has to remember besides `tensors` to go on after it was cut off; by default nothing."""
+        return {}
+
+    def take_up(self, state: dict[str, Any]) -> None:  # noqa: B027 - a hook
+        """Remember what `training_state` gave."""
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Every tensor that trains, each once."""
         return [p for p in self.backbone.model.parameters() if p.requires_grad]

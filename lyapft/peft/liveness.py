@@ -1,6 +1,7 @@
 """Proof that what is asked to train does train."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +108,19 @@ class Liveness:
                 f"only {step} updates were taken, the others withheld, and {len(silent)} trainable tensors showed no "
                 f"life in them: {listed(silent)}. Use a smaller learning rate, precision=bf16 or fp32, or more steps"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known of each tensor so far."""
+        still = None if self._still is None else {name: before for name, (_, before) in self._still.items()}
+        return {"without_gradient": list(self._without_gradient), "still": still, "chances": self._chances}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Know what `state_dict` gave."""
+        tensors = dict(self._without_gradient)
+        self._without_gradient = {name: tensors[name] for name in state["without_gradient"]}
+        still = state["still"]
+        self._still = None if still is None else {name: (tensors[name], before) for name, before in still.items()}
+        self._chances = dict(state["chances"])
 
     def _partners_of(self, name: str) -> Iterator[str]:
         for factors in self.PRODUCTS:

@@ -21,6 +21,14 @@ class AdapterLiveness(Callback):
     def __init__(self, liveness: Liveness) -> None:
         self.liveness = liveness
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the proof has so far."""
+        return self.liveness.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint was written."""
+        self.liveness.load_state_dict(state_dict)
+
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Look at the gradients until every tensor has shown life."""
         self.liveness.observe_gradients()

@@ -96,6 +96,21 @@ class LyapunovProbe(Callback):
             self._worst[name] = [max(pair) for pair in zip(row, self._worst.get(name, row), strict=True)]
         module.observed.update(self._summary())
 
+    def state_dict(self) -> dict[str, Any]:
+        """What `table` is made of, once the training is over."""
+        if not self.spectra:
+            return {}
+        return {
+            "mask": self._mask,
+            "profiles": {k: tuple(v) for k, v in self.profiles.items()},
+            "spectra": self.spectra,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Know what a training that was cut off after its end had measured."""
+        self._mask, self.spectra = state_dict["mask"], state_dict["spectra"]
+        self.profiles = {name: lyapunov.Profile(*values) for name, values in state_dict["profiles"].items()}
+
     def table(self) -> pd.DataFrame:
         """The recurrence at the end of the training: columns layer, kind, index, value (nats per token).
 

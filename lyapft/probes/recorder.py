@@ -55,6 +55,15 @@ class StepRecorder(Callback):
         if time.perf_counter() - self._flushed > self.flush_every_s:
             self.flush()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far."""
+        return {"rows": self.series.packed(), "last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind the rows of a checkpoint; later ones will come again."""
+        self.series.unpack(state_dict["rows"])
+        self._last_step = state_dict["last_step"]
+
     def flush(self) -> None:
         """Write the series so far."""
         self.series.flush()

@@ -68,7 +68,7 @@ class ResourceProbe(Callback):
         """Bytes in use and the peak so far; the peak of a process is known on Linux."""
         if device.type == "cuda":
             return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-        try:
+        try:  # not getrusage: its peak is inherited from whoever launched this process
             status = STATUS.read_bytes()
         except OSError:
             return self._process.memory_info().rss, None

@@ -23,11 +23,12 @@ PRECISION_STYLES = {
     "tf32": ("#009E73", "star"),
 }
 SPARE_STYLES = [("#CC79A7", "diamond"), ("#E69F00", "cross"), ("#56B4E9", "x")]
-PEFT_STYLES = {"none": ("solid", ""), "lora": ("dash", "/")}  # line dash, bar hatching
-SPARE_PEFT_STYLES = [("dot", "x"), ("dashdot", "."), ("longdash", "+")]
+PEFT_STYLES = {"none": ("solid", ""), "lora": ("dash", "/"), "lora_all": ("dot", "x")}  # line dash, bar hatching
+SPARE_PEFT_STYLES = [("dashdot", "."), ("longdash", "+"), ("longdashdot", "|")]
 
 CURVE_POINTS = 400  # a longer series is drawn as the means of this many bins
 PANEL_HEIGHT = 270  # pixels
+LEGEND_COLUMNS, LEGEND_ROW = 6, 30  # entries to a line of a narrow window, pixels
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Panels:
     """A grid of panels that share one legend."""
 
     def __init__(self, rows: int, columns: int, titles: Sequence[str], legend: Iterable[Style] = ()) -> None:
-        self.rows = rows
+        self.rows, legend = rows, list(legend)
+        self.extra = LEGEND_ROW * max(0, math.ceil(len(legend) / LEGEND_COLUMNS) - 1)  # pixels, above the panels
         gap = min(0.5 / rows, 70 / (rows * PANEL_HEIGHT))
         self.figure = make_subplots(
             rows,
@@ -91,7 +93,7 @@ class Panels:
             vertical_spacing=gap,
             horizontal_spacing=0.09,
         )
-        self.figure.update_layout(height=rows * PANEL_HEIGHT + 110)
+        self.figure.update_layout(height=rows * PANEL_HEIGHT + 110 + self.extra)
         for style in legend:
             self.figure.add_scatter(
                 x=[None],
@@ -126,7 +128,9 @@ class Panels:
         for column, title in enumerate(y_titles, start=1):
             self.figure.update_yaxes(title_text=title, col=column)
         self.figure.update_xaxes(title_text=x_title, row=self.rows)
-        return plain(self.figure)
+        drawing = plain(self.figure)
+        drawing.update_layout(margin_t=drawing.layout.margin.t + self.extra)
+        return drawing
 
 
 def plain(figure: go.Figure) -> go.Figure:

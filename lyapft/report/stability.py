@@ -14,7 +14,8 @@ CAPTION = (
     "in that format, ● where the recurrence ran in it. A smaller margin says that a cell sits closer to the edge, not "
     "that it is less accurate: λ does not certify accuracy. Rounding: what the certificate promises at "
     "most and what was measured. Shadow: the same weights and batches in float32 beside the "
-    "cell's format; a KL far below the loss says that the format alone changes little at a step. A dash: not measured."
+    "cell's format; a KL far below the loss says that the format alone changes little at a step. A dash: "
+    "not measured; a Transformer has no recurrent state, so its card holds the shadow alone."
 )
 
 

@@ -1,0 +1,93 @@
+"""The checkpoint of a cell on disk: one rolling file and the one before it, each whole or absent, and checked."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins import CheckpointIO
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lyapft.errors import InputError
+from lyapft.records import write_atomically
+from lyapft.resume import tree
+
+log = logging.getLogger(__name__)
+STATE, CHECKSUM = "state", "sha256"  # metadata of the file
+
+
+class CorruptCheckpoint(InputError):
+    """A checkpoint that is not what was written."""
+
+
+class CheckpointFiles(CheckpointIO):
+    """Lightning's checkpoints as safetensors, tensors beside JSON: no pickle is written or read.
+
+    A new checkpoint is written under a name of its own and flushed to disk; then the newest becomes the one before,
+    and the new one the newest. At every moment one of the two is whole.
+
+    Attributes:
+        newest, before: their paths.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.newest, self.before = (folder / f"{name}.safetensors" for name in ("checkpoint", "checkpoint.before"))
+        self._next = folder / "checkpoint.next.safetensors"
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint and let the others move on.
+
+        Raises:
+            OSError: it could not be written; the earlier ones are as they were.
+            TypeError: something in it that is neither a number nor text nor a tensor.
+        """
+        text, tensors = tree.pack(checkpoint)
+        metadata = {STATE: text, CHECKSUM: tree.digest(text, tensors)}
+        write_atomically(self._next, lambda temporary: save_file(tensors, temporary, metadata))
+        if self.newest.exists():
+            os.replace(self.newest, self.before)
+        os.replace(self._next, self.newest)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Read a checkpoint.
+
+        Raises:
+            CorruptCheckpoint: it is not what was written.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            text = metadata[STATE]
+            if tree.digest(text, tensors) != metadata[CHECKSUM]:
+                raise CorruptCheckpoint(f"{path} is damaged: its checksum differs")
+            return tree.unpack(text, tensors)
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            if isinstance(error, CorruptCheckpoint):
+                raise
+            raise CorruptCheckpoint(f"{path} cannot be read: {error}") from None
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that is whole; one that is not is named in a warning and passed over."""
+        for path in (self.newest, self.before):
+            if not path.exists():
+                continue
+            try:
+                self.load_checkpoint(path)
+            except CorruptCheckpoint as error:
+                log.warning("%s; going on from the one before, or anew", error)
+                continue
+            return path
+        return None
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove one file."""
+        Path(path).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove every file: the cell is done."""
+        for path in (self.newest, self.before, self._next):
+            path.unlink(missing_ok=True)

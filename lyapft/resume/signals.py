@@ -1,0 +1,88 @@
+"""Signals that ask a process to end: during training they only raise a flag, and the step is finished first."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Self
+
+log = logging.getLogger(__name__)
+CAUGHT = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)  # Ctrl-C; kill and most schedulers; SLURM's --signal
+
+
+class Interrupted(BaseException):
+    """A signal ended the work; like KeyboardInterrupt it is no error that a library may swallow."""
+
+    def __init__(self, number: int) -> None:
+        self.name = signal.Signals(number).name
+        super().__init__(f"stopped by {self.name}; the same command continues the study")
+        self.number = number
+
+    def leave(self) -> BaseException:
+        """What the process ends with: 128 + the number of the signal as its exit code, as shells have it."""
+        return KeyboardInterrupt() if self.number == signal.SIGINT else SystemExit(128 + self.number)
+
+
+class Signals:
+    """Handlers of Ctrl-C, SIGTERM and SIGUSR1 while a cell runs; the earlier ones come back afterwards.
+
+    Inside `deferred` a first signal only sets `caught`, and whoever is inside ends at the next good moment. A second
+    one, or one outside, raises `Interrupted` at once. Other threads than the main one cannot have handlers: there a
+    signal does what it did before.
+
+    Attributes:
+        caught: the number of the signal that waits to be heeded, or None.
+    """
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._deferring = False
+        self._earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {number: signal.getsignal(number) for number in CAUGHT}
+            self.install()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._earlier = {}
+
+    def install(self) -> None:
+        """Take the signals, also back from who took them meanwhile (Lightning does)."""
+        for number in self._earlier:
+            signal.signal(number, self._handle)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A signal waits in `caught` meanwhile; one that nobody heeded is raised at the end."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        self.heed()
+
+    def heed(self) -> None:
+        """End here if a signal waits.
+
+        Raises:
+            Interrupted: one does.
+        """
+        if self.caught is not None:
+            number, self.caught = self.caught, None
+            raise Interrupted(number)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferring or self.caught is not None:
+            raise Interrupted(number)
+        self.caught = number
+        log.warning("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
