@@ -9,6 +9,8 @@ anything runs.
 import hashlib
 import json
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lyapft import watch
+from lyapft import secrets, watch
 from lyapft.errors import InputError
 
 
@@ -148,12 +150,13 @@ class KernelConfig:
 
 @dataclass
 class RuleConfig:
-    """One number and where it must not go: at least one of below, above and sigma."""
+    """One number and where it must not go: at least one of below, above, sigma and fall."""
 
     metric: str = MISSING
     below: float | None = None
     above: float | None = None
     sigma: float | None = None  # standard deviations above the mean of the last `window` steps
+    fall: float | None = None  # factor below the largest of the last `window` steps
     window: int = 128
 
 
@@ -532,6 +535,11 @@ NOT_SCIENCE_TRAINER = ("progress", "record_every_s", "checkpoint_every_s")
 GUARD_ACTIONS = ("skip", "rollback", "stop")
 NOISE_FLOORS = ("replicate", "threads")
 PATHS = ("path", "tokenizer")  # known by content instead
+FOLDER_PARTS = (
+    "study.name",
+    *(f"{group}.name" for group in ("model", "data", "peft", "precision")),
+)  # of a run's folder
+FOLDER_PART = re.compile(r"[\w][\w.+-]*")
 
 
 def register() -> None:
@@ -628,9 +636,18 @@ def faults(cfg: DictConfig) -> list[str]:
         if "every" in probe and probe.every < 1:
             found.append(f"probe.{name}.every={probe.every} must be 1 or more")
     found += _guard_faults(cfg)
-    if not cfg.study.name or Path(cfg.study.name).name != cfg.study.name or cfg.study.name.startswith("."):
-        found.append(f"study.name={cfg.study.name!r} must be a plain folder name")
-    return found
+    for key in FOLDER_PARTS:
+        found += name_faults(key, [OmegaConf.select(cfg, key)])
+    return found + secrets.faults(OmegaConf.to_container(cfg, resolve=True))
+
+
+def name_faults(key: str, names: Iterable[Any]) -> list[str]:
+    """Names that are no plain part of a folder's name: they would lead out of the folder that a run may write to."""
+    return [
+        f"{key}={name!r} must be a plain folder name: letters, digits and . _ + - after a letter, a digit or _"
+        for name in names
+        if not FOLDER_PART.fullmatch(str(name))
+    ]
 
 
 def _guard_faults(cfg: DictConfig) -> list[str]:
@@ -652,13 +669,21 @@ def _guard_faults(cfg: DictConfig) -> list[str]:
         found.append(f"guard.action={guard.action} is unknown: use one of {', '.join(GUARD_ACTIONS)}")
     if not guard.rules:
         found.append(f"guard={guard.name} has no rules: it would never act")
+    for name, rule in guard.rules.items():
+        try:
+            probe = watch.measured_by(str(rule.get("metric")))
+        except InputError as error:
+            found.append(f"guard.rules.{name}: {error}")
+            continue
+        if probe is not None and probe not in cfg.probe:
+            found.append(f"guard.rules.{name} reads {rule.metric}, which probe={probe} measures: switch it on")
     late = [str(name) for name, rule in guard.rules.items() if rule.get("metric") not in ("loss", "grad_norm")]
     if guard.action == "skip" and late:
         found.append(
             f"guard.rules {', '.join(late)}: only loss and grad_norm are known before an update, which action=skip "
             "withholds: use action=rollback or stop"
         )
-    if guard.action == "rollback" and cfg.peft.name == "adalora":
+    if guard.action == "rollback" and OmegaConf.get_type(cfg.peft) is AdaLoraPeft:
         found.append("guard.action=rollback cannot restore what adalora remembers of each rank: use skip or stop")
     values = {"skip_steps": (guard.skip_steps, 0), "every": (guard.every, 1), "limit": (guard.limit, 0)}
     return found + [f"guard.{k}={v} must be at least {least}" for k, (v, least) in values.items() if v < least]
@@ -676,8 +701,12 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
     kept = {key: value for key, value in plain.items() if key not in NOT_SCIENCE}
     for key in NOT_SCIENCE_TRAINER:
         kept["trainer"].pop(key)
-    if cfg.guard.name == "none":
+    if cfg.guard._target_ is None:
         kept.pop("guard")
+    else:
+        read = {watch.measured_by(rule["metric"]) for rule in kept["guard"]["rules"].values()}
+        settings = {name: probe for name, probe in plain["probe"].items() if name in read}
+        kept["guard"] |= {"probes": settings} if settings else {}  # they say at which steps it sees a number
     if not kept["trainer"]["validation_rows"]:
         kept["trainer"].pop("validation_rows")
     kept["trainer"]["learning_rate"] = learning_rate(cfg)

@@ -8,8 +8,7 @@ import logging
 import math
 import netrc
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 from urllib.parse import urlsplit
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig
 
+from lyapft import secrets
 from lyapft.errors import InputError
 from lyapft.records import Record
 
@@ -24,9 +24,6 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["online", "offline", "disabled"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-HIDDEN = "(hidden)"
-SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key|credentials?)$", re.IGNORECASE)
-SECRET_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 CONFIG_FIELDS = ("id", "name", "role", "choices", "seed", "replicate", "overrides", "config", "environment")
 
 
@@ -93,7 +90,7 @@ def summary(record: Record) -> dict[str, Any]:
     {'status': 'ok', 'score/mmlu/5-shot': 0.5}
     """
     flat: dict[str, Any] = {"status": record["status"], "error": (record.get("error") or {}).get("message")}
-    for part in ("training", "cost"):
+    for part in ("training", "cost", "shadow"):
         flat |= {f"{part}/{name}": value for name, value in (record.get(part) or {}).items()}
     for name, value in (record.get("stability") or {}).items():
         if name == "layers":
@@ -116,26 +113,6 @@ def summary(record: Record) -> dict[str, Any]:
 
 def _finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def without_secrets(value: Any, key: str = "") -> Any:
-    """The same nested value with everything that looks like a credential hidden.
-
-    >>> without_secrets({"hub_token": "abc", "batch_tokens": 8192, "path": "https://me:pw@host/x"})
-    {'hub_token': '(hidden)', 'batch_tokens': 8192, 'path': 'https://(hidden)@host/x'}
-    """
-    if isinstance(value, Mapping):
-        return {str(name): without_secrets(inner, str(name)) for name, inner in value.items()}
-    if value is not None and SECRET_KEY.search(key):
-        return HIDDEN
-    if isinstance(value, list | tuple):
-        return [without_secrets(inner) for inner in value]
-    if isinstance(value, str):
-        name, equals, _ = value.partition("=")  # an override such as model.hub_token=abc
-        if equals and SECRET_KEY.search(name.rpartition(".")[2]):
-            return f"{name}={HIDDEN}"
-        return SECRET_IN_URL.sub(HIDDEN, value)
-    return value
 
 
 def wandb_mode(cfg: DictConfig) -> Mode:
@@ -191,7 +168,7 @@ def _wandb_logger(cfg: DictConfig, record: Record, folder: Path) -> WandbLogger:
             name=record["name"],
             job_type=record["role"],
             tags=[str(choice) for choice in record["choices"].values()],
-            config=without_secrets({name: record[name] for name in CONFIG_FIELDS if name in record}),
+            config=secrets.without({name: record[name] for name in CONFIG_FIELDS if name in record}),
             dir=folder,
             mode=mode,
             reinit="create_new",

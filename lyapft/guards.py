@@ -32,7 +32,7 @@ class Guard(Callback):
     training ends, with the outcome `stopped_by_guard`; so it does after `limit` actions.
 
     Attributes:
-        actions: of this training: step, action, rule, metric, value, limit.
+        actions: of this training: step (as in the step series), action, rule, metric, value, limit.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Guard(Callback):
         """Whether to withhold the update that comes next."""
         events = watch.look(self.rules, module.observed)
         if events:
-            self._act(trainer, events[0])
+            self._act(trainer.global_step + 1, events[0])  # the step that is not over yet
             self._left_to_skip = self.skip_steps
             return True
         if self._left_to_skip:
@@ -91,7 +91,7 @@ class Guard(Callback):
             return
         events = watch.look(self.rules, module.observed)
         if events:
-            self._act(trainer, events[0])
+            self._act(trainer.global_step, events[0])
             if self.action == "rollback":
                 self._go_back(trainer, module)
         elif self.action == "rollback" and not module.observed.get("skipped"):
@@ -99,8 +99,7 @@ class Guard(Callback):
             if self._good % self.every == 0:
                 self._keep(trainer, module)
 
-    def _act(self, trainer: L.Trainer, event: watch.Event) -> None:
-        step = trainer.global_step
+    def _act(self, step: int, event: watch.Event) -> None:
         self.actions.append({"step": step, "action": self.action, **vars(event)})
         log.warning("guard at step %d: %s (%s)", step, self.action, event)
         if self.action == "stop":

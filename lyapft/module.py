@@ -76,8 +76,8 @@ class FineTuner(L.LightningModule):
         observed: numbers of the present step, written by this module and by probes, read by the step recorder.
             Cleared at the start of every optimizer step.
         skipped_steps: optimizer steps whose update was withheld: not finite, by the loss scaler, or by `withhold`.
-        nonfinite: of each step with a non-finite loss or gradient: step, loss, layers, rows; without those that a loss
-            scaler is there for, which are in `scaler_skips`.
+        nonfinite: of each step with a non-finite loss or gradient: step (as in the step series, from 1), loss, layers,
+            rows; without those that a loss scaler is there for, which are in `scaler_skips`.
         withhold: None, or asked before each update whether to withhold it.
     """
 
@@ -181,7 +181,7 @@ class FineTuner(L.LightningModule):
 
     def _note_nonfinite(self) -> None:
         """Keep which layers and rows it was, before the gradients are dropped."""
-        step, loss = self.trainer.global_step, self.observed["loss"]
+        step, loss = self.trainer.global_step + 1, self.observed["loss"]
         scale = self._scaler_state()
         if scale is not None and math.isfinite(loss):  # an overflow that the loss scaler is there to find
             self.scaler_skips.append({"step": step, "loss_scale": scale, "rows": list(self._rows)})
@@ -226,7 +226,7 @@ class FineTuner(L.LightningModule):
         return cast(float | None, getattr(self.trainer.precision_plugin, "loss_scale", None))
 
     def _stop_if_hopeless(self, scale: float | None) -> None:
-        step = self.trainer.global_step
+        step = self.trainer.global_step + 1
         if scale is not None and scale < 1.0:
             raise NonFiniteTrainingError(
                 f"step {step}: the loss scale fell to {scale:g}: fp16 cannot hold these gradients. "

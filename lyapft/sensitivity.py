@@ -7,13 +7,14 @@ of transformers serves. The model is evaluated without dropout and gradients, th
 touched, and no hook stays behind.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lyapft.errors import InputError
@@ -122,19 +123,19 @@ def shadow(
     arithmetic: Callable[[], AbstractContextManager[Any]],
     *,
     full: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    wide: nn.Module | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     **tokens: Tensor,
 ) -> Shadow:
     """The same batch in float32 and inside `arithmetic()`, an autocast or an emulation of a format.
 
     Args:
         full: makes the context of the float32 pass, where flags of the process would reduce it.
-        wide: the model of the float32 pass, where the weights of `model` are stored in half.
+        weights: by name, those of the float32 pass, where the model stores them in half.
         tokens: what the model is told of the tokens instead of the mask, such as the position_ids of packed rows.
     """
     told: dict[str, Any] = tokens or {"attention_mask": mask_BL}
     with full():
-        logits, hidden = _run(model if wide is None else wide, input_ids_BL, **told)
+        logits, hidden = _run(model, input_ids_BL, weights=weights, **told)
     with arithmetic():
         other_logits, other_hidden = _run(model, input_ids_BL, autocast=True, **told)
     real = mask_BL.bool()
@@ -239,8 +240,18 @@ def _orthonormal(frame_KBLD: Tensor) -> tuple[Tensor, Tensor]:
     return frame, R.diagonal(dim1=1, dim2=2).abs().log()
 
 
-def _run(model: nn.Module, input_ids_BL: Tensor, *, autocast: bool = False, **tokens: Any) -> tuple[Tensor, Tensor]:
-    """Logits and the residual stream after every block (N, B, L, D), in float32 or wider."""
+def _run(
+    model: nn.Module,
+    input_ids_BL: Tensor,
+    *,
+    autocast: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
+    **tokens: Any,
+) -> tuple[Tensor, Tensor]:
+    """Logits and the residual stream after every block (N, B, L, D), in float32 or wider.
+
+    `weights`: by name, instead of the model's own.
+    """
     hidden: list[Tensor] = []
     handles = [
         block.register_forward_hook(lambda module, args, output: hidden.append(_wide(_first(output))))
@@ -248,7 +259,7 @@ def _run(model: nn.Module, input_ids_BL: Tensor, *, autocast: bool = False, **to
     ]
     full = nullcontext() if autocast else torch.autocast(input_ids_BL.device.type, enabled=False)
     with _removed(handles), _at_rest(model), full:
-        out = model(input_ids=input_ids_BL, use_cache=False, **tokens)
+        out = functional_call(model, dict(weights or {}), (), {"input_ids": input_ids_BL, "use_cache": False, **tokens})
     return _wide(out.logits), torch.stack(hidden)
 
 

@@ -1,5 +1,6 @@
 """A study: the folder of a matrix, its references and its reruns, and what is said of it when a command ends."""
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from lyapft.config import register
+from lyapft.errors import InputError
+
+log = logging.getLogger(__name__)
 INTERRUPTED = 130  # exit code of a process that Ctrl-C ended, as shells have it
 
 
@@ -25,14 +30,21 @@ class StudyFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """One cell."""
-        type(self).planned = _folder(config)
+        self._start(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep."""
-        type(self).planned = _folder(config)
+        self._start(config)
+
+    def _start(self, config: DictConfig) -> None:
+        folder = _folder(config)
+        type(self).planned = folder
+        if folder is not None:
+            _write_plan(config)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """One cell of either, where jobs run in this process."""
+        """One cell of either; what it touched is known where jobs run in this process."""
+        register()  # a worker of a launcher has not run the entry point
         folder = _folder(config)
         if folder is not None and folder not in self.touched:
             self.touched.append(folder)
@@ -50,6 +62,16 @@ def _folder(config: DictConfig) -> Path | None:
         )
         raise SystemExit(1) from None
     return Path(runs) / name
+
+
+def _write_plan(config: DictConfig) -> None:
+    """Keep what this command will run beside its records; what is wrong with a cell, the cell itself will say."""
+    from lyapft.plan import cells, file  # here, so that --help needs no pandas
+
+    try:
+        file.save(cells.cells(config))
+    except InputError as error:
+        log.debug("no plan of this command: %s", error)
 
 
 def closing(command: Callable[[], None]) -> int:
@@ -116,10 +138,13 @@ def _come_back() -> int:
 def _show(folder: Path) -> int:
     """Print the table and write the report; 1 if that fails, so that no failure is silent."""
     from lyapft import records, report
-    from lyapft.errors import InputError
+    from lyapft.plan import file
 
     try:
-        print(report.summary_table(records.load_study(folder)))
+        found = records.load_study(folder)
+        print(report.summary_table(found))
+        if planned := file.load(folder):
+            print(file.summary(file.states(planned, [record for _, record in found])))
         print(f"report: {report.write(folder)}")
     except (InputError, OSError) as error:
         print(f"no report: {error}", file=sys.stderr)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lyapft.experiments.soundness import LENGTHS, NAMES, bound_and_measure, draw, run
-from lyapft.lyapunov.certificate import FORMATS, KERNELS, Rounding, certificate, exact_states
+from lyapft.lyapunov.certificate import KERNELS, Rounding, certificate
+from lyapft.lyapunov.rounding import FORMATS, Inputs
 
 
 @pytest.mark.parametrize("kernel", NAMES)
@@ -31,35 +32,34 @@ def test_the_certificate_says_something():
 def test_the_distribution_reaches_the_hard_cases():
     draws = draw(400, 8, torch.Generator().manual_seed(0))
     slow = -torch.expm1(draws.delta * draws.A)
-    states = exact_states(draws.delta * draws.A, draws.delta * draws.inputs * draws.B[:, None], draws.initial)
+    states = Inputs(draws.delta * draws.A, draws.delta * draws.inputs * draws.B[:, None], draws.initial).states()
     assert (slow <= 1e-4).double().mean() > 0.1
     assert (states.abs() < 2.0**-14).double().mean() > 0.1  # subnormal in fp16
     assert ((draws.adapted != draws.A).double().mean() - 1 / 3).abs() < 0.1
     assert max(LENGTHS) == 4096
 
 
-def first_order(rounding: Rounding, log_decay: Tensor, write: Tensor, states: Tensor, deviation: Tensor) -> Tensor:
+def first_order(rounding: Rounding, exact: Inputs, given: Inputs, states: Tensor) -> Tensor:
     """What is often written: every product of two small numbers dropped, and underflow forgotten."""
     e, bounds, unit = torch.zeros_like(states[:, 0]), [], rounding.unit
-    steps = rounding.products + rounding.argument + rounding.writes
-    for t in range(write.shape[1]):
-        decay, before = log_decay[:, t].exp(), states[:, t].abs()
-        eta = decay * (deviation[:, t] + rounding.exponential + unit * log_decay[:, t].abs())
-        e = decay * e + eta * before + steps * unit * (decay * before + write[:, t].abs())
+    steps, off = rounding.products + rounding.argument + rounding.writes, given.off(exact)
+    for t in range(exact.write.shape[1]):
+        decay, before = exact.log_decay[:, t].exp(), states[:, t].abs()
+        eta = decay * (off.log_decay[:, t] + rounding.exponential + unit * exact.log_decay[:, t].abs())
+        e = decay * e + eta * before + steps * unit * (decay * before + exact.write[:, t].abs())
         bounds.append(e)
     return torch.stack(bounds, dim=1)
 
 
 def test_first_order_bounds_are_violated_by_an_adapter_that_changes_A():
     log_decay = torch.full((1, 200, 1), -0.05, dtype=torch.float64)
-    write, initial = torch.full_like(log_decay, 0.05), torch.ones(1, 1, dtype=torch.float64)
-    states, changed = exact_states(log_decay, write, initial), 0.4 * log_decay  # A shrinks to 0.4 of itself
-    measured = (exact_states(changed, write, initial) - states)[:, 1:].abs()
-    deviation = (changed - log_decay).abs()
+    exact = Inputs(log_decay, torch.full_like(log_decay, 0.05), torch.ones(1, 1, dtype=torch.float64))
+    changed = exact._replace(log_decay=0.4 * log_decay)  # A shrinks to 0.4 of itself
+    states = exact.states()
+    measured = (changed.states() - states)[:, 1:].abs()
     rounding = KERNELS["loop fp32"]
-    assert (measured > first_order(rounding, log_decay, write, states, deviation)).any()
-    sound = certificate(rounding, log_decay, write, states, log_decay_deviation=deviation)
-    assert (measured <= sound).all()
+    assert (measured > first_order(rounding, exact, changed, states)).any()
+    assert (measured <= certificate(rounding, exact, changed, states)).all()
 
 
 def test_a_bound_without_underflow_is_violated_by_subnormals():
@@ -68,17 +68,10 @@ def test_a_bound_without_underflow_is_violated_by_subnormals():
         adapted=draws.A, inputs=draws.inputs / draws.inputs.abs().max() * 1e-6, initial=0 * draws.initial
     )
     bound, measured = bound_and_measure(kernel, draws)
-    rounded = [t.half().double() for t in (draws.delta, draws.A, draws.inputs, draws.B)]
-    log_decay, write = draws.delta * draws.A, draws.delta * draws.inputs * draws.B[:, None]
-    states = exact_states(log_decay, write, draws.initial)
-    deviations = (
-        (rounded[0] * rounded[1] - log_decay).abs(),
-        (rounded[0] * rounded[2] * rounded[3][:, None] - write).abs(),
-    )
-    no_floor = replace(KERNELS[kernel], tiny=0.0)
-    without = certificate(
-        no_floor, log_decay, write, states, log_decay_deviation=deviations[0], write_deviation=deviations[1]
-    )
+    delta, A, inputs, B = (t.half().double() for t in (draws.delta, draws.A, draws.inputs, draws.B))
+    exact = Inputs(draws.delta * draws.A, draws.delta * draws.inputs * draws.B[:, None], draws.initial)
+    given = exact._replace(log_decay=delta * A, write=delta * inputs * B[:, None])
+    without = certificate(replace(KERNELS[kernel], tiny=0.0), exact, given, exact.states())
     assert (measured > without).any()
     assert (measured <= bound).all()
 
@@ -88,7 +81,8 @@ def test_a_state_stored_in_half_stalls_and_the_certificate_knows(name, stalled):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
     log_decay = torch.full((1, 4096, 1), -0.001, dtype=torch.float64)
     write = torch.full_like(log_decay, 0.001)
-    states = exact_states(log_decay, write, torch.zeros(1, 1, dtype=torch.float64))
+    exact = Inputs(log_decay, write, torch.zeros(1, 1, dtype=torch.float64))
+    states = exact.states()
     fixed_point = 0.001 / -math.expm1(-0.001)
     assert fixed_point == pytest.approx(1.0005, abs=1e-6)
     x, stored = torch.zeros((), dtype=dtype), []
@@ -96,7 +90,7 @@ def test_a_state_stored_in_half_stalls_and_the_certificate_knows(name, stalled):
         x = (math.exp(-0.001) * x.float() + write[0, t, 0].float()).to(dtype)
         stored.append(x.double())
     assert x.item() == pytest.approx(stalled, abs=1e-3)
-    bound = certificate(KERNELS[f"stored {name}"], log_decay, write, states)
+    bound = certificate(KERNELS[f"stored {name}"], exact, exact, states)
     deviation = (torch.stack(stored)[None, :, None] - states[:, 1:]).abs()
     assert (deviation <= bound).all()
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from lyapft import dashboard
+from lyapft import dashboard, secrets
 from lyapft.errors import InputError
 from tests import synthetic
 
@@ -210,13 +210,13 @@ def test_no_secret_reaches_the_run(tmp_path: Path) -> None:
     )
 )
 def test_what_is_no_secret_stays_as_it_is(value: Any) -> None:
-    assert dashboard.without_secrets(value) == value
+    assert secrets.without(value) == value
 
 
 @pytest.mark.parametrize("key", ["token", "hub_token", "WANDB_API_KEY", "api_key", "password", "client_secret"])
 def test_keys_that_name_secrets_are_hidden_at_any_depth(key: str) -> None:
     nested = {"a": [{"b": {key: "x"}}]}
-    assert dashboard.without_secrets(nested) == {"a": [{"b": {key: "(hidden)"}}]}
+    assert secrets.without(nested) == {"a": [{"b": {key: "(hidden)"}}]}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from lyapft.cell import CellFailed
 from lyapft.data import pydoc
 from lyapft.errors import InputError
 from lyapft.experiments import certificate, closed_loop, depth, growth, record, subjects
-from lyapft.experiments.frame import interval, over_seeds
+from lyapft.experiments.frame import SHARE, Measured, interval, over_seeds
 from lyapft.report.experiments import page
 from tests.test_config import composed
 
@@ -90,14 +90,19 @@ def test_the_command_takes_models_by_name_and_names_unknown_ones(root, tmp_path)
 def test_runs_of_one_recipe_get_an_interval_over_runs():
     rows = [
         {"model": f"s{i}", "recipe": "mamba · bf16", "rate": value, "low": 0.0, "high": 1.0, "n": 4, "epsilon": e}
+        | {"share": 1 - value, "share_low": 0.0, "share_high": 1.0, "note": i}
         for e, values in {0.1: [0.1, 0.3, 0.2], 0.2: [0.7]}.items()
         for i, value in enumerate(values)
     ]
-    found = over_seeds([*rows, rows[0] | {"recipe": None}], "rate", ["epsilon"])
+    measured = [Measured("rate"), Measured("share", "share_low", "share_high", SHARE)]
+    found = over_seeds([*rows, rows[0] | {"recipe": None}], measured, ["epsilon"])
     assert [row["over"] for row in found] == ["prompts"] * 5 + ["runs"]
-    expected = interval([0.1, 0.3, 0.2])
-    assert (found[-1]["rate"], found[-1]["low"], found[-1]["high"], found[-1]["n"]) == expected
-    assert found[-1]["model"] == "mamba · bf16 (3 runs)"
+    joined, expected = found[-1], interval([0.1, 0.3, 0.2])
+    assert (joined["rate"], joined["low"], joined["high"], joined["n"]) == expected
+    assert joined["model"] == "mamba · bf16 (3 runs)"
+    assert (joined["epsilon"], joined["note"]) == (0.1, None)
+    assert joined["share_high"] == 1.0
+    assert joined["share_low"] == pytest.approx(1 - expected.high)
 
 
 @pytest.mark.parametrize("name", ["theorem", "stall", "growth", "depth", "closed_loop", "certificate"])

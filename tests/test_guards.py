@@ -1,18 +1,22 @@
 """Guards and alerts: what they do about a spike, that they say so, and that they are part of a cell or not."""
 
+import math
 import types
 import warnings
 
 import lightning as L
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
-from lyapft import config, dashboard
+from lyapft import cell, config, dashboard, lyapunov, watch
 from lyapft.guards import Guard
 from lyapft.module import FineTuner, TrainingStopped
 from lyapft.probes import AlertProbe
+from tests.test_cell import prepared
 from tests.test_config import composed, identity
 from tests.test_module import Bigram, batch, trainer_settings
 
@@ -62,7 +66,7 @@ def test_skip_withholds_the_update_and_the_next_and_the_schedule_waits():
     assert module.skipped_steps == 2
     assert module.nonfinite == []
     (action,) = skip.actions
-    assert action["step"] == 4
+    assert action["step"] == 5  # as in the step series, which counts from 1
     assert (action["action"], action["rule"], action["metric"]) == ("skip", "high", "loss")
     assert action["value"] > 100 == action["limit"]
 
@@ -78,7 +82,7 @@ def test_rollback_restores_weights_moments_and_rate_of_the_last_copy_and_goes_on
     assert seen.rates[4] == seen.rates[3]
     assert not torch.equal(plain.weights[4], plain.weights[3])
     assert not torch.equal(seen.weights[5], seen.weights[4])
-    assert [action["step"] for action in back.actions] == [5]  # counted after the update
+    assert [action["step"] for action in back.actions] == [5]
     assert module.skipped_steps == 0
 
 
@@ -119,6 +123,7 @@ def test_a_guard_is_part_of_the_cell_and_none_is_the_cell_of_before():
     assert plain == identity("guard=none")
     assert len({plain, *(identity(f"guard={name}") for name in ("skip", "stop", "rollback"))}) == 4
     assert identity("guard=skip", "guard.skip_steps=2") != identity("guard=skip")
+    assert plain != identity("guard=stop", "guard.name=none")  # it is what a guard does that counts
     assert plain == identity("probe=all") == identity("probe=[lyapunov,shadow]")
 
 
@@ -130,14 +135,61 @@ def test_a_guard_is_part_of_the_cell_and_none_is_the_cell_of_before():
         (["guard=skip", "guard.action=jump"], "guard.action=jump is unknown"),
         (["guard=skip", "~guard.rules.spike"], "no rules"),
         (["guard=rollback", "guard.every=0"], "guard.every=0"),
-        (["guard=skip", "+guard.rules.odd={metric: loss}"], "rule odd has none of below, above and sigma"),
+        (["guard=skip", "+guard.rules.odd={metric: loss}"], "rule odd has none of below, above, sigma and fall"),
         (["guard=skip", "+guard.rules.odd={metric: loss, abov: 3}"], "guard.rules.odd: Key 'abov' not in 'RuleConfig'"),
         (["guard=skip", "+guard.rules.odd={above: 3}"], "odd"),
+        (["guard=stop", "guard.rules.spike.metric=los"], "los is no number that is the same whenever"),
+        (["guard=stop", "guard.rules.spike.metric=tokens_per_s"], "tokens_per_s is no number that is the same"),
+        (["guard=stop", "guard.rules.spike.metric=shadow_kl"], "reads shadow_kl, which probe=shadow measures"),
+        (["guard=stop", "guard.rules.spike.metric=margin", "probe=none"], "which probe=lyapunov measures"),
         (["probe=alerts", "probe.alerts.rules.spike.window=3"], "window=3"),
     ],
 )
 def test_wrong_rules_are_refused_before_anything_runs(overrides, message):
     assert any(message in fault for fault in config.faults(composed(*overrides)))
+
+
+def test_a_guard_makes_the_probe_that_it_reads_part_of_the_cell():
+    edge = ("guard=stop", "+guard.rules.edge={metric: margin, below: 1.0e-5}")
+    assert config.faults(composed(*edge)) == []
+    assert identity(*edge) != identity(*edge, "probe.lyapunov.every=5")
+    assert identity(*edge) == identity(*edge, "probe=[lyapunov,resources]")
+    assert identity("guard=stop") == identity("guard=stop", "probe.lyapunov.every=5")
+
+
+def test_the_lyapunov_numbers_of_rules_are_those_of_the_probe():
+    assert set(watch.REPEATABLE["lyapunov"]) == {*lyapunov.FIELDS, "margin"}
+
+
+def test_alerts_and_guards_see_whole_rows_and_the_last_row_is_kept(tmp_path):
+    record, steps = trained(
+        tmp_path,
+        "probe=[lyapunov,shadow,resources,alerts]",
+        "+probe.alerts.rules.fast={metric: tokens_per_s, above: 0}",
+        "guard=stop",
+        "+guard.rules.high={metric: loss, above: 0}",
+    )
+    assert record["status"] == "stopped_by_guard"
+    assert [alert["step"] for alert in record["alerts"] if alert["rule"] == "fast"] == [1]
+    (action,) = record["guard_actions"]
+    assert list(steps["step"]) == [1] == [action["step"]]
+    assert steps["loss"].iloc[0] == action["value"]
+    assert "shadow_kl" in steps
+
+
+def test_the_same_guarded_cell_acts_the_same(tmp_path):
+    settings = ("guard=rollback", "guard.every=1", "+guard.rules.high={metric: loss, above: 1.0}", "guard.limit=9")
+    (first, steps), (second, again) = (trained(tmp_path / name, *settings) for name in "ab")
+    assert (first["status"], first["guard_actions"]) == ("ok", second["guard_actions"])
+    assert [action["step"] for action in first["guard_actions"]] == [1, 2, 3, 4]
+    assert list(steps["loss"]) == list(again["loss"])
+    assert first["scores"] == second["scores"]
+
+
+def trained(runs, *overrides):
+    """Record and step series of a small cell."""
+    one = prepared(runs, "reference=off", *overrides)
+    return cell.ensure(one), pd.read_parquet(one.folder / "steps.parquet")
 
 
 # --- alerts
@@ -157,6 +209,24 @@ def test_an_alert_is_given_once_until_the_number_comes_back(caplog):
     assert [alert["step"] for alert in probe.given] == [1, 4]
     assert probe.given[0] | {"step": 1, "rule": "r", "metric": "x", "value": 0.5, "limit": 0.9} == probe.given[0]
     assert caplog.text.count("alert at step") == 2
+
+
+def test_the_stock_rules_tell_of_a_collapsing_loss_scale_and_of_an_overflow_in_the_shadow():
+    rules = OmegaConf.to_container(composed("probe=alerts").probe.alerts.rules)
+    scale = given_alerts([65536.0] * 20 + [2.0**k for k in range(15, 0, -1)], **rules["loss_scale"] | {"metric": "x"})
+    assert [alert["value"] for alert in scale.given] == [256.0]
+    assert given_alerts([1.0] * 200, **rules["loss_scale"] | {"metric": "x"}).given == []  # bf16: not scaled
+    shadow = given_alerts([1e-4, math.nan, math.nan, 1e-4, math.inf], **rules["shadow"] | {"metric": "x"})
+    assert [alert["step"] for alert in shadow.given] == [1, 4]
+
+
+def test_alerts_of_a_continued_cell_go_on_also_with_a_rule_more():
+    one = given_alerts([1, 0.5], below=0.9)
+    other = AlertProbe({"r": {"metric": "x", "below": 0.9}, "new": {"metric": "x", "above": 0.1}})
+    other.load_state_dict(one.state_dict())
+    module = types.SimpleNamespace(settings=types.SimpleNamespace(accumulate=1), observed={"x": 0.4})
+    other.on_train_batch_end(types.SimpleNamespace(global_step=2, loggers=[]), module, None, None, 2)
+    assert [(alert["rule"], alert["step"]) for alert in other.given] == [("r", 1), ("new", 2)]
 
 
 def test_a_spike_of_six_standard_deviations_alerts():

@@ -17,7 +17,10 @@ import lyapft
 # Import names that differ from the distribution that brings them.
 DISTRIBUTION = {"hydra": "hydra-core", "lm_eval": "lm-eval", "causal_conv1d": "causal-conv1d", "mamba_ssm": "mamba-ssm"}
 # Needed by another package's feature that lyapft uses, so never imported by lyapft itself.
-INDIRECT = {"pyarrow": "pandas reads and writes parquet with it"}
+INDIRECT = {
+    "pyarrow": "pandas reads and writes parquet with it",
+    "hydra-joblib-launcher": "Hydra finds it as hydra/launcher=joblib",
+}
 COMMANDS = {"mypy", "pre-commit", "pytest-xdist", "ruff"}  # run, not imported
 
 

@@ -1,5 +1,6 @@
 """Shadow and resource probes: right numbers, and not a bit of the training changed by watching."""
 
+import math
 import os
 import types
 from contextlib import nullcontext
@@ -13,7 +14,9 @@ from torch.testing import assert_close
 from transformers import Mamba2ForCausalLM, MambaForCausalLM
 
 from lyapft import cell, precision, recurrence, sensitivity
-from lyapft.probes import ResourceProbe, ShadowProbe
+from lyapft.cell import summary
+from lyapft.probes import ResourceProbe, ShadowProbe, StepRecorder
+from lyapft.records import StepSeries
 from tests.test_cell import prepared, same_weights
 from tests.test_precision import cfg as precision_settings
 from tests.test_probes import MAMBA, MAMBA2, a_batch, a_module
@@ -34,8 +37,10 @@ def series(one: cell.Cell) -> pd.DataFrame:
         ("precision=fp16", "peft=none"),
         ("precision=bf16_true", "model=mamba2_tiny"),
         ("precision=bf16", "model=llama_tiny", "data.packing=true"),
+        ("precision=bf16_true", "data.packing=true", "data.max_length=128"),
+        ("precision=fp16_true", "precision.init_scale=256"),
     ],
-    ids=["dropout", "fp16", "bf16_true", "packed"],
+    ids=["dropout", "fp16", "bf16_true", "packed", "packed_bf16_true", "fp16_true"],
 )
 def test_watching_changes_no_bit_of_the_training(tmp_path, overrides):
     silent = prepared(tmp_path / "a", *overrides, "reference=off", "probe=none")
@@ -55,6 +60,19 @@ def test_watching_changes_no_bit_of_the_training(tmp_path, overrides):
     assert 0.5 < shadow["top1_min"] <= 1
     assert 0 < shadow["deviation_max"] < 0.1
     assert shadow["seconds"] > 0
+
+
+@pytest.mark.parametrize("model", ["mamba_tiny", "mamba2_tiny"])
+def test_packed_weights_in_half_are_as_near_to_float32_as_in_rows_of_their_own(tmp_path, model):
+    """The widened pass keeps sequences apart as well: else its KL is that of other texts, hundreds of times larger."""
+    settings = (f"model={model}", "precision=bf16_true", "probe=shadow", "probe.shadow.every=1", "data.max_length=128")
+    kl = {
+        packing: cell.ensure(prepared(tmp_path, *settings, "reference=off", f"data.packing={packing}"))["shadow"][
+            "kl_mean"
+        ]
+        for packing in ("true", "false")
+    }
+    assert 0 < kl["true"] < 5 * kl["false"]
 
 
 def test_full_precision_is_its_own_shadow(tmp_path):
@@ -90,6 +108,23 @@ def test_weights_in_half_are_compared_with_the_same_weights_widened(build):
     assert module.observed["shadow_kl"] > 0
     assert_close(module.observed["shadow_kl"], float(kl), rtol=0.05, atol=1e-9)
     assert {p.dtype for p in model.parameters()} >= {torch.bfloat16}
+
+
+def test_an_overflow_of_the_shadow_is_counted_and_a_shadow_is_no_part_of_a_step(tmp_path):
+    kl, nothing = [1e-3, math.nan, 3e-3], [math.nan] * 3
+    taken = {"shadow_kl": kl, "shadow_top1": [1.0, 0.5, 0.75], "shadow_deviation": [0.1, math.nan, 0.2]}
+    measured = pd.DataFrame(taken | {"shadow_s": [2.0, 2.0, 2.0], "step_s": [1.0, 1.0, 2.0]})
+    between = pd.DataFrame(dict.fromkeys((*taken, "shadow_s"), nothing) | {"step_s": [1.0, 1.0, 2.0]})
+    found = summary.shadow(pd.concat([measured, between]))["shadow"]
+    assert (found["n"], found["nonfinite"]) == (3, 1)
+    assert (found["kl_mean"], found["kl_max"]) == (pytest.approx(2e-3), 3e-3)
+    assert found["share_of_training"] == pytest.approx(6 / 14)
+    recorder, module = StepRecorder(StepSeries(tmp_path / "s.parquet"), flush_every_s=99.0), a_module()
+    trainer = types.SimpleNamespace(global_step=1, loggers=[])
+    recorder.on_train_batch_start(trainer, module, None, 0)
+    module.observed = {"tokens": 10, "shadow_s": 100.0}
+    recorder.on_train_batch_end(trainer, module, None, None, 0)
+    assert -100 < recorder.series.rows[0]["step_s"] < -90
 
 
 def test_the_seam_is_as_it_was_after_a_shadow_that_failed(monkeypatch):
@@ -134,7 +169,14 @@ def test_only_whole_steps_and_those_asked_for_are_measured():
     assert module.observed == {}
 
 
-def test_on_cuda_the_allocator_and_the_driver_are_asked(monkeypatch):
+class NVMLError(Exception):
+    """As NVML's own errors are: a slice of a GPU has no busy share."""
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("pynvml"), RuntimeError("no driver"), NVMLError("Not Supported")]
+)
+def test_on_cuda_the_allocator_and_the_driver_are_asked(monkeypatch, caplog, error):
     module, device = a_module(), torch.device("cuda")
     module.device, module.observed = device, {"tokens": 10}
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda where: 5 if where is device else None)
@@ -145,14 +187,15 @@ def test_on_cuda_the_allocator_and_the_driver_are_asked(monkeypatch):
     probe.on_train_batch_end(trainer, module, None, None, 0)
     assert (module.observed["memory_bytes"], module.observed["memory_peak_bytes"]) == (5, 7)
     assert module.observed["gpu_percent"] == 42
-    monkeypatch.setattr(torch.cuda, "utilization", partial(_no_library, asked))
+    monkeypatch.setattr(torch.cuda, "utilization", partial(_fails, asked, error))
     module.observed = {"tokens": 10}
     probe.on_train_batch_end(trainer, module, None, None, 0)
     probe.on_train_batch_end(trainer, module, None, None, 0)
     assert "gpu_percent" not in module.observed
     assert len(asked) == 2  # not asked again
+    assert caplog.text.count(f"the busy share of the GPU is not measured: {error}") == 1
 
 
-def _no_library(asked, where):
+def _fails(asked, error, where):
     asked.append(where)
-    raise ModuleNotFoundError("pynvml")
+    raise error

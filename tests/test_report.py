@@ -15,7 +15,7 @@ import pytest
 
 from lyapft import records, report
 from lyapft.errors import InputError
-from lyapft.report import cells, drawing, figures
+from lyapft.report import cells, drawing, figures, stability
 from lyapft.report.__main__ import main
 from lyapft.report.page import render
 from lyapft.verdict import judge
@@ -465,6 +465,17 @@ def test_a_stability_card_names_the_worst_layer_and_marks_the_format_that_ran(
         worst = max(stable["layers"], key=lambda layer: layer["lambda_max"])["layer"]
         assert worst in shown[cell.label]
         assert sum("●" in text for text in shown[cell.label]) == int(f"neutral_{stable.get('scan_format')}" in stable)
+
+
+def test_a_transformer_has_a_card_where_a_shadow_measured_it(tmp_path: Path) -> None:
+    stateless = synthetic.record() | {"stability": {"not_applicable": "no recurrent state"}}
+    synthetic.study(tmp_path, [stateless], 20)
+    assert stability.cards(cells.load_study(tmp_path)) == ""
+    (cell,) = cells.load_study(tmp_path).cells
+    record = cell.record | {"shadow": {"kl_mean": 1.5e-4, "top1_min": 0.99, "deviation_max": 0.01}}
+    (tmp_path / record["name"] / records.RECORD).write_text(json.dumps(record), encoding="utf-8")
+    (card,) = Page(stability.cards(cells.load_study(tmp_path))).of("cell")
+    assert "1.50e−04" in card[-1]
 
 
 def test_a_study_shows_the_experiments_in_its_folder(tmp_path: Path) -> None:

@@ -224,10 +224,10 @@ def test_what_a_killed_process_had_half_written_is_removed(tmp_path):
     assert not half.exists()
 
 
-def test_a_cell_is_taken_while_another_holds_it_also_where_locks_are_not_shared(tmp_path, monkeypatch):
+def test_a_cell_is_elsewhere_while_another_holds_it_also_where_locks_are_not_shared(tmp_path, monkeypatch):
     one = prepared(tmp_path, "reference=off")
     monkeypatch.setattr(state, "FileLock", lambda path: SoftFileLock(f"{path}.{next(numbers_of_machines)}"))
-    assert not state.is_taken(one)
+    assert not state.is_elsewhere(one)
     with state.only_one(one):
-        assert state.is_taken(one)
-    assert not state.is_taken(one)
+        assert state.is_elsewhere(one)
+    assert not state.is_elsewhere(one)

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from lyapft.data import pydoc
 from lyapft.errors import InputError
 from lyapft.experiments import certificate, subjects
-from lyapft.experiments.frame import correlation_interval, share_interval
+from lyapft.experiments.frame import SHARE, correlation_interval, interval
 from tests.tolerances import TOL
 
 FEW = {"prompts": 3, "tokens": 40, "entries": 48, "seed": 1}
@@ -25,8 +25,7 @@ def test_entries_are_states_of_the_models_own_cache(name):
             last = certificate._computed(kernel, entries)[:, -1]
             stored = cache.layers[index].recurrent_states[0] if hasattr(cache, "layers") else cache.ssm_states[index]
             assert_close(last.sort(1).values, stored.flatten(1).float().sort(1).values, **TOL[torch.float32])
-            log_decay, write = entries.exact()
-            exact = certificate.exact_states(log_decay, write, torch.zeros_like(write[:, 0]))[:, -1]
+            exact = entries.recurrence().states()[:, -1]
             assert_close(last.double(), exact, **TOL[torch.float32])
 
 
@@ -60,6 +59,6 @@ def test_intervals_stay_where_their_values_can_lie():
     same = correlation_interval([0.5, 0.5, 0.5])
     assert same.mean == pytest.approx(0.5)
     assert same.low == pytest.approx(same.high)
-    share = share_interval([1.0, 1.0, 0.7])
+    share = interval([1.0, 1.0, 0.7], SHARE)
     assert (share.high, share.n) == (1.0, 3)
     assert 0 <= share.low < share.mean

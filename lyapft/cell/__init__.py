@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from lyapft import backbone, config, dashboard, data, divergence, precision, rates, records, recurrence, study, tasks
 from lyapft.cell import summary
 from lyapft.cell.preparation import Cell, prepare
-from lyapft.cell.state import clean_state, is_taken, log_file, only_one
+from lyapft.cell.state import clean_state, is_elsewhere, log_file, only_one
 from lyapft.cell.validation import validation
 from lyapft.environment import PeakMemory, warm_up
 from lyapft.errors import InputError
@@ -64,7 +64,7 @@ def run(cfg: DictConfig, wait: bool = False) -> Record | None:
     try:
         cfg = rates.applied(cfg)
         cell = prepare(cfg)
-        if not wait and study.can_postpone() and is_taken(cell):
+        if not wait and study.can_postpone() and is_elsewhere(cell):
             log.info("%s is run by another process: going on, and coming back to it", cell.folder.name)
             study.postpone(partial(run, original, wait=True))
             return None
@@ -114,7 +114,8 @@ def _compared(cell: Cell, record: Record) -> Record:
     known = {entry["status"] for entry in record["divergence"]}
     if cell.config.reference != "auto" or record["status"] != "ok" or (known and "missing" not in known):
         return record
-    return records.save_divergence(cell.folder, divergence.against_counterparts(record, _counterparts(cell)))
+    counterparts = _counterparts(cell, _references(cell))
+    return records.save_divergence(cell.folder, divergence.against_counterparts(record, counterparts))
 
 
 def _run_and_record(cell: Cell) -> Record:
@@ -124,10 +125,16 @@ def _run_and_record(cell: Cell) -> Record:
     loggers: list[Logger] = []
     with log_file(cell.folder / records.LOG), Signals() as signals:
         try:
-            counterparts = _counterparts(cell) if cell.config.reference == "auto" else {}
+            references = _references(cell) if cell.config.reference == "auto" else {}
+            # what another process is making will be there when this cell is done: nobody waits with work to do
+            later = {name: twin for name, twin in references.items() if twin is not None and is_elsewhere(twin)}
+            counterparts = _counterparts(cell, {name: references[name] for name in references if name not in later})
             loggers += dashboard.build_loggers(cell.config.logger, record, cell.folder)
             _execute(cell, record, loggers, signals)
-            record["divergence"] = divergence.against_counterparts(record, counterparts)
+            counterparts |= {name: _awaited(twin) for name, twin in later.items()}
+            record["divergence"] = divergence.against_counterparts(
+                record, {name: counterparts[name] for name in references}
+            )
             record["status"] = "ok"
         except TrainingStopped as error:
             _failed(record, error.status, error)
@@ -158,17 +165,30 @@ def _failed(record: Record, status: str, error: BaseException, message: str | No
     log.debug("%s", "".join(traceback.format_exception(error)))
 
 
-def _counterparts(cell: Cell) -> dict[str, Record | None]:
-    """Records of the two full-precision counterparts, made where they are missing; None is the cell itself."""
-    found: dict[str, Record | None] = {}
+def _references(cell: Cell) -> dict[str, Cell | None]:
+    """The cells of the two full-precision counterparts; None is the cell itself."""
+    found: dict[str, Cell | None] = {}
     for name, twin in config.reference_configs(cell.config).items():
         reference = prepare(twin, role="reference", like=cell)
-        if reference.id == cell.id:
-            found[name] = None
-            continue
-        log.info("%s needs its reference %s", cell.folder.name, reference.folder.name)
-        found[name] = ensure(reference)
+        found[name] = None if reference.id == cell.id else reference
     return found
+
+
+def _counterparts(cell: Cell, references: dict[str, Cell | None]) -> dict[str, Record | None]:
+    """Records of references, made where they are missing; None is the cell itself."""
+    found: dict[str, Record | None] = {}
+    for name, reference in references.items():
+        if reference is not None:
+            log.info("%s needs its reference %s", cell.folder.name, reference.folder.name)
+        found[name] = None if reference is None else ensure(reference)
+    return found
+
+
+def _awaited(reference: Cell) -> Record:
+    """The record of a reference that another process makes; an empty one if that process died before it was done."""
+    with only_one(reference):
+        made = (reference.folder / records.RECORD).exists()
+        return records.load(reference.folder) if made else summary.stub(reference)
 
 
 def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals) -> None:
@@ -274,14 +294,14 @@ def _fit(
             probe.bind(seam)
         elif isinstance(probe, ShadowProbe):
             probe.bind(seam, strategy.autocast, partial(precision.matmul_flags, tf32=False))
-    probes.sort(key=lambda probe: isinstance(probe, AlertProbe))  # alerts read what the others measured
     guards: list[Callback] = [] if cell.config.guard._target_ is None else [instantiate(cell.config.guard)]
     series = records.StepSeries(cell.folder / records.STEPS)
     callbacks: list[Callback] = [
         AdapterLiveness(liveness),
-        *probes,
-        *guards,
+        *(probe for probe in probes if not isinstance(probe, AlertProbe)),
         StepRecorder(series, settings.record_every_s),
+        *(probe for probe in probes if isinstance(probe, AlertProbe)),  # they and guards read whole rows
+        *guards,
     ]
     if settings.progress:
         callbacks.append(ProgressBar(_title(cell)))

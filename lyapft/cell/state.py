@@ -38,8 +38,8 @@ def only_one(cell: Cell) -> Iterator[None]:
         yield
 
 
-def is_taken(cell: Cell) -> bool:
-    """Whether another process works on this cell now."""
+def is_elsewhere(cell: Cell) -> bool:
+    """Whether another process is at work on this cell."""
     with ExitStack() as held:
         try:
             for lock in _locks(cell):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback
@@ -41,7 +42,7 @@ def cost(series: pd.DataFrame, memory: PeakMemory, accumulate: int) -> dict[str,
         "tokens_per_s": float(steady["tokens_per_s"].median()),
         "peak_bytes": peak,
         "peak_bytes_per_token": None if peak is None else peak / in_flight,
-        "peak_source": memory.source,
+        "peak_source": memory.source + (", the shadow's passes included" if "shadow_s" in series else ""),
     }
 
 
@@ -70,10 +71,14 @@ def stability(series: pd.DataFrame, seam: recurrence.Seam, scan_format: str) -> 
 
 
 def shadow(series: pd.DataFrame) -> dict[str, Any]:
-    """How far the number format was from float32 on the same weights, where a shadow probe ran."""
-    if "shadow_kl" not in series:
+    """How far the number format was from float32 on the same weights, where a shadow probe ran.
+
+    `nonfinite` of the n measurements overflowed in the format; means and extremes are over the others.
+    """
+    if "shadow_s" not in series:
         return {}
-    taken = series.dropna(subset=["shadow_kl"])
+    taken = series.dropna(subset=["shadow_s"])
+    broken = int((~np.isfinite(taken[["shadow_kl", "shadow_deviation"]])).any(axis=1).sum())
     blocks = [name for name in series if name.startswith("shadow_deviation/")]
     numbers = {
         "kl_mean": taken["shadow_kl"].mean(),
@@ -82,12 +87,11 @@ def shadow(series: pd.DataFrame) -> dict[str, Any]:
         "top1_min": taken["shadow_top1"].min(),
         "deviation_max": taken["shadow_deviation"].max(),
         "seconds": taken["shadow_s"].sum(),
-        "share_of_training": taken["shadow_s"].sum() / series["step_s"].sum(),
+        "share_of_training": taken["shadow_s"].sum() / (series["step_s"].sum() + taken["shadow_s"].sum()),
     }
     layers = {name.removeprefix("shadow_deviation/"): float(taken[name].max()) for name in blocks}
-    return {
-        "shadow": {"n": len(taken)} | {k: float(v) for k, v in numbers.items()} | {"deviation_max_by_block": layers}
-    }
+    counts = {"n": len(taken), "nonfinite": broken}
+    return {"shadow": counts | {k: float(v) for k, v in numbers.items()} | {"deviation_max_by_block": layers}}
 
 
 def events(module: FineTuner, probes: Sequence[Callback], guards: Sequence[Callback]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ already, since projections and convolution ran in it; the certificate is told ho
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +20,8 @@ from lyapft.errors import InputError
 from lyapft.evaluation import rebuild_config
 from lyapft.experiments import subjects
 from lyapft.experiments.frame import Result, correlation_interval, track
-from lyapft.lyapunov.certificate import KERNELS, certificate, exact_states
+from lyapft.lyapunov.certificate import KERNELS, certificate
+from lyapft.lyapunov.rounding import Inputs
 from lyapft.lyapunov.ssd_certificate import ssd_certificate
 from lyapft.recurrence import Layer
 from lyapft.scan.ssd import CHUNK
@@ -36,10 +37,11 @@ class Entries(NamedTuple):
     B: Tensor
     key: Tensor
 
-    def exact(self) -> tuple[Tensor, Tensor]:
-        """ΔA and the write Δ u b, (B, L, K), float64."""
+    def recurrence(self) -> Inputs:
+        """Each entry's own recurrence from a state of zero, in float64."""
         delta, A, inputs, B = (t.double() for t in (self.delta, self.A, self.inputs, self.B))
-        return delta * A, delta * inputs * B
+        write = delta * inputs * B
+        return Inputs(delta * A, write, torch.zeros_like(write[:, 0]))
 
 
 def run(
@@ -149,18 +151,12 @@ def _draw(shape: tuple[int, ...], entries: int, generator: torch.Generator) -> t
 
 def _promised_and_measured(kernel: str, reference: Entries, given: Entries) -> tuple[Tensor, Tensor]:
     """(B, K) largest bound and largest deviation over tokens; of ssd, which shows no other state, at the last token."""
-    log_decay, write = reference.exact()
-    other_decay, other_write = given.exact()
-    states = exact_states(log_decay, write, torch.zeros_like(write[:, 0]))
-    off: dict[str, Any] = {
-        "log_decay_deviation": (other_decay - log_decay).abs(),
-        "write_deviation": (other_write - write).abs(),
-        "write_factor": float(given.B.abs().max()),
-    }
+    exact, read, factor = reference.recurrence(), given.recurrence(), float(given.B.abs().max())
+    states = exact.states()
     if kernel == "ssd":
-        bound = ssd_certificate(log_decay, write, states, chunk=CHUNK, **off)
+        bound = ssd_certificate(exact, read, states, chunk=CHUNK, write_factor=factor)
     else:
-        bound = certificate(KERNELS[kernel], log_decay, write, states, **off)
+        bound = certificate(KERNELS[kernel], exact, read, states, write_factor=factor)
     computed = _computed(kernel, given)
     deviation = (computed.double() - states[:, -computed.shape[1] :]).abs()
     return bound[:, -computed.shape[1] :].amax(1), deviation.amax(1)

@@ -1,8 +1,11 @@
 """What feedback makes of a change: greedy decoding from a perturbed prompt against the unperturbed one."""
 
+import torch
+from torch import Tensor
+
 from lyapft.data import pydoc
 from lyapft.experiments import subjects
-from lyapft.experiments.frame import Result, interval, over_seeds, share_interval, track
+from lyapft.experiments.frame import SHARE, Interval, Measured, Result, interval, over_seeds, track
 from lyapft.sensitivity import closed_loop
 
 
@@ -30,8 +33,8 @@ def run(
                     closed_loop(subject.model, ids, token=tokens - 1, epsilon=epsilon, new_tokens=new_tokens, seed=seed)
                     for seed in range(seeds)
                 ]
-                agreement = share_interval((sum(one.agreement_B for one in found) / seeds).tolist())  # type: ignore[union-attr]
-                first = interval((sum(one.first_difference_B.double() for one in found) / seeds).tolist())  # type: ignore[union-attr]
+                agreement = _over_prompts([one.agreement_B for one in found], SHARE)
+                first = _over_prompts([one.first_difference_B for one in found], (0, new_tokens))
                 own.append(agreement)
                 rows.append(
                     shared
@@ -39,4 +42,13 @@ def run(
                     | {"first_difference": first.mean, "first_low": first.low, "first_high": first.high, "n": first.n}
                 )
         curves.append(shared | {"x": sizes} | {key: [getattr(a, key) for a in own] for key in ("mean", "low", "high")})
-    return Result(over_seeds(rows, "agreement", ["epsilon"]), {"curves": curves})
+    measured = (
+        Measured("agreement", within=SHARE),
+        Measured("first_difference", "first_low", "first_high", (0, new_tokens)),
+    )
+    return Result(over_seeds(rows, measured, ["epsilon"]), {"curves": curves})
+
+
+def _over_prompts(found: list[Tensor], within: tuple[float, float]) -> Interval:
+    """Interval over prompts of their means over the directions of the change."""
+    return interval(torch.stack(found).double().mean(0).tolist(), within)

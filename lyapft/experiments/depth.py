@@ -4,7 +4,7 @@ import torch
 
 from lyapft.data import pydoc
 from lyapft.experiments import subjects
-from lyapft.experiments.frame import Result, interval, over_seeds, track
+from lyapft.experiments.frame import Measured, Result, interval, over_seeds, track
 from lyapft.sensitivity import depth_exponents
 
 
@@ -28,4 +28,4 @@ def run(models: list[str], prompts: int, tokens: int, directions: int, seeds: in
         bands = [interval(block.tolist()) for block in largest_NB.cumsum(0)]
         curve = {key: [0.0, *(getattr(band, key) for band in bands)] for key in ("mean", "low", "high")}
         curves.append(shared | {"x": list(range(len(bands) + 1)), **curve})
-    return Result(over_seeds(rows, "exponent"), {"curves": curves})
+    return Result(over_seeds(rows, [Measured("exponent")]), {"curves": curves})

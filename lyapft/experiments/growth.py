@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lyapft.data import pydoc
 from lyapft.experiments import subjects
-from lyapft.experiments.frame import Result, interval, over_seeds, track
+from lyapft.experiments.frame import Measured, Result, interval, over_seeds, track
 from lyapft.sensitivity import growth_rate, perturbation_growth
 
 
@@ -33,7 +33,7 @@ def run(
         shared = subject.named()
         rows.append(shared | {"rate": rate.mean, "low": rate.low, "high": rate.high, "n": rate.n, "epsilon": epsilon})
         curves.append(shared | {"x": list(range(tokens - token)), **_band(logs_BL)})
-    return Result(over_seeds(rows, "rate"), {"curves": curves})
+    return Result(over_seeds(rows, [Measured("rate")]), {"curves": curves})
 
 
 def _band(logs_BL: Tensor) -> dict[str, list[float]]:

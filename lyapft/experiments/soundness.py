@@ -5,13 +5,14 @@ state. Step sizes spread over five decades, so that 1 − ā reaches 1e-5 and be
 become subnormal, or overflow; a third of the layers has an A that an adapter has changed.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lyapft import scan
-from lyapft.lyapunov.certificate import KERNELS, certificate, exact_states
+from lyapft.lyapunov.certificate import KERNELS, certificate
+from lyapft.lyapunov.rounding import Inputs
 from lyapft.lyapunov.ssd_certificate import ssd_certificate
 from lyapft.scan.ssd import CHUNK
 
@@ -71,25 +72,24 @@ def computed(kernel: str, delta: Tensor, A: Tensor, inputs: Tensor, B: Tensor, i
     return torch.stack(states, dim=1)
 
 
+def _inputs(delta: Tensor, A: Tensor, inputs: Tensor, B: Tensor, initial: Tensor) -> Inputs:
+    return Inputs(delta * A, delta * inputs * B[:, None], initial)
+
+
 def bound_and_measure(kernel: str, draws: Draws) -> tuple[Tensor, Tensor]:
     """((1, L, D) certificate, measured deviation) of every state shown; not finite where the kernel overflowed."""
     dtype = DTYPES[kernel.split()[1]] if kernel.startswith("loop") else torch.float32
-    exact = draws.delta * draws.A, draws.delta * draws.inputs * draws.B[:, None]
-    given = [t.to(dtype) for t in (draws.delta, draws.adapted, draws.inputs, draws.B)]
+    exact = _inputs(draws.delta, draws.A, draws.inputs, draws.B, draws.initial)
+    read = [t.to(dtype) for t in (draws.delta, draws.adapted, draws.inputs, draws.B)]
     initial = draws.initial.to(DTYPES[kernel.split()[1]] if " " in kernel else dtype)
-    delta, A, inputs, B = (t.double() for t in given)
-    states = exact_states(*exact, draws.initial)
-    deviations: dict[str, Any] = {
-        "log_decay_deviation": (delta * A - exact[0]).abs(),
-        "write_deviation": (delta * inputs * B[:, None] - exact[1]).abs(),
-        "initial_deviation": (initial.double() - draws.initial).abs(),
-        "write_factor": float(B.abs().max()),
-    }
+    given, states = _inputs(*(t.double() for t in (*read, initial))), exact.states()
+    factor = float(read[3].abs().max())
     if kernel == "ssd":
-        bound = ssd_certificate(*exact, states, **deviations, chunk=CHUNK)[:, -1:]
+        bound = ssd_certificate(exact, given, states, chunk=CHUNK, write_factor=factor)[:, -1:]
     else:
-        bound = certificate(KERNELS[kernel], *exact, states, **deviations)
-    found = computed(kernel, given[0], given[1], given[2], given[3], initial)
+        bound = certificate(KERNELS[kernel], exact, given, states, write_factor=factor)
+    delta, A, inputs, B = read
+    found = computed(kernel, delta, A, inputs, B, initial)
     return bound, (found.double() - states[:, -found.shape[1] :]).abs()
 
 

@@ -14,7 +14,6 @@ m_t is the factor that is really multiplied, ā_t or its distance from 1, and κ
 rounds away. Where ā_t + η_t > 1, that is 1 − ā below the unit roundoff, the bound grows exponentially and soon says
 nothing: there the format may really stall. `KERNELS` says why each constant is what it is. Overflow is outside: exclude
 and count it.
-Source: Higham, Accuracy and Stability of Numerical Algorithms (2002), §2.2 and §3.1, for u, s and γ.
 """
 
 from dataclasses import dataclass, replace
@@ -22,13 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# unit roundoff and smallest subnormal
-FORMATS = {"fp32": (2.0**-24, 2.0**-149), "bf16": (2.0**-8, 2.0**-133), "fp16": (2.0**-11, 2.0**-24)}
-ULP = 2 * 2.0**-24  # of float32, relative to the number: 2u at most
+from lyapft.lyapunov.rounding import FORMATS, REFERENCE, ULP, Inputs, gamma, unbounded
+
 # Elementwise half operations of torch run in float32 and round once more: u of half plus that of the float32 result.
 _DOUBLE_ROUNDING = 2.0**-23
 _CPU_CHUNK = 16  # tokens after which the compiled scan folds what happened into its base
-REFERENCE = 8 * 2.0**-53  # the exact trajectory is itself a float64 loop: exp, two products, two sums, with room
 _BOUNDARY = (0.34, 0.36)  # |ΔA| between which a kernel may take either branch of its decay
 
 
@@ -92,44 +89,30 @@ KERNELS: dict[str, Rounding] = {
 }
 
 
-def exact_states(log_decay: Tensor, write: Tensor, initial: Tensor) -> Tensor:
-    """(B, L + 1, …) states x_0 … x_L of the float64 loop."""
-    states = [initial]
-    for t in range(write.shape[1]):
-        states.append(log_decay[:, t].exp() * states[-1] + write[:, t])
-    return torch.stack(states, dim=1)
-
-
 def certificate(
-    rounding: Rounding,
-    log_decay: Tensor,
-    write: Tensor,
-    states: Tensor,
-    *,
-    log_decay_deviation: Tensor | None = None,
-    write_deviation: Tensor | None = None,
-    initial_deviation: Tensor | None = None,
-    write_factor: float = 1.0,
+    rounding: Rounding, exact: Inputs, given: Inputs, states: Tensor, *, write_factor: float = 1.0
 ) -> Tensor:
     """(B, L, …) upper bounds of |x̂_t − x_t|.
 
     Args:
         rounding: one of `KERNELS`.
-        log_decay: Δ_t A ≤ 0 of the exact trajectory. write: b_t. states: x_0 … x_L from `exact_states`.
-        log_decay_deviation: |δ(ΔA)|, the kernel's inputs against the exact ones: rounded, or an A that was adapted.
-        write_deviation: |δb| of the inputs. initial_deviation: of the initial state.
+        exact: the inputs of the exact trajectory. given: those that the kernel reads.
+        states: `exact.states()`.
         write_factor: largest |B|: what an underflow of Δ u is multiplied with.
     """
-    zero = torch.zeros(())
-    e = torch.zeros_like(states[:, 0]) if initial_deviation is None else initial_deviation.clone()
-    base, bounds = states[:, 0].abs() + e, []
-    for t in range(write.shape[1]):
-        before, after, b = states[:, t].abs(), states[:, t + 1].abs(), write[:, t].abs()
-        input_deviation = zero if log_decay_deviation is None else log_decay_deviation[:, t]
-        decay, eta, factor, near = _decay(rounding, log_decay[:, t], input_deviation)
-        given = zero if write_deviation is None else write_deviation[:, t]
+    off = given.off(exact)
+    e, bounds = off.initial, []
+    base = states[:, 0].abs() + e
+    for t in range(exact.write.shape[1]):
+        before, after, b, given_off = (
+            states[:, t].abs(),
+            states[:, t + 1].abs(),
+            exact.write[:, t].abs(),
+            off.write[:, t],
+        )
+        decay, eta, factor, near = _decay(rounding, exact.log_decay[:, t], off.log_decay[:, t])
         floor = rounding.tiny * (1 + write_factor)
-        beta = given + gamma(rounding.writes, rounding.unit) * (b + given) + floor
+        beta = given_off + gamma(rounding.writes, rounding.unit) * (b + given_off) + floor
         state = before + e
         local = gamma(rounding.products, rounding.unit) * (factor + eta) * state
         local = local + gamma(rounding.sums, rounding.unit) * (b + beta) + 2 * rounding.tiny
@@ -141,16 +124,6 @@ def certificate(
         e = e * (1 + unit) + unit * after + tiny
         bounds.append(seen * (1 + unit) + unit * after + tiny)
     return torch.stack(bounds, dim=1)
-
-
-def gamma(k: int, unit: float) -> float:
-    """γ_k = k u / (1 − k u): what k roundings do at most, relative (Higham, lemma 3.1)."""
-    return k * unit / (1 - k * unit)
-
-
-def unbounded(e: Tensor) -> Tensor:
-    """e, with ∞ where it is not a number: what a bound that has overflowed, times 0, can still say."""
-    return torch.where(e.isnan(), torch.inf, e)
 
 
 def _decay(rounding: Rounding, log_decay: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,58 +1,66 @@
-"""The rounding certificate of the chunked state space duality kernel (`scan/ssd.py`), at the ends of its chunks.
+"""The rounding certificate of the chunked state space duality kernel, at the ends of its chunks.
 
 Letters: B batch, T tokens of a chunk; log decays are (B, L, …) and broadcast against writes (B, L, …). Float64.
 
 With s the running sum of ΔA inside a chunk, the kernel computes
 
-    x ← exp(s_T) x + Σ_j exp(s_T − s_j) b_j,     b_j = Δ_j x_j B_j
+    x ← exp(s_T) x + Σ_j τ_j,     τ_j = exp(s_T − s_j) b_j,     b_j = Δ_j x_j B_j
 
-s is summed and subtracted in float64 and rounded once, so an exponential is off by e^{u |argument|} (1 + ε). A term of
-the sum is rounded when Δ x and when its product with the exponential is formed, and passes at most T roundings of the
-matrix product, whatever its order; the last sum and its product round the state twice and the sum once. As in
-`certificate`, nothing of second order is dropped.
+s is summed and subtracted in float64 and rounded once, so an exponential is off by e^{u |argument|} (1 + ε). A term τ
+is rounded three times: as Δ x, times the exponential, times B (by a fused multiply-add: twice). The sum is a matrix
+product of unknown order. Whatever it is, n terms take n − 1 additions, each of which rounds the sum of some of them,
+and no sum of some exceeds M, that of the positive or that of the negative terms, whichever is larger; so with E for
+what all additions round away
+
+    E ≤ (n − 1) u (M + E),     that is     E ≤ γ_{n−1} M
+
+instead of γ Σ|τ|, twice as much where signs are mixed. The last product and the last sum round once each, the sum in
+proportion to the state that comes out. As in `certificate`, nothing of second order is dropped.
 """
 
 import torch
 from torch import Tensor
 
-from lyapft.lyapunov.certificate import FORMATS, REFERENCE, ULP, gamma, unbounded
+from lyapft.lyapunov.rounding import FORMATS, REFERENCE, ULP, Inputs, gamma, unbounded
 
 UNIT, TINY = FORMATS["fp32"]
 
 
-def ssd_certificate(
-    log_decay: Tensor,
-    write: Tensor,
-    states: Tensor,
-    *,
-    log_decay_deviation: Tensor | None = None,
-    write_deviation: Tensor | None = None,
-    initial_deviation: Tensor | None = None,
-    write_factor: float = 1.0,
-    chunk: int,
-) -> Tensor:
-    """(B, ⌈L/chunk⌉, …) upper bounds of |x̂ − x| after each chunk of `chunk` tokens; else as `certificate`."""
-    changed = torch.zeros_like(log_decay) if log_decay_deviation is None else log_decay_deviation
-    given = torch.zeros_like(write) if write_deviation is None else write_deviation
-    e = torch.zeros_like(states[:, 0]) if initial_deviation is None else initial_deviation.clone()
-    chunk, bounds = min(chunk, write.shape[1]), []
-    for start in range(0, write.shape[1], chunk):
-        part = slice(start, start + chunk)
-        before, b, db = states[:, start].abs(), write[:, part].abs(), given[:, part]
-        after_token = _tail_sums(log_decay[:, part])
-        weight, relative = after_token.exp(), _relative(after_token, _tail_sums(changed[:, part]))
-        relative = (1 + UNIT) ** 2 * (1 + relative) / (1 - chunk * UNIT) - 1
-        total = (weight * b).sum(1)
-        beta = (weight * ((b + db) * (1 + relative) - b)).sum(1)
-        beta = beta + TINY * (chunk * (1 + 2 * write_factor) + (b + db).sum(1))
-        argument, change = log_decay[:, part].sum(1), changed[:, part].sum(1)
+def ssd_certificate(exact: Inputs, given: Inputs, states: Tensor, *, chunk: int, write_factor: float = 1.0) -> Tensor:
+    """(B, ⌈L/chunk⌉, …) upper bounds of |x̂ − x| after each chunk; arguments as of `certificate`.
+
+    Args:
+        chunk: tokens per chunk of the kernel.
+    """
+    off, length, bounds = given.off(exact), exact.write.shape[1], []
+    e = off.initial
+    for start in range(0, length, chunk):
+        end = min(start + chunk, length)
+        part, before, after = slice(start, end), states[:, start].abs(), states[:, end].abs()
+        log_decay, change = exact.log_decay[:, part], off.log_decay[:, part]
+        sum_of_terms, wrong_sum = _sum(log_decay, change, exact.write[:, part], off.write[:, part], write_factor)
+        argument = log_decay.sum(1)
         kept = argument.exp()
-        eta = kept * _relative(argument, change) + TINY
-        local = gamma(2, UNIT) * (kept + eta) * (before + e) + UNIT * (total + beta) + 2 * TINY
-        local = local + chunk * REFERENCE * (kept * before + total)
-        e = unbounded((kept + eta) * e + eta * before + beta + local)
+        eta = kept * _relative(argument, change.sum(1)) + TINY
+        product = UNIT * (kept + eta) * (before + e) + TINY
+        reference = (end - start) * REFERENCE * (kept * before + sum_of_terms)
+        wrong = (kept + eta) * e + eta * before + wrong_sum + product + reference
+        e = unbounded(wrong + UNIT * (after + wrong))
         bounds.append(e)
     return torch.stack(bounds, dim=1)
+
+
+def _sum(log_decay: Tensor, change: Tensor, write: Tensor, off: Tensor, write_factor: float) -> tuple[Tensor, Tensor]:
+    """Σ|τ| of the exact terms of a chunk, and a bound on what is wrong with their computed sum."""
+    length = write.shape[1]
+    after_token = _tail_sums(log_decay)
+    weight = after_token.exp()
+    computed = (1 + _relative(after_token, _tail_sums(change))) * (1 + UNIT) ** 3  # at most, per exact term
+    exact, b = (weight * write.abs()).sum(1), write.abs() + off
+    floor = TINY * (length * (1 + 2 * write_factor) + b.sum(1))
+    terms = (weight * (b * computed - write.abs())).sum(1) + floor
+    sides = ((weight * computed * (side.clamp(min=0) + off)).sum(1) + floor for side in (write, -write))
+    return exact, terms + gamma(length - 1, UNIT) * torch.maximum(*sides)
 
 
 def _tail_sums(x: Tensor) -> Tensor:

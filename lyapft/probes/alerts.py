@@ -21,7 +21,7 @@ class AlertProbe(Callback):
     """Watches logged numbers by rules; an alert goes to the log, the record and W&B.
 
     One alert for each time that a number crosses its limit: it has to come back before the next. Put it behind the
-    probes whose numbers it watches.
+    step recorder, so that it sees every column of the step series.
 
     Attributes:
         given: the alerts so far: step, rule, metric, value, limit.
@@ -62,6 +62,7 @@ class AlertProbe(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was written."""
-        for rule in self.rules:
-            rule.restore(state_dict["rules"][rule.name])
+        for rule in self.rules:  # which may have changed: a probe is no part of its cell
+            if rule.name in state_dict["rules"]:
+                rule.restore(state_dict["rules"][rule.name])
         self.given = list(state_dict["given"])

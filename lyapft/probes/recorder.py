@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class StepRecorder(Callback):
     """One row per optimizer step: into the step series, and to the loggers.
 
-    Put it last among the callbacks: it reads what the others left in `FineTuner.observed`.
+    Put it behind the probes, whose numbers it reads in `FineTuner.observed`, and before alerts and guards, which read
+    its own and may end the training. The seconds of a shadow are no part of a step's time.
     """
 
     def __init__(self, series: StepSeries, flush_every_s: float) -> None:
@@ -45,7 +46,7 @@ class StepRecorder(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
         observed = cast("FineTuner", pl_module).observed
-        elapsed = time.perf_counter() - self._started
+        elapsed = time.perf_counter() - self._started - observed.get("shadow_s", 0.0)
         observed["step_s"] = elapsed
         observed["tokens_per_s"] = observed["tokens"] / elapsed
         self.series.append({"step": trainer.global_step, **observed})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +14,8 @@ from lightning.pytorch.callbacks import Callback
 
 if sys.platform == "linux":
     import resource  # elsewhere it counts in other units, or is not there
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lyapft.module import FineTuner
@@ -77,8 +80,9 @@ class ResourceProbe(Callback):
             return
         try:
             module.observed["gpu_percent"] = float(torch.cuda.utilization(module.device))
-        except (ModuleNotFoundError, RuntimeError):  # no NVML, or a driver that does not say
+        except Exception as error:  # noqa: BLE001 - no NVML, or NVML's own: a slice of a GPU has no such number
             self._gpu_reports = False
+            log.warning("the busy share of the GPU is not measured: %s", error)
 
     def _clocks(self) -> tuple[float, float]:
         """Seconds of the wall, and of all threads of this process on processors."""

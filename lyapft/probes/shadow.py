@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,7 +26,7 @@ class ShadowProbe(Callback):
     """Every `every` steps: KL, top-1 agreement and the deviation after every block, format against float32.
 
     Taken before the optimizer's step, on the weights that the forward pass had, without dropout and with random states
-    forked, so that training is the same to the bit. Weights that are stored in half are widened in a copy. Columns:
+    forked, so that training is the same to the bit. Weights that are stored in half are widened in copies. Columns:
     `shadow_kl` (nats per token), `shadow_top1` (share), `shadow_deviation` (largest of the blocks, relative) and
     `shadow_deviation/BLOCK`, `shadow_s` (seconds that it took).
     """
@@ -56,17 +56,19 @@ class ShadowProbe(Callback):
         """Measure, before the weights change."""
         if trainer.global_step % self.every or self._format is None or self._full is None:
             return
-        module, started = cast("FineTuner", pl_module), time.perf_counter()
+        module = cast("FineTuner", pl_module)
         model = module.model
+        if module.device.type == "cuda":  # the backward pass that is still running is no cost of the shadow
+            torch.cuda.synchronize()
+        started = time.perf_counter()
         with _unwatched(self._seam):
-            wide = _widened(model)
             found = sensitivity.shadow(
                 model,
                 self._batch["input_ids"],
                 self._batch["attention_mask"],
                 self._format,
                 full=self._full,
-                wide=wide,
+                weights=_widened(model),
                 **module.token_arguments(self._batch),
             )
         names = [name for name, _ in sensitivity.residual_blocks(model)]
@@ -80,10 +82,14 @@ class ShadowProbe(Callback):
         }
 
 
-def _widened(model: nn.Module) -> nn.Module:
-    """The model, or, where weights are stored in half, a copy in float32."""
-    half = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
-    return copy.deepcopy(model).float() if half else model
+def _widened(model: nn.Module) -> dict[str, Tensor]:
+    """Float32 copies of the weights that are stored in half.
+
+    They stand in for the model's own during one pass: a copy of the model would have a seam of its own, which knows
+    nothing of the batch, and would hold the gradients twice.
+    """
+    stored = model.named_parameters()
+    return {name: p.detach().float() for name, p in stored if p.is_floating_point() and p.element_size() < 4}
 
 
 @contextmanager
@@ -92,9 +98,9 @@ def _unwatched(seam: Seam | None) -> Iterator[None]:
     if seam is None:
         yield
         return
-    kept = seam.tap, seam.sequence, dict(seam.kernels), dict(seam.fallbacks)
-    seam.tap = None
+    kept = seam.tap, seam.input_tap, seam.sequence, dict(seam.kernels), dict(seam.fallbacks)
+    seam.tap = seam.input_tap = None
     try:
         yield
     finally:
-        seam.tap, seam.sequence, seam.kernels, seam.fallbacks = kept
+        seam.tap, seam.input_tap, seam.sequence, seam.kernels, seam.fallbacks = kept

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lyapft import records
 from lyapft.errors import InputError
+from lyapft.plan import file
 from lyapft.report import exports
 from lyapft.report.cells import load_study
 from lyapft.report.page import render
@@ -32,7 +33,8 @@ def write(study: Path, output: Path | None = None, settings: Settings | None = N
     """
     found = load_study(study)
     items = {str(cell.record["id"]): cell.items for cell in found.cells if cell.items is not None}
-    verdict = judge([cell.record for cell in found.cells], items, settings)
+    finished = [cell.record for cell in found.cells]
+    verdict = judge(finished, items, settings, file.outstanding(file.load(study), finished))
     page = render(found, verdict)
     target = output or study / DEFAULT_NAME
     if target.is_dir():

@@ -20,15 +20,16 @@ CAPTION = (
 
 
 def cards(study: Study) -> str:
-    """The cards as one table, a row per cell with a measured recurrence or shadow; empty where there is none."""
-    cells = [
-        cell
-        for cell in study.cells
-        if isinstance(read(cell.record, "stability", "lambda_max"), int | float) or cell.record.get("shadow")
-    ]
+    """The cards as one table, a row per cell with a measured stability or shadow; empty where there is none."""
+    cells = [cell for cell in study.cells if _measured(cell)]
     if not cells:
         return ""
     return f"<h2>Stability cards</h2>\n{as_html(columns(study, cells), CAPTION)}"
+
+
+def _measured(cell: Cell) -> bool:
+    """A Transformer has no state to measure; a shadow it may have."""
+    return isinstance(read(cell.record, "stability", "lambda_max"), int | float) or bool(cell.record.get("shadow"))
 
 
 def columns(study: Study, cells: list[Cell]) -> list[Column]:
@@ -72,9 +73,7 @@ def _shadow(cells: list[Cell]) -> list[Column]:
     if not any(cell.record.get("shadow") for cell in cells):
         return []
     return [
-        Column(
-            "shadow: format against float32", title, [number(read(cell.record, "shadow", key), shown) for cell in cells]
-        )
+        Column(SHADOW, title, [number(read(cell.record, "shadow", key), shown) for cell in cells])
         for title, key, shown in (
             ("mean KL (nats/token)", "kl_mean", ".2e"),
             ("least top-1 agreement", "top1_min", ".3f"),

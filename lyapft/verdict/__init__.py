@@ -14,11 +14,11 @@ from lyapft.verdict import sentences, tables
 from lyapft.verdict.architectures import Contrast, Gain, contrasts, gains, twins
 from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, Evidence, Settings, gather
 from lyapft.verdict.floors import Floor, floors
-from lyapft.verdict.gaps import Gap, gaps
+from lyapft.verdict.gaps import Gap, Outstanding, gaps
 from lyapft.verdict.recipes import Row, ScoreRow, rows, score_rows
 from lyapft.verdict.recommendation import Recommendation, recommend
 
-__all__ = ["Recommendation", "Row", "ScoreRow", "Section", "Settings", "Verdict", "judge"]
+__all__ = ["Outstanding", "Recommendation", "Row", "ScoreRow", "Section", "Settings", "Verdict", "judge"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ class Verdict:
 
 
 def judge(
-    records: Sequence[Record], items: Mapping[str, pd.DataFrame] | None = None, settings: Settings | None = None
+    records: Sequence[Record],
+    items: Mapping[str, pd.DataFrame] | None = None,
+    settings: Settings | None = None,
+    outstanding: Sequence[Outstanding] = (),
 ) -> Verdict:
     """The verdict on the records of one study, at any stage.
 
@@ -55,6 +58,7 @@ def judge(
         records: every record of the study, whatever its status.
         items: per-item answers by record id; flip rates and likelihood shifts need those of both sides.
         settings: margin, risk, power and cost weights.
+        outstanding: runs that the study plans and has no record of.
     """
     settings = settings or Settings()
     evidence = gather(records, items)
@@ -62,7 +66,7 @@ def judge(
     scores = score_rows(paper, settings)
     advice = recommend(paper, settings)
     apart = contrasts(evidence, [*paper, *same_peft], settings)
-    gained, floor, gap = gains(evidence), floors(evidence), gaps(evidence)
+    gained, floor, gap = gains(evidence), floors(evidence), gaps(evidence, outstanding)
     texts = {
         "Recommendation": sentences.recommendations(advice, settings),
         "Where it fails": sentences.failures(evidence, paper, scores, settings),

@@ -1,11 +1,12 @@
 """What a study does not have: runs that failed, are not there yet, or have no counterpart to be compared with."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lyapft.records import Record, divergence_entry
 from lyapft.verdict.evidence import PAPER, Evidence, Recipe, seed_of
 
-NOT_RUN, NO_COUNTERPART = "not run", "no counterpart"
+NOT_RUN, NO_COUNTERPART, NO_RERUN = "not run", "no counterpart", "rerun not run"
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,47 @@ class Gap:
     error: str = ""
 
 
-def gaps(evidence: Evidence) -> list[Gap]:
-    """Every seed that some recipe of a setting has and another lacks, in the order of the recipes."""
+@dataclass(frozen=True)
+class Outstanding:
+    """A run that the study plans and has no record of yet.
+
+    Attributes:
+        choices: names of model, data, task, precision and peft.
+        alike: identities of records of the same recipe, as far as there are any.
+        rerun: for the noise floor.
+    """
+
+    choices: Mapping[str, str]
+    seed: int
+    alike: frozenset[str] = frozenset()
+    rerun: bool = False
+
+
+def gaps(evidence: Evidence, outstanding: Sequence[Outstanding] = ()) -> list[Gap]:
+    """Every seed that some recipe of a setting has and another lacks, in the order of the recipes; then what else the
+    study plans."""
+    found = _uneven(evidence)
+    known = {(gap.recipe.name, gap.seed) for gap in found}
+    for planned in outstanding:
+        recipe = _recipe_of(planned, evidence)
+        if planned.rerun:
+            found.append(Gap(recipe, planned.seed, NO_RERUN))
+        elif (recipe.name, planned.seed) not in known:
+            found.append(Gap(recipe, planned.seed, NOT_RUN))
+    order = {recipe.name: place for place, recipe in enumerate(evidence.recipes)}
+    return sorted(found, key=lambda gap: (order.get(gap.recipe.name, len(order)), gap.recipe.name, gap.why, gap.seed))
+
+
+def _recipe_of(planned: Outstanding, evidence: Evidence) -> Recipe:
+    for recipe in evidence.recipes:
+        if planned.alike & {str(run["id"]) for run in (*recipe.runs, *recipe.reruns, *recipe.failed)}:
+            return recipe
+    own = dict(planned.choices)
+    label = f"{own['precision']} · {own['peft']}"
+    return Recipe(own["model"], own["data"], own["task"], own["precision"], own["peft"], label, ())
+
+
+def _uneven(evidence: Evidence) -> list[Gap]:
     seeds: dict[tuple[str, str, str], set[int]] = {}
     for recipe in evidence.recipes:
         tried = [*recipe.runs, *recipe.failed]

@@ -1,0 +1,91 @@
+"""What is refused before a command has written anything: credentials, folders outside of `runs`, sweeps in a rank.
+
+A Hydra callback, since Hydra makes its output folder before it calls the entry point, and a sweep's overrides are seen
+whole only here. Nothing here imports torch.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from lyapft import config, secrets
+
+
+class Admission(Callback):
+    """Ends the command with exit code 1 and every reason at once."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """One cell, or an evaluation."""
+        _admit(faults(config))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """A sweep."""
+        _admit(rank_faults(dict(os.environ), sys.argv) + faults(config))
+
+
+def _admit(found: list[str]) -> None:
+    if found:
+        print("this command cannot run:\n" + "\n".join(f"  - {fault}" for fault in found), file=sys.stderr)
+        raise SystemExit(1)
+
+
+def faults(cfg: DictConfig) -> list[str]:
+    """Credentials among the settings and overrides, and names that would lead out of the folder of the runs.
+
+    Args:
+        cfg: composed, with its `hydra` node; need not be resolvable.
+    """
+    typed = list(OmegaConf.select(cfg, "hydra.overrides.task", default=None) or [])
+    typed += list(OmegaConf.select(cfg, "hydra.overrides.hydra", default=None) or [])
+    params = OmegaConf.select(cfg, "hydra.sweeper.params", default=None) or {}
+    typed += [f"{key}={value}" for key, value in params.items()]
+    own: Any = OmegaConf.to_container(cfg, resolve=False)
+    own.pop("hydra", None)  # its overrides are in `typed`, and its own settings hold this machine's paths
+    found = secrets.faults(own, typed)
+    names = {key: [OmegaConf.select(cfg, key)] for key in config.FOLDER_PARTS if OmegaConf.select(cfg, key)}
+    for key, value in _swept(typed):
+        if key in config.FOLDER_PARTS:
+            names.setdefault(key, []).append(value)
+    return found + [fault for key, values in names.items() for fault in config.name_faults(key, values)]
+
+
+def _swept(overrides: list[str]) -> Iterator[tuple[str, str]]:
+    """(key, value) of every value that an override gives its key; one that cannot be parsed is for Hydra to refuse."""
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except OverrideParseException:
+            continue
+        key = override.key_or_group
+        if override.is_sweep_override():
+            yield from ((key, str(value).strip("'\"")) for value in override.sweep_string_iterator())
+        else:
+            yield key, str(override.value())
+
+
+def rank_faults(environment: dict[str, str], argv: list[str]) -> list[str]:
+    """A sweep inside one of several processes that torchrun or srun started: each would run all of its cells.
+
+    >>> rank_faults({"WORLD_SIZE": "2"}, ["train.py", "-m", "seed=0,1"])[0].split(":")[0]
+    'a sweep (-m) cannot run inside 2 processes started by torchrun'
+    """
+    launchers = {"torchrun": "WORLD_SIZE", "srun": "SLURM_NTASKS"}
+    for launcher, variable in launchers.items():
+        size = environment.get(variable, "")
+        inside = "SLURM_STEP_ID" in environment if launcher == "srun" else True
+        if inside and size.isdigit() and int(size) > 1:
+            typed = " ".join(word for word in argv[1:] if word not in ("-m", "--multirun"))
+            return [
+                f"a sweep (-m) cannot run inside {size} processes started by {launcher}: each would run all cells. For "
+                f"one cell over several processes: torchrun --nproc-per-node {size} train.py, with single values for "
+                "what is swept and trainer.devices as many as processes. For many cells at once: "
+                f"python train.py -m {typed} hydra/launcher=submitit_slurm, submitit_local or joblib"
+            ]
+    return []

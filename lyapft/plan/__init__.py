@@ -1,0 +1,1 @@
+"""What a study will run and what it will cost, before anything runs: `python -m lyapft.plan study=…`."""

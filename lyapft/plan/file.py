@@ -1,0 +1,117 @@
+"""What a study planned, kept beside its records: so that a report can say what is done, failed and missing.
+
+`runs/STUDY/plan.json` is written when a command starts. A later command on the same study adds its cells; none is
+taken away.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lyapft.errors import InputError
+from lyapft.plan.cells import CELL, RERUN, Planned, key_of, recipe_of, settings_of
+from lyapft.records import RECORD, Record, load_study, save_json
+from lyapft.verdict import Outstanding
+
+FILE = "plan.json"
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A planned cell, as plan.json keeps it.
+
+    Attributes:
+        key: by which its record is found. recipe: shared by cells that differ in seed, replicate and threads alone.
+        role: `cell`, `reference` or `rerun`.
+        choices: names of model, data, task, peft and precision.
+    """
+
+    key: str
+    recipe: str
+    role: str
+    choices: Mapping[str, str]
+    seed: int
+    replicate: int
+    threads: int
+
+
+def entry(planned: Planned) -> Entry:
+    """What is kept of a planned cell."""
+    replicate = int(planned.config.replicate)
+    return Entry(planned.key, planned.recipe, planned.role, planned.choices, planned.seed, replicate, planned.threads)
+
+
+def save(planned: Iterable[Planned]) -> None:
+    """Write each study's plan into its folder, beside what earlier commands planned there."""
+    by_study: dict[Path, dict[str, Entry]] = {}
+    for cell in planned:
+        folder = Path(cell.config.runs) / cell.config.study.name
+        known = by_study.setdefault(folder, {entry.key: entry for entry in load(folder)})
+        own = entry(cell)
+        if own.key not in known or own.role == CELL:
+            known[own.key] = own
+    for folder, entries in by_study.items():
+        save_json(folder / FILE, [asdict(one) for one in entries.values()])
+
+
+def load(folder: Path) -> list[Entry]:
+    """The plan of a study; empty where no command has planned it.
+
+    Raises:
+        InputError: a file that is not a plan.
+    """
+    path = folder / FILE
+    try:
+        return [Entry(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        return []
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise InputError(f"{path} is not a plan ({error}): delete it; the next command writes it anew") from None
+
+
+def records_in(folder: Path) -> list[Record]:
+    """The records of a study, none where it has not begun; those that cannot be read are named in a warning."""
+    if not any(folder.glob(f"*/{RECORD}")):
+        return []
+    try:
+        return [record for _, record in load_study(folder)]
+    except InputError:  # none of them can be read
+        return []
+
+
+def states(entries: Sequence[Entry], records: Iterable[Record]) -> dict[str, str]:
+    """The status of each planned cell by its key: that of its record, or `not run`."""
+    found: dict[str, str] = {}
+    for record in records if entries else ():
+        key = key_of(record)
+        if found.get(key) != "ok":  # the same settings on other contents of files: one that is ok counts
+            found[key] = str(record["status"])
+    return {one.key: found.get(one.key, NOT_RUN) for one in entries}
+
+
+def summary(states_by_key: Mapping[str, str]) -> str:
+    """One line on how far a study is.
+
+    >>> summary({"a": "ok", "b": "failed", "c": "not run"})
+    '3 planned: 1 ok, 1 failed, 1 not run'
+    """
+    counts = Counter(states_by_key.values())
+    order = sorted(counts, key=lambda status: (status != "ok", status == NOT_RUN, status))
+    return f"{len(states_by_key)} planned: {', '.join(f'{counts[status]} {status}' for status in order)}"
+
+
+def outstanding(entries: Sequence[Entry], records: Sequence[Record]) -> list[Outstanding]:
+    """The planned cells that have no record yet, as the verdict takes them."""
+    alike: dict[str, set[str]] = {}
+    if entries:
+        for record in records:
+            alike.setdefault(recipe_of(settings_of(record["config"])), set()).add(str(record["id"]))
+    left = states(entries, records)
+    return [
+        Outstanding(one.choices, one.seed, frozenset(alike.get(one.recipe, ())), one.role == RERUN)
+        for one in entries
+        if left[one.key] == NOT_RUN
+    ]

@@ -1,0 +1,306 @@
+"""Nobody let in, nothing let out: credentials, pickles, names that lead elsewhere, markup in data."""
+
+import html.parser
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lyapft import admission, backbone, config, data, records, report, secrets
+from lyapft.config import ModelConfig
+from lyapft.errors import InputError
+from lyapft.peft.base import ADAPTER_FOLDER, TENSORS
+from tests.test_cli import ROOT, SMALL, typed  # noqa: F401 - a fixture
+
+CANARY = "canary0f81c6d2e7b94a5a9d3c"
+SHIPPED = ROOT / "lyapft" / "checkpoints" / "mamba_tiny"
+
+
+def command(*arguments: str, name: str = "train") -> list[str]:
+    return [sys.executable, str(ROOT / f"{name}.py"), *SMALL, *arguments]
+
+
+# -- credentials
+
+
+def test_a_run_leaves_no_credential_anywhere(tmp_path):
+    """Everything that a run writes, prints and shows in the process list, with W&B offline and all probes."""
+    environment = os.environ | {"WANDB_API_KEY": CANARY * 2, "HF_TOKEN": f"hf_{CANARY}", "WANDB_MODE": "offline"}
+    environment |= {key: str(tmp_path / "caches") for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
+    process = subprocess.Popen(
+        command("logger=wandb", "probe=all", "runs=r"),
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    titles = set()
+    while process.poll() is None:
+        titles |= titles_of(process.pid)
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+    printed = process.stdout.read()
+    assert process.returncode == 0, printed.decode()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"record.json", "cell.log", "report.html"} <= {path.name for path in written}
+    assert any(path.suffix == ".wandb" for path in written)
+    leaks = [str(path) for path in written if CANARY.encode() in path.read_bytes() or CANARY in path.name]
+    assert leaks == []
+    assert CANARY.encode() not in printed
+    assert titles
+    assert not any(CANARY in title for title in titles)
+
+
+def titles_of(pid: int) -> set[str]:
+    """Command lines of a process and its children, as `ps` shows them to everyone."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if pid in (int(folder.name), parent):
+                found.add((folder / "cmdline").read_text().replace("\0", " "))
+        except (OSError, ValueError):  # it ended meanwhile
+            continue
+    return found
+
+
+REFUSED = {
+    "a field's name": "+model.dims.hub_token=" + CANARY,
+    "a URL": f"data.path=https://me:{CANARY}@host/data.json",
+    "a token's look": f"model.path=hf_{CANARY}",
+    "a swept field": f"+model.dims.api_key=a,{CANARY}",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("sweep", [(), ("-m",)])
+def test_settings_that_look_like_credentials_are_refused_and_not_repeated(typed, tmp_path, case, sweep):  # noqa: F811
+    if case == "a swept field" and not sweep:
+        pytest.skip("a list of values needs -m")
+    code, printed = typed(*sweep, *SMALL, REFUSED[case])
+    assert code == 1
+    assert "looks like a credential" in printed
+    assert "HF_TOKEN" in printed
+    assert CANARY not in printed
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_value_of_a_known_variable_is_refused_in_any_field(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+    assert secrets.faults({"study": {"name": f"x-{CANARY}"}}) != []
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert secrets.faults({"study": {"name": f"x-{CANARY}"}}) == []
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "conf" / "model").glob("*.yaml")))
+def test_no_shipped_setting_looks_like_a_credential(name):
+    from tests.test_config import composed
+
+    assert secrets.faults(OmegaConf.to_container(composed(f"model={name}"))) == []
+
+
+# -- folders
+
+
+OUTSIDE = ("study.name=../x", "study.name=..", "study.name=/tmp/x", "model.name=../../x", "study.name=.git")
+
+
+@pytest.mark.parametrize("override", OUTSIDE)
+@pytest.mark.parametrize("sweep", [(), ("-m",)])
+def test_names_that_lead_out_of_the_folder_are_refused_before_it_is_made(typed, tmp_path, override, sweep):  # noqa: F811
+    inside = tmp_path / "deep" / "runs"
+    code, printed = typed(*sweep, *SMALL, f"runs={inside}", override)
+    assert code == 1
+    assert "must be a plain folder name" in printed
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_swept_name_that_leads_out_is_refused(typed, tmp_path):  # noqa: F811
+    code, printed = typed("-m", *SMALL, "study.name=fine,../x")
+    assert code == 1
+    assert "'../x' must be a plain folder name" in printed
+    assert not any(tmp_path.iterdir())
+
+
+# -- processes
+
+
+def test_a_sweep_inside_a_rank_names_the_right_command(typed, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, printed = typed("-m", *SMALL, "seed=0,1")
+    assert code == 1
+    assert "torchrun --nproc-per-node 2 train.py" in printed
+    assert "hydra/launcher=submitit_slurm" in printed
+    assert not any(tmp_path.iterdir())
+
+
+def test_one_task_of_a_job_may_sweep():
+    assert admission.rank_faults({"WORLD_SIZE": "1", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, ["t", "-m"]) == []
+    assert admission.rank_faults({"SLURM_NTASKS": "4"}, ["t", "-m"]) == []  # in a batch script, before srun
+    assert admission.rank_faults({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, ["t", "-m"]) != []
+
+
+# -- pickles
+
+
+class Mine:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def payloads(mark: Path) -> dict[str, bytes]:
+    zipped, old = io.BytesIO(), io.BytesIO()
+    torch.save({"w": Mine(mark)}, zipped)
+    torch.save({"w": Mine(mark)}, old, _use_new_zipfile_serialization=False)
+    return {"pickle": pickle.dumps(Mine(mark)), "torch": zipped.getvalue(), "torch before 1.6": old.getvalue()}
+
+
+@pytest.fixture(params=["pickle", "torch", "torch before 1.6"])
+def payload(request, tmp_path):
+    """Bytes that leave `touched` when they are unpickled; none of the tests may leave it."""
+    mark = tmp_path / "touched"
+    content = payloads(mark)[request.param]
+    yield content
+    assert not mark.exists()
+
+
+def test_the_payloads_are_live(tmp_path):
+    mark = tmp_path / "touched"
+    pickle.loads(payloads(mark)["pickle"])
+    assert mark.exists()
+
+
+def model_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in SHIPPED.glob("*.json"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_pickle_as_model_is_refused_unread(payload, tmp_path, name):
+    folder = model_folder(tmp_path)
+    (folder / name).write_bytes(payload)
+    with pytest.raises(InputError, match=r"cannot be loaded|damaged"):
+        backbone.load(ModelConfig(name="hf", path=str(folder)))
+
+
+def test_a_pickle_beside_safetensors_is_not_touched(payload, tmp_path):
+    folder = model_folder(tmp_path)
+    shutil.copy(SHIPPED / "model.safetensors", folder)
+    for name in ("pytorch_model.bin", "adapter_model.bin", "optimizer.pt"):
+        (folder / name).write_bytes(payload)
+    assert backbone.load(ModelConfig(name="hf", path=str(folder))).hash
+
+
+def test_an_adapter_in_a_model_folder_is_refused(payload, tmp_path):
+    folder = model_folder(tmp_path)
+    shutil.copy(SHIPPED / "model.safetensors", folder)
+    (folder / "adapter_model.bin").write_bytes(payload)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    with pytest.raises(InputError, match=r"adapter_config\.json"):
+        backbone.load(ModelConfig(name="hf", path=str(folder)))
+
+
+def test_a_pickle_as_checkpoint_of_state_spaces_is_refused_unread(payload, tmp_path):
+    folder = model_folder(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"d_model": 96, "n_layer": 2, "vocab_size": 1024, "ssm_cfg": {}}))
+    (folder / "pytorch_model.bin").write_bytes(payload)
+    with pytest.raises(InputError, match="cannot be read as plain tensors"):
+        backbone.load(ModelConfig(name="hf", path=str(folder)))
+
+
+@pytest.mark.parametrize("kind", [data.Alpaca, data.Sharegpt, data.TextFile])
+def test_a_pickle_as_data_set_is_refused_unread(payload, tmp_path, kind):
+    (tmp_path / "rows.pkl").write_bytes(payload)
+    with pytest.raises(InputError):
+        kind(name="x", path=str(tmp_path / "rows.pkl")).fingerprint()
+
+
+def test_a_pickle_as_adapter_of_a_run_is_refused_unread(payload, typed, tmp_path):  # noqa: F811
+    assert typed(*SMALL, "reference=off")[0] == 0
+    (folder,) = Path("runs/default").glob("mamba_tiny-*")
+    (folder / ADAPTER_FOLDER / TENSORS).write_bytes(payload)
+    code, printed = typed(f"run={folder}", "task=skills", "task.limit=4", "progress=false", name="evaluate")
+    assert code == 1
+    assert TENSORS in printed
+    assert "Traceback" not in printed
+
+
+def test_code_that_comes_with_a_model_runs_only_by_its_own_key_and_is_recorded(tmp_path):
+    folder = model_folder(tmp_path)
+    shutil.copy(SHIPPED / "model.safetensors", folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'touched')!r}, 'w').close()\n")
+    with pytest.raises(InputError, match="trust_remote_code=true"):
+        backbone.load(ModelConfig(name="hf", path=str(folder)))
+    assert not (tmp_path / "touched").exists()
+    from tests.test_config import FINGERPRINTS, composed
+
+    science = config.science(composed("model=hf", "model.trust_remote_code=true"), FINGERPRINTS, {})
+    assert science["model"]["trust_remote_code"] is True
+
+
+# -- markup
+
+
+class Page(html.parser.HTMLParser):
+    """Elements and visible text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.scripts, self.handlers, self.images, self.texts = 0, [], 0, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.scripts += tag == "script"
+        self.images += tag == "img"
+        self.handlers += [name for name, _ in attributes if name.startswith("on")]
+
+    def handle_data(self, text):
+        self.texts.append(text)
+
+
+def test_markup_in_data_is_shown_in_the_report_and_not_run(typed, tmp_path):  # noqa: F811
+    """A subject of MMLU is a file's name, and its words reach the tables and figures of the report."""
+    mark = '<img src=x onerror="alert(1)"><script>alert(2)<'
+    questions = ROOT / "tests" / "fixtures" / "mmlu"
+    for subject in ("plain", mark):
+        for part in ("dev", "test"):
+            folder = tmp_path / ("marked" if subject == mark else "clean") / part
+            folder.mkdir(parents=True)
+            rows = (questions / part / f"astronomy_{part}.csv").read_text()
+            (folder / f"{subject}_{part}.csv").write_text(rows.replace("A", "<script>alert(3)</script>", 1))
+    pages = []
+    for name in ("clean", "marked"):
+        done = typed(
+            *SMALL, "reference=off", "task=mmlu", f"task.path={name}", f"study.name={name}", "data.max_length=64"
+        )
+        assert done[0] == 0, done[1]
+        study = Path("runs") / name
+        ((folder, record),) = records.load_study(study)
+        record["status"], record["error"] = "failed", {"type": "InputError", "message": f"row 3 is {mark}"}
+        records.save_json(folder / "other" / records.RECORD, record)
+        shutil.copytree(folder / "other", study / "other")
+        pages.append(Page(report.write(study).read_text()))
+    clean, marked = pages
+    assert (marked.scripts, marked.images, marked.handlers) == (clean.scripts, clean.images, clean.handlers)
+    assert any(mark in text for text in marked.texts)
