@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ EXPERIMENTS = "experiments"  # folder of a study with the records of its experim
 STATUSES = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard", "oom", "interrupted", "failed", "running")
 # outcomes of the cell itself: running it again would say the same
 FINAL = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard")
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}")  # names that `write_atomically` gives to what is not whole yet
 
 Record = dict[str, Any]
 log = logging.getLogger(__name__)
@@ -191,3 +193,10 @@ def save_stability(folder: Path, table: pd.DataFrame) -> None:
 def save_items(folder: Path, items: pd.DataFrame) -> None:
     """Write the per-item scores of a cell, atomically."""
     write_atomically(folder / ITEMS, lambda path: items.to_parquet(path, index=False))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `write_atomically` had begun below a folder when its process was killed; call it under a lock."""
+    for path in folder.glob(".*"):
+        if LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)

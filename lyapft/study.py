@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lyapft.config import register
@@ -79,18 +82,56 @@ def closing(command: Callable[[], None]) -> int:
     """
     code = 0
     try:
-        command()
+        code = max(_exit_code(command), _come_back())
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues the study", file=sys.stderr)
         code = INTERRUPTED
-    except SystemExit as stop:  # how Hydra ends after it has printed an error
-        code = stop.code if isinstance(stop.code, int) else 1
-    if code > 128 and code != INTERRUPTED:  # a signal of the scheduler: what follows it leaves no time for a report
-        return code
+    except SystemExit as stop:  # a signal of the scheduler leaves no time for a report
+        return stop.code if isinstance(stop.code, int) else 1
     planned = [] if StudyFolder.planned is None else [StudyFolder.planned]
     for folder in StudyFolder.touched or planned:
         if any(folder.glob("*/record.json")):
             code = max(code, _show(folder))
+    return code
+
+
+_postponed: list[tuple[Any, Callable[[], Any]]] = []  # Hydra's state of a job, and the job
+
+
+def can_postpone() -> bool:
+    """Whether this is a sweep whose jobs run one after another in this process."""
+    if not HydraConfig.initialized():
+        return False
+    hydra = HydraConfig.get()
+    return hydra.mode == RunMode.MULTIRUN and str(hydra.launcher._target_).endswith("BasicLauncher")
+
+
+def postpone(job: Callable[[], Any]) -> None:
+    """Run a job of the sweep once the others are done."""
+    _postponed.append((HydraConfig.instance().cfg, job))
+
+
+def _exit_code(command: Callable[[], None]) -> int:
+    """What a Hydra command ends with, unless a signal ended it."""
+    try:
+        command()
+    except SystemExit as stop:  # how Hydra ends after it has printed an error
+        if isinstance(stop.code, int) and stop.code > 128:
+            raise
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def _come_back() -> int:
+    """Run what was postponed, now waiting for whoever runs it; 1 if one of them failed."""
+    code = 0
+    while _postponed:
+        HydraConfig.instance().cfg, job = _postponed.pop(0)
+        try:
+            job()
+        except CompactHydraException as error:
+            print(error, file=sys.stderr)
+            code = 1
     return code
 
 

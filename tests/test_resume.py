@@ -1,14 +1,26 @@
 """A training that is cut off anywhere ends bitwise as if it had not been."""
 
+import errno
 import os
 import signal
+from itertools import count
 
 import pandas as pd
 import pytest
+import torch
+from filelock import SoftFileLock
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import SafetensorError
 
-from lyapft import cell, records
+from lyapft import cell, records, tasks
+from lyapft.cell import state
+from lyapft.resume import CheckpointFiles, Interrupted, Signals
+from lyapft.resume.files import CorruptCheckpoint
+from lyapft.resume.tree import pack, unpack
 from tests.test_cell import prepared, same_weights
 
+numbers_of_machines = count()
 CLOCKS = ["step_s", "tokens_per_s"]  # readings of a clock, not of the training
 NEVER = ["reference=off", "trainer.steps=6", "trainer.checkpoint_every_s=0"]
 HOW = {
@@ -67,3 +79,155 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path, monkey
     assert record["resumed"]["at_steps"] == [2, 5]
     same(whole, torn)
     assert not list(torn.folder.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_evaluation_that_was_cut_off_costs_no_training(tmp_path, monkeypatch, number):
+    whole, torn = (prepared(tmp_path / name, "reference=off") for name in ("whole", "torn"))
+    assert cell.ensure(whole)["status"] == "ok"
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "evaluate", lambda *_, **__: os.kill(os.getpid(), number))
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+            cell.ensure(torn)
+    steps = []
+    monkeypatch.setattr(cell.StepRecorder, "on_train_batch_end", lambda *_: steps.append(1))
+    assert cell.ensure(torn)["status"] == "ok"
+    assert not steps
+    same(whole, torn)
+    tables = [pd.read_parquet(c.folder / records.STABILITY) for c in (whole, torn)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, monkeypatch, caplog):
+    whole, torn = (prepared(tmp_path / name, *NEVER) for name in ("whole", "torn"))
+    assert cell.ensure(whole)["status"] == "ok"
+    cut(monkeypatch, torn, 4, signal.SIGTERM)
+    newest = torn.folder / "checkpoint.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1  # one bit of a tensor: the file is still well formed
+    newest.write_bytes(content)
+    record = cell.ensure(torn)
+    assert "checksum differs" in caplog.text
+    assert record["resumed"]["at_steps"] == [4]
+    same(whole, torn)
+
+
+def test_two_damaged_checkpoints_mean_a_new_start(tmp_path, monkeypatch):
+    whole, torn = (prepared(tmp_path / name, *NEVER) for name in ("whole", "torn"))
+    assert cell.ensure(whole)["status"] == "ok"
+    cut(monkeypatch, torn, 4, signal.SIGTERM)
+    for path in torn.folder.glob("checkpoint*"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert cell.ensure(torn)["resumed"]["at_steps"] == []
+    same(whole, torn)
+
+
+def test_a_checkpoint_holds_what_trains_and_no_more(tmp_path, monkeypatch):
+    torn = prepared(tmp_path, *NEVER)
+    cut(monkeypatch, torn, 2, signal.SIGTERM)
+    files = CheckpointFiles(torn.folder)
+    state = files.load_checkpoint(files.newest)["state_dict"]
+    assert state
+    assert all("lora_" in name for name in state)
+
+
+def test_a_first_signal_waits_and_a_second_does_not():
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals() as signals:
+        with signals.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.caught == signal.SIGTERM
+            with pytest.raises(Interrupted):
+                signals.heed()
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(Interrupted):
+                os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+numbers = st.floats() | st.integers() | st.booleans() | st.none() | st.text()
+trees = st.recursive(
+    numbers,
+    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text() | st.integers(), inner),
+    max_leaves=20,
+)
+
+
+@given(trees)
+def test_a_state_keeps_every_bit_and_type(tree):
+    assert repr(unpack(*pack(tree))) == repr(tree)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.uint8])
+def test_tensors_keep_format_and_shape(tmp_path, dtype):
+    files = CheckpointFiles(tmp_path)
+    base = torch.arange(6).to(dtype)
+    state = {"scalar": base[3], "view": base[:2], "empty": base[:0], "matrix": base.view(2, 3).T}
+    files.save_checkpoint(state, files.newest)
+    found = files.load_checkpoint(files.latest())
+    for name, tensor in state.items():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_what_could_run_code_is_neither_written_nor_read(tmp_path):
+    files = CheckpointFiles(tmp_path)
+    with pytest.raises(TypeError, match=r"state\['hook'\] is a function"):
+        files.save_checkpoint({"hook": same}, files.newest)
+    torch.save({"hook": 1}, files.newest)
+    with pytest.raises(CorruptCheckpoint):
+        files.load_checkpoint(files.newest)
+    assert files.latest() is None
+
+
+def test_the_one_before_is_there_at_every_moment(tmp_path, monkeypatch):
+    files = CheckpointFiles(tmp_path)
+    files.save_checkpoint({"n": 1}, files.newest)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            files.save_checkpoint({"n": 2}, files.newest)
+    assert files.load_checkpoint(files.latest()) == {"n": 1}
+    files.save_checkpoint({"n": 3}, files.newest)
+    assert files.load_checkpoint(files.before) == {"n": 1}
+    assert files.load_checkpoint(files.newest) == {"n": 3}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.safetensors", "checkpoint.before.safetensors"}
+
+
+def test_a_full_disk_is_named_whoever_met_it_and_the_cell_goes_on_later(tmp_path, monkeypatch):
+    one = prepared(tmp_path, *NEVER)
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lyapft.resume.files.save_file", full)
+        record = cell.ensure(one)
+    assert record["status"] == "failed"
+    assert "no space left" in record["error"]["message"]
+    assert records.load(one.folder)["error"] == record["error"]
+    assert cell.ensure(one)["status"] == "ok"
+
+
+def test_what_a_killed_process_had_half_written_is_removed(tmp_path):
+    one = prepared(tmp_path, "reference=off")
+    one.folder.mkdir(parents=True)
+    half = one.folder / f".record.json.{'0' * 32}"
+    half.write_text("{")
+    assert cell.ensure(one)["status"] == "ok"
+    assert not half.exists()
+
+
+def test_a_cell_is_elsewhere_while_another_holds_it_also_where_locks_are_not_shared(tmp_path, monkeypatch):
+    one = prepared(tmp_path, "reference=off")
+    monkeypatch.setattr(state, "FileLock", lambda path: SoftFileLock(f"{path}.{next(numbers_of_machines)}"))
+    assert not state.is_elsewhere(one)
+    with state.only_one(one):
+        assert state.is_elsewhere(one)
+    assert not state.is_elsewhere(one)

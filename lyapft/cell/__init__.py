@@ -7,6 +7,7 @@ same command.
 import errno
 import logging
 import os
+import re
 import signal
 import time
 import traceback
@@ -22,8 +23,9 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 
-from lyapft import backbone, config, dashboard, data, divergence, precision, rates, records, recurrence, tasks
+from lyapft import backbone, config, dashboard, data, divergence, precision, rates, records, recurrence, study, tasks
 from lyapft.cell import summary
 from lyapft.cell.preparation import Cell, prepare
 from lyapft.cell.state import clean_state, is_elsewhere, log_file, only_one
@@ -46,17 +48,26 @@ class CellFailed(CompactHydraException):
     """A cell did not finish; the message says why, its record and log keep the details."""
 
 
-def run(cfg: DictConfig) -> Record:
-    """Run one cell of a job, or find that it is done.
+def run(cfg: DictConfig, wait: bool = False) -> Record | None:
+    """Run one cell of a job, or find that it is done; None: another process runs it, and the sweep comes back to it.
+
+    Args:
+        cfg: of the cell.
+        wait: for another process that runs it, also in a sweep.
 
     Raises:
         CellFailed: it did not finish; its record says why.
     """
     log.info("cell: %s", ", ".join(HydraConfig.get().overrides.task) or "defaults")
     log.info("checking the model, the data and the tasks")
+    original = cfg
     try:
         cfg = rates.applied(cfg)
         cell = prepare(cfg)
+        if not wait and study.can_postpone() and is_elsewhere(cell):
+            log.info("%s is run by another process: going on, and coming back to it", cell.folder.name)
+            study.postpone(partial(run, original, wait=True))
+            return None
         record = ensure(cell)
     except InputError as error:
         log.error("%s", error)  # in a sweep, Hydra itself shows the first failure only
@@ -89,6 +100,7 @@ def ensure(cell: Cell) -> Record:
                     CheckpointFiles(cell.folder).remove()  # of a process that died between the two
                     log.info("%s is done already: %s", cell.folder.name, found["status"])
                     return _compared(cell, found)
+            records.remove_leftovers(cell.folder)
             record = _run_and_record(cell)
             if cell.role == "reference" and record["status"] != "ok":
                 _failed_references[cell.id] = record
@@ -146,9 +158,8 @@ def _run_and_record(cell: Cell) -> Record:
 
 
 def _failed(record: Record, status: str, error: BaseException, message: str | None = None) -> None:
-    text = (
-        message or (disk_message(error, Path()) if isinstance(error, OSError) else str(error)) or type(error).__name__
-    )
+    disk = _disk_error(error)
+    text = message or (disk_message(disk, Path(record["name"])) if disk else str(error)) or type(error).__name__
     record |= {"status": status, "error": {"type": type(error).__name__, "message": text}}
     log.error("%s: %s: %s", record["name"], status, text)
     log.debug("%s", "".join(traceback.format_exception(error)))
@@ -351,6 +362,13 @@ def _title(cell: Cell) -> str:
 def _out_of_memory(error: Exception) -> bool:
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
+
+
+def _disk_error(error: BaseException) -> OSError | None:
+    """The system's error that an exception is about; safetensors gives its number as text."""
+    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    return error if isinstance(error, OSError) else None
 
 
 def disk_message(error: OSError, folder: Path) -> str:

@@ -3,13 +3,13 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import lightning as L
 import torch
 import transformers
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLease, Timeout
 
 from lyapft import precision
 from lyapft.cell.preparation import Cell
@@ -18,34 +18,41 @@ from lyapft.environment import keep_freed_memory
 log = logging.getLogger(__name__)
 
 
-def _lock(cell: Cell) -> FileLock:
-    lock = FileLock(cell.study / ".locks" / f"{cell.id}.lock")
-    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-    return lock
-
-
-def is_elsewhere(cell: Cell) -> bool:
-    """Whether another process is at work on this cell."""
-    try:
-        with _lock(cell).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
+LEASE_S = 60.0  # without a sign of life for so long, a process on another machine is taken for dead
 
 
 @contextmanager
 def only_one(cell: Cell) -> Iterator[None]:
-    """No other process works on this cell meanwhile; the system frees the lock of a process that died."""
-    lock = _lock(cell)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("waiting for another process that runs %s", cell.folder.name)
-        lock.acquire()
-    try:
+    """No other process works on this cell meanwhile, on this machine or on one that shares the folder.
+
+    The system frees the lock of a process that died. Where a file system does not share locks between machines, the
+    lease holds: a file whose time of change its holder renews.
+    """
+    with ExitStack() as held:
+        for lock in _locks(cell):
+            try:
+                held.enter_context(lock.acquire(timeout=0))
+            except Timeout:
+                log.info("waiting for another process that runs %s", cell.folder.name)
+                held.enter_context(lock.acquire())
         yield
-    finally:
-        lock.release()
+
+
+def is_elsewhere(cell: Cell) -> bool:
+    """Whether another process is at work on this cell."""
+    with ExitStack() as held:
+        try:
+            for lock in _locks(cell):
+                held.enter_context(lock.acquire(timeout=0))
+        except Timeout:
+            return True
+    return False
+
+
+def _locks(cell: Cell) -> tuple[FileLock, SoftFileLease]:
+    folder = cell.study / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"{cell.id}.lock"), SoftFileLease(folder / f"{cell.id}.lease", lease_duration=LEASE_S)
 
 
 @contextmanager

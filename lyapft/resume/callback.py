@@ -30,7 +30,7 @@ class Resume(Callback):
     """
 
     def __init__(
-        self, files: CheckpointFiles, every_s: float, signals: Signals, seam: Seam, memory: PeakMemory, parts: int = 1
+        self, files: CheckpointFiles, every_s: float, signals: Signals, seam: Seam, memory: PeakMemory
     ) -> None:
         """
         Args:
@@ -39,10 +39,8 @@ class Resume(Callback):
             signals: asked after each step whether to stop.
             seam: which kernels ran is part of the state.
             memory: so is the peak.
-            parts: pieces that each micro-batch is computed in.
         """
         self.files, self.every_s, self.signals, self.seam, self.memory = files, every_s, signals, seam, memory
-        self.parts = parts
         self.resumed_at: list[int] = []
         self.earlier_s = 0.0
         self._started = self._saved = time.monotonic()
@@ -57,7 +55,6 @@ class Resume(Callback):
             "kernels": dict(self.seam.kernels),
             "fallbacks": dict(self.seam.fallbacks),
             "peak_bytes": self.memory.peak_bytes(),
-            "parts": self.parts,
             "resumed_at": self.resumed_at,
             "seconds": self.earlier_s + time.monotonic() - self._started,
         }

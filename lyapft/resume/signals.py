@@ -83,6 +83,7 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._deferring or self.caught is not None:
+            self.caught = None
             raise Interrupted(number)
         self.caught = number
         log.warning("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
