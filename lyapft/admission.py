@@ -86,6 +86,6 @@ def rank_faults(environment: dict[str, str], argv: list[str]) -> list[str]:
                 f"a sweep (-m) cannot run inside {size} processes started by {launcher}: each would run all cells. For "
                 f"one cell over several processes: torchrun --nproc-per-node {size} train.py, with single values for "
                 "what is swept and trainer.devices as many as processes. For many cells at once: "
-                f"python train.py -m {typed} hydra/launcher=submitit_slurm, submitit_local or joblib"
+                f"python train.py -m {typed} hydra/launcher=slurm, local or joblib"
             ]
     return []

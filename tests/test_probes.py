@@ -158,7 +158,7 @@ def test_liveness_counts_only_steps_that_were_taken():
 
 @pytest.mark.parametrize("proven", [True, False])
 def test_a_missing_proof_of_life_is_said(proven, caplog):
-    liveness = types.SimpleNamespace(proven=proven, stalled=[], verdict_at_end=lambda step: None)
+    liveness = types.SimpleNamespace(proven=proven, stalled=[], verdict_at_end=lambda step, withheld: None)
     AdapterLiveness(liveness).on_train_end(types.SimpleNamespace(global_step=1, max_steps=99), a_module())
     assert ("too few updates" in caplog.text) is not proven
 
@@ -171,7 +171,8 @@ def test_a_training_whose_updates_were_withheld_has_no_proof_and_stops():
     module.skipped_steps = 5
     with pytest.raises(LivenessError, match=r"only 1 updates were taken.*weight, bias"):
         AdapterLiveness(liveness).on_train_end(types.SimpleNamespace(global_step=6, max_steps=99), module)
-    liveness.verdict_at_end(3)  # enough were taken: `verdict` has judged
+    liveness.verdict_at_end(3, 5)  # enough were taken: `verdict` has judged
+    liveness.verdict_at_end(2, 1)  # a short training with an overflow at its start is no failure
 
 
 def test_the_recorder_writes_one_row_a_step_and_feeds_the_loggers(tmp_path):

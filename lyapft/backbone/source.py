@@ -82,6 +82,10 @@ def inspect(cfg: ModelConfig) -> tuple[Source | None, list[str]]:
     config, faults = _read_config(folder)
     if not faults:
         faults += _config_faults(config, folder, cfg)
+    if (folder / "adapter_config.json").is_file():  # transformers would load the adapter with the model, unasked
+        faults.append(
+            f"{folder} holds an adapter (adapter_config.json) beside the model: merge it first, or move it away"
+        )
     layout = STATE_SPACES if state_spaces.is_layout(config) else TRANSFORMERS
     weights, weight_faults = _weights(folder)
     tokenizer_folder, tokenizer_faults = _tokenizer_folder(cfg, folder, layout)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -139,7 +140,14 @@ class Strategy(ABC):
         where = folder / ADAPTER_FOLDER
         if not (where / TENSORS).is_file() or not (where / IDENTITY).is_file():
             raise InputError(f"{where} holds no adapter ({TENSORS} and {IDENTITY}): give the folder of a finished run")
-        saved = json.loads((where / IDENTITY).read_text(encoding="utf-8"))
+        try:
+            saved = dict(json.loads((where / IDENTITY).read_text(encoding="utf-8")))
+            tensors = load_file(where / TENSORS)
+        except (SafetensorError, TypeError, ValueError) as error:
+            raise InputError(
+                f"the adapter in {where} cannot be read: {TENSORS} or {IDENTITY} is damaged, or no file of its kind "
+                f"({error}). Only safetensors are read; run the cell again, or restore the folder"
+            ) from None
         for key, mine in json.loads(json.dumps(self.identity())).items():
             if saved.get(key) != mine:
                 raise InputError(
@@ -147,7 +155,7 @@ class Strategy(ABC):
                     "give the model and the peft settings that it was trained with"
                 )
         places = {self.stored_name(n): p for n, p in self.tensors().items()}
-        copy_into(places, load_file(where / TENSORS), set(places), where)
+        copy_into(places, tensors, set(places), where)
 
 
 def copy_into(places: Mapping[str, Tensor], weights: dict[str, Tensor], expected: set[str], folder: Path) -> None:

@@ -94,16 +94,16 @@ class Liveness:
                 "The optimizer does not hold them, or its learning rate is too small to change a float32"
             )
 
-    def verdict_at_end(self, step: int) -> None:
-        """After the training: stop the run if so many updates were withheld that there is no proof.
+    def verdict_at_end(self, step: int, withheld: int) -> None:
+        """After the training: stop the run if there is no proof because most of its updates were withheld.
 
         Args:
-            step: optimizer steps really taken.
+            step: optimizer steps really taken. withheld: the others.
         Raises:
             LivenessError: naming the tensors that showed no life.
         """
         silent = list(dict.fromkeys([*self._without_gradient, *(self._still or {})]))
-        if step < self.steps and silent:
+        if step < min(self.steps, withheld) and silent:
             raise LivenessError(
                 f"only {step} updates were taken, the others withheld, and {len(silent)} trainable tensors showed no "
                 f"life in them: {listed(silent)}. Use a smaller learning rate, precision=bf16 or fp32, or more steps"

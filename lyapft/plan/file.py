@@ -86,6 +86,8 @@ def states(entries: Sequence[Entry], records: Iterable[Record]) -> dict[str, str
     """The status of each planned cell by its key: that of its record, or `not run`."""
     found: dict[str, str] = {}
     for record in records if entries else ():
+        if "runs_as" not in (record.get("config") or {}):
+            continue  # too damaged to say what it is of
         key = key_of(record)
         if found.get(key) != "ok":  # the same settings on other contents of files: one that is ok counts
             found[key] = str(record["status"])

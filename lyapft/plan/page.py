@@ -132,7 +132,7 @@ def duration(seconds: float | None) -> str:
     """A time as people say it.
 
     >>> duration(75), duration(7300), duration(None)
-    ('1 min 15 s', '2 h 2 min', '?')
+    ('1 min 15 s', '2 h 1 min', '?')
     """
     if seconds is None:
         return "?"

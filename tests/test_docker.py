@@ -1,0 +1,114 @@
+"""Facts of the images and cluster files that can be checked without building them."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DOCKER = ROOT / "docker"
+SCRIPTS = sorted([*DOCKER.glob("*.sh"), *(ROOT / "tests" / "cluster").glob("*.sh")])
+pytestmark = pytest.mark.skipif(not DOCKER.is_dir(), reason="an installed package has no docker/")
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(name, arguments) of the Dockerfile, with joined lines."""
+    text = (DOCKER / "Dockerfile").read_text()
+    text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
+    return [(line.split()[0], line.partition(" ")[2]) for line in text.splitlines() if line.strip()]
+
+
+def stages() -> dict[str, list[tuple[str, str]]]:
+    found, name = {}, ""
+    for word, rest in instructions():
+        if word == "FROM":
+            name = rest.partition(" AS ")[2] or f"stage {len(found)}"
+            found[name] = [(word, rest)]
+        elif name:
+            found[name].append((word, rest))
+    return found
+
+
+def test_the_base_is_an_argument_and_the_last_stage_is_the_runtime():
+    first, last = instructions()[0], list(stages().values())[-1]
+    assert first[0] == "ARG"
+    assert first[1].startswith("BASE=")
+    assert last == [("FROM", "runtime")]
+    assert {"system", "environment", "runtime", "test"} <= set(stages())
+
+
+def test_every_install_is_from_a_lock():
+    installs = [c for _, rest in instructions() for c in rest.split("&&") if re.search(r"\bpip install\b", c)]
+    assert installs
+    for command in installs:
+        from_lock = "-r requirements" in command or "requirements.lock" in command
+        assert from_lock or "--no-deps --no-build-isolation --no-index --editable ." in command, command
+    for name in ("requirements-cuda.lock",):
+        lines = [x for x in (DOCKER / name).read_text().splitlines() if not x.startswith("#")]
+        assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+
+
+def test_cuda_kernels_have_the_versions_of_the_kernel_lock():
+    def pinned(path: Path) -> dict[str, str]:
+        return dict(x.split("==") for x in path.read_text().splitlines() if "==" in x and not x.startswith("#"))
+
+    cuda, kernels = pinned(DOCKER / "requirements-cuda.lock"), pinned(ROOT / "requirements-kernels.lock")
+    assert all(cuda[name] == kernels[name] for name in cuda.keys() & kernels.keys())
+    assert {"mamba_ssm", "causal_conv1d"} <= cuda.keys()
+    (line,) = [rest for _, rest in instructions() if "install" in rest and "requirements-cuda.lock" in rest]
+    assert "test ! -x /usr/local/cuda/bin/nvcc ||" in line
+
+
+def test_the_user_is_not_root_at_the_end_of_a_stage_that_runs():
+    for name in ("runtime", "test"):
+        users = [rest for word, rest in stages()[name] if word == "USER"]
+        assert users[-1] not in ("root", "0")
+
+
+def test_nothing_secret_is_an_argument_or_a_variable():
+    for word, rest in instructions():
+        if word in ("ARG", "ENV"):
+            assert not re.search(r"token|secret|passw|api_?key|credential|://", rest, re.IGNORECASE), rest
+        if "pip install" in rest and "--no-index" not in rest:
+            assert "--mount=type=secret,id=pip" in rest
+
+
+def test_the_health_check_is_the_doctor():
+    (check,) = [rest for word, rest in stages()["runtime"] if word == "HEALTHCHECK"]
+    assert check.endswith('CMD ["python", "-m", "lyapft.doctor"]')
+
+
+def test_the_image_has_what_the_package_needs_and_the_context_nothing_else():
+    allowed = {x[1:] for x in (ROOT / ".dockerignore").read_text().splitlines() if x.startswith("!")}
+    copied = set()
+    for word, rest in stages()["runtime"] + stages()["environment"] + stages()["test"]:
+        if word == "COPY" and "--from" not in rest:
+            copied |= set(shlex.split(rest)[:-1])
+    assert {"pyproject.toml", "README.md", "LICENSE", "train.py", "evaluate.py", "conf", "lyapft"} <= copied
+    for source in copied:
+        assert (ROOT / source).exists(), source
+        assert source.split("/")[0] in allowed, source
+    assert {x.split("/")[0] for x in copied} == allowed
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse(script):
+    assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
+
+
+def test_compose_and_kubernetes_files_are_well_formed():
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    for service in compose["services"].values():
+        assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).resolve().is_file()
+        assert all("=" not in variable for variable in service["environment"])  # from the caller's shell
+    volume, job = yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    assert (volume["kind"], job["kind"]) == ("PersistentVolumeClaim", "Job")
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    mounts = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+    assert mounts == {v["name"] for v in pod["volumes"]}
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == volume["metadata"]["name"]
+    assert "optional" in str(pod["containers"][0]["env"])
