@@ -4,12 +4,14 @@
 
 The same cells, without references, run one by one on one thread, then with hydra/launcher=joblib, each time by a
 process of its own in an empty folder. Work is the wall time of the first command, start of Python and report included.
-The last line is one JSON object; ratio = parallel wall · jobs / work. Run it on an idle machine.
+The last line is one JSON object: ratio = parallel wall · jobs / work; cpu_ratio compares processor time, which other
+work on the machine changes less. Run it on an idle machine.
 """
 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -21,11 +23,11 @@ CELLS = ["model=mamba_tiny,llama_tiny", "precision=fp32,bf16", "peft=none,lora",
 ALWAYS = ["-m", "reference=off", "threads=1", "trainer.progress=false"]
 
 
-def seconds(arguments: list[str]) -> tuple[float, float]:
-    """Wall time of a command, and of its cells by their records."""
+def seconds(arguments: list[str]) -> tuple[float, float, float]:
+    """Wall time of a command, its processor time, and the wall time of its cells by their records."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), processor_time()
         done = subprocess.run(
             [sys.executable, str(TRAIN), *arguments],
             cwd=folder,
@@ -33,11 +35,17 @@ def seconds(arguments: list[str]) -> tuple[float, float]:
             stdout=subprocess.DEVNULL,
             check=False,
         )
-        elapsed = time.perf_counter() - started
+        elapsed, used = time.perf_counter() - started, processor_time() - used
         if done.returncode != 0:
             raise SystemExit(f"train.py {' '.join(arguments)} ended with code {done.returncode}")
         records = [json.loads(path.read_text()) for path in Path(folder).glob("runs/*/*/record.json")]
-    return elapsed, sum(record["cost"]["wall_s"] for record in records)
+    return elapsed, used, sum(record["cost"]["wall_s"] for record in records)
+
+
+def processor_time() -> float:
+    """Of all processes that this one has waited for, and of theirs."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return children.ru_utime + children.ru_stime
 
 
 def main() -> None:
@@ -45,11 +53,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("overrides", nargs="*", default=CELLS)
     given = parser.parse_args()
-    work, alone = seconds([*ALWAYS, *given.overrides])
-    print(json.dumps({"work_s": work, "cells_s": alone}), flush=True)
+    work, cpu, alone = seconds([*ALWAYS, *given.overrides])
+    print(json.dumps({"work_s": work, "cpu_s": cpu, "cells_s": alone}), flush=True)
     launcher = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={given.jobs}"]
-    wall, beside = seconds([*ALWAYS, *launcher, *given.overrides])
+    wall, cpu_beside, beside = seconds([*ALWAYS, *launcher, *given.overrides])
     found = {"work_s": work, "wall_s": wall, "ratio": wall * given.jobs / work, "cells_slower": beside / alone}
+    found["cpu_ratio"] = cpu_beside / cpu
     print(json.dumps({key: round(value, 2) for key, value in found.items()}))
 
 

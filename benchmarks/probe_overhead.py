@@ -46,6 +46,7 @@ def training(probe: Callback, size: tuple[int, ...]) -> tuple[Callable[[bool], f
     ids = torch.randint(1, vocabulary, (batch, length))
     data = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     clock = [0.0]
+    probe.on_train_start(trainer, module)
 
     def timed(function: Callable, *args: object) -> None:
         started = time.perf_counter()

@@ -65,7 +65,7 @@ BAD = {
     "unknown choice": (["peft=lorra"], ["lorra", "lora"]),
     "misspelt key": (["trainer.stepz=5"], ["stepz"]),
     "wrong type": (["trainer.steps=many"], ["trainer.steps", "many"]),
-    "zero steps": (["trainer.steps=0"], ["trainer.steps=0 must be greater than 0"]),
+    "negative steps": (["trainer.steps=-1"], ["trainer.steps=-1 must not be negative"]),
     "negative batch": (["trainer.batch_size=-1"], ["trainer.batch_size=-1 must be greater than 0"]),
     "zero length": (["data.max_length=0"], ["data.max_length=0 must be greater than 0"]),
     "probe never": (["probe.lyapunov.every=0"], ["probe.lyapunov.every=0 must be 1 or more"]),

@@ -3,9 +3,10 @@
 import ast
 import json
 import logging
+import re
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,23 +106,29 @@ def wandb_content(folder: Path) -> dict[str, Any]:
     raise AssertionError(f"{file} was never finished")
 
 
+def _values(entries: Iterable[Any]) -> dict[str, Any]:
+    return {"/".join(entry.nested_key) or entry.key: json.loads(entry.value_json) for entry in entries}
+
+
 def parsed(file: Path) -> dict[str, Any]:
-    """Config, summary, history, group, name and exit code of an offline run."""
+    """Config, summary, history, alerts, group, name and exit code of an offline run."""
     from wandb.proto import wandb_internal_pb2 as pb
 
-    content: dict[str, Any] = {"config": {}, "summary": {}, "history": [], "exit": None}
+    content: dict[str, Any] = {"config": {}, "summary": {}, "history": [], "alerts": [], "exit": None}
     for message in wandb_messages(file):
         item = pb.Record()
         item.ParseFromString(message)
         if item.HasField("run"):
             content |= {"id": item.run.run_id, "group": item.run.run_group, "name": item.run.display_name}
-            content["config"] |= {entry.key: json.loads(entry.value_json) for entry in item.run.config.update}
+            content["config"] |= _values(item.run.config.update)
+        elif item.HasField("config"):
+            content["config"] |= _values(item.config.update)
         elif item.HasField("summary"):
-            for entry in item.summary.update:
-                content["summary"]["/".join(entry.nested_key) or entry.key] = json.loads(entry.value_json)
+            content["summary"] |= _values(item.summary.update)
         elif item.HasField("history"):
-            row = {"/".join(e.nested_key) or e.key: json.loads(e.value_json) for e in item.history.item}
-            content["history"].append(row)
+            content["history"].append(_values(item.history.item))
+        elif item.HasField("alert"):
+            content["alerts"].append((item.alert.title, item.alert.text))
         elif item.HasField("exit"):
             content["exit"] = item.exit.exit_code
     return content
@@ -289,13 +296,14 @@ def test_the_summary_holds_plain_finite_values_only() -> None:
     assert dashboard.summary(stub()) == {"status": "running"}
 
 
-def test_wandb_is_imported_in_one_function_of_one_file(root: Path) -> None:
-    found = []
+def test_wandb_is_imported_in_one_house_and_only_when_it_is_chosen(root: Path) -> None:
+    found = set()
     for file in sorted((root / "lyapft").rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        for scope in ast.walk(tree):
-            inside = isinstance(scope, ast.FunctionDef)
-            for statement in scope.body if inside or scope is tree else ():
-                if isinstance(statement, ast.Import | ast.ImportFrom) and "wandb" in ast.unparse(statement).split():
-                    found.append((file.name, scope.name if isinstance(scope, ast.FunctionDef) else "module"))
-    assert found == [("dashboard.py", "_wandb_logger")]
+        for statement in ast.walk(tree):
+            if isinstance(statement, ast.Import | ast.ImportFrom) and re.search(
+                r"\bwandb(_workspaces)?\b", ast.unparse(statement)
+            ):
+                assert statement not in tree.body, f"{file} imports wandb with the module"
+                found.add(file.parent.name)
+    assert found == {"dashboard"}

@@ -2,6 +2,8 @@
 
 import math
 import os
+import subprocess
+import sys
 import types
 from contextlib import nullcontext
 from functools import partial
@@ -13,9 +15,9 @@ import torch
 from torch.testing import assert_close
 from transformers import Mamba2ForCausalLM, MambaForCausalLM
 
-from lyapft import cell, precision, recurrence, sensitivity
+from lyapft import cell, environment, precision, recurrence, sensitivity
 from lyapft.cell import summary
-from lyapft.probes import ResourceProbe, ShadowProbe, StepRecorder
+from lyapft.probes import ResourceProbe, ShadowProbe, StepRecorder, resources
 from lyapft.records import StepSeries
 from tests.test_cell import prepared, same_weights
 from tests.test_precision import cfg as precision_settings
@@ -162,8 +164,32 @@ def test_memory_and_processor_time_are_this_process():
     assert 1 < seen["cpu_percent"] < 100 * (os.cpu_count() or 1) * 1.5
 
 
+@pytest.mark.skipif(not environment.STATUS.exists(), reason="the peak is known on Linux")
+def test_the_peak_is_not_that_of_the_process_that_launched_this_one():
+    code = (
+        "import torch; from lyapft.probes import ResourceProbe; print(ResourceProbe().memory(torch.device('cpu'))[1])"
+    )
+    held = torch.ones(500_000_000, dtype=torch.int8)  # touched
+    held += torch.ones((), dtype=torch.int8)
+    two = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)]
+    del held
+    two.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True))
+    first, second = (int(done.stdout) for done in two)
+    assert first == pytest.approx(second, abs=100_000_000)
+
+
+def test_without_linux_the_peak_is_not_known(monkeypatch, tmp_path):
+    monkeypatch.setattr(resources, "STATUS", tmp_path / "none")
+    module = a_module()
+    module.observed = {"tokens": 100}
+    ResourceProbe().on_train_batch_end(types.SimpleNamespace(global_step=1), module, None, None, 0)
+    assert abs(module.observed["memory_bytes"] - psutil.Process().memory_info().rss) < 16 * 2**20
+    assert set(module.observed) == {"tokens", "memory_bytes"}
+
+
 def test_only_whole_steps_and_those_asked_for_are_measured():
     module, probe = a_module(accumulate=2), ResourceProbe(every=3)
+    probe.on_train_start(types.SimpleNamespace(global_step=0), module)
     for step, batch_idx in ((1, 0), (1, 1), (2, 3)):
         probe.on_train_batch_end(types.SimpleNamespace(global_step=step), module, None, None, batch_idx)
     assert module.observed == {}

@@ -107,6 +107,27 @@ def test_micro_batches_report_their_worst_and_every_skips_steps():
     assert module.observed == {}
 
 
+def test_the_table_of_the_last_step_has_every_exponent_sequence_and_position():
+    model, batch, module, probe = MambaForCausalLM(MAMBA), a_batch(), a_module(), LyapunovProbe()
+    seam = recurrence.install(model)
+    probe.bind(seam)
+    probe.on_train_batch_start(types.SimpleNamespace(global_step=98, max_steps=99), module, batch, 0)
+    model(**batch)
+    probe.on_train_batch_end(None, module, None, batch, 0)
+    table = probe.table().set_index(["layer", "kind"])["value"]
+    assert not table.isna().any()
+    for layer in seam.layers:
+        found = {
+            kind: table.loc[layer.name, kind].to_numpy() for kind in ("spectrum", "sequence", "position", "product")
+        }
+        tokens = batch["attention_mask"].sum(1).numpy()
+        assert found["sequence"].max() == pytest.approx(module.observed[f"lambda_max/{layer.name}"])
+        assert found["spectrum"].max() <= found["sequence"].mean() + 1e-6
+        assert found["product"][-1] == pytest.approx((found["sequence"] * tokens).max(), rel=1e-5)
+        assert found["product"][0] == pytest.approx(probe.profiles[layer.name].log_norm_BL[:, 0].max().item())
+        assert len(found["position"]) == len(found["product"]) == batch["attention_mask"].shape[1]
+
+
 def test_gradient_checkpointing_is_counted_once():
     model, batch = MambaForCausalLM(MAMBA).train(), a_batch()
     model.activation_checkpointing_enable()

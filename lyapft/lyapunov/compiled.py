@@ -16,7 +16,7 @@ import torch
 from numba import types
 from torch import Tensor
 
-from lyapft.scan.compiled import Kernel, jit
+from lyapft.compiled import Kernel, jit
 
 _SIGNATURE = types.boolean(
     types.float32[:, :, ::1],
@@ -30,10 +30,9 @@ _SIGNATURE = types.boolean(
 )
 
 
-def _make(digest: int):
+def _make():
     @jit
     def kernel(delta_BLC, A_CN, mask_BL, edges, log_norm_BL, lambda_B, numbers, tokens_B):
-        digest  # noqa: B018
         B, L, C = delta_BLC.shape
         rate_C, sums_C, row_C, least = (
             np.empty(C, np.float32),

@@ -8,14 +8,20 @@ With s the running sum of ΔA inside a chunk, the kernel computes
 
 s is summed and subtracted in float64 and rounded once, so an exponential is off by e^{u |argument|} (1 + ε). A term τ
 is rounded three times: as Δ x, times the exponential, times B (by a fused multiply-add: twice). The sum is a matrix
-product of unknown order. Whatever it is, n terms take n − 1 additions, each of which rounds the sum of some of them,
-and no sum of some exceeds M, that of the positive or that of the negative terms, whichever is larger; so with E for
-what all additions round away
+product of unknown order, whose additions round away E together. Whatever the order, an addition rounds away
 
-    E ≤ (n − 1) u (M + E),     that is     E ≤ γ_{n−1} M
+    at most u (M + E), M the sum of the positive or that of the negative terms, whichever is larger;
+    at most its smaller summand: the other one is a number of the format.
 
-instead of γ Σ|τ|, twice as much where signs are mixed. The last product and the last sum round once each, the sum in
-proportion to the state that comes out. As in `certificate`, nothing of second order is dropped.
+Let R be the smallest terms, and k the number of the others. k − 1 additions join two sums that both hold some of the
+others; what joins a sum of R alone to another is bounded by that sum, and each of R is in one. So for every k, and for
+the best,
+
+    E ≤ (k − 1) u (M + E) + (1 + 2 γ_n) Σ_R |τ|
+
+instead of γ_n Σ|τ|: half of it where signs are mixed, less where the decay leaves few terms of any size. The last
+product and the last sum round once each, the sum in proportion to the state that comes out. As in `certificate`,
+nothing of second order is dropped.
 """
 
 import torch
@@ -59,8 +65,17 @@ def _sum(log_decay: Tensor, change: Tensor, write: Tensor, off: Tensor, write_fa
     exact, b = (weight * write.abs()).sum(1), write.abs() + off
     floor = TINY * (length * (1 + 2 * write_factor) + b.sum(1))
     terms = (weight * (b * computed - write.abs())).sum(1) + floor
-    sides = ((weight * computed * (side.clamp(min=0) + off)).sum(1) + floor for side in (write, -write))
-    return exact, terms + gamma(length - 1, UNIT) * torch.maximum(*sides)
+    return exact, terms + _additions(*(weight * computed * (x.clamp(min=0) + off) for x in (write, -write))) + floor
+
+
+def _additions(positive: Tensor, negative: Tensor) -> Tensor:
+    """E of terms at most as large as these (B, T, …), of which each is one or the other, or their sum."""
+    length = positive.shape[1]
+    largest = torch.maximum(positive.sum(1, keepdim=True), negative.sum(1, keepdim=True))
+    ascending = (positive + negative).sort(dim=1).values
+    rest = torch.cat((torch.zeros_like(ascending[:, :1]), ascending[:, :-1]), dim=1).cumsum(1).flip(1)  # k = 1 … T
+    joins = UNIT * torch.arange(length, dtype=rest.dtype).view(1, -1, *[1] * (rest.dim() - 2))
+    return ((joins * largest + (1 + 2 * gamma(length, UNIT)) * rest) / (1 - joins)).amin(1)
 
 
 def _tail_sums(x: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ J_t is diagonal, exp(Δ_t A), and a step Δ ≥ 0 scales all states of a channel
 the compiled pass, which runs on float32 step sizes in CPU memory where numba is installed.
 """
 
-import importlib.util
 import math
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,6 @@ from lyapft.lyapunov.tokens import check_tokens, mean_over_tokens, wide
 
 # |ΔA| below which exp(ΔA) rounds to exactly 1: half the spacing of the format just below 1
 NEUTRAL_ZONE = {"bf16": 2.0**-9, "fp16": 2.0**-12, "fp32": 2.0**-25}
-COMPILES = importlib.util.find_spec("numba") is not None
 _EDGES = tuple(NEUTRAL_ZONE.values())
 # which of the fields are means, and over what; the others are maxima
 MEANS = {"lambda_mean": "sequences"} | {f"neutral_{name}": "tokens" for name in NEUTRAL_ZONE}
@@ -149,16 +149,24 @@ def stability_profile(delta_BLC: Tensor, A: Tensor, mask_BL: Tensor) -> Profile:
         ValueError: a sequence without a real token.
     """
     found = None
-    if delta_BLC.device.type == "cpu" and delta_BLC.dtype == A.dtype == torch.float32 and COMPILES:
-        from lyapft.lyapunov import compiled  # needs numba
-
-        found = compiled.profile(delta_BLC, A, mask_BL, _EDGES)
+    if delta_BLC.device.type == "cpu" and delta_BLC.dtype == A.dtype == torch.float32 and (fast := _compiled()):
+        found = fast.profile(delta_BLC, A, mask_BL, _EDGES)
     if found is None:
         with torch.no_grad(), torch.autocast(delta_BLC.device.type, enabled=False):
             found = _profile(wide(delta_BLC), slowest(wide(A)), mask_BL)
     numbers, log_norm_BL, lambda_B, tokens_B = found
     check_tokens(tokens_B)
     return Profile(numbers, log_norm_BL, lambda_B)
+
+
+@cache
+def _compiled() -> ModuleType | None:
+    """The same in one compiled pass, where numba is installed."""
+    try:
+        from lyapft.lyapunov import compiled
+    except ImportError:
+        return None
+    return compiled
 
 
 def _profile(delta_BLC: Tensor, A_C: Tensor, mask_BL: Tensor) -> tuple[Tensor, ...]:

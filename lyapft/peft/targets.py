@@ -23,7 +23,7 @@ NAMED = ("auto", "sll", "all", "usual", "memory_buffer")
 # The paper's sparse set (SLL): the linear layers around the recurrence, and the embeddings (Halloran et al. 2025).
 SLL_OF_A_MIXER = ("x_proj", "in_proj", "out_proj")
 LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-USUAL = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3"), LLAMA_LIKE)
+USUAL = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "smollm3"), LLAMA_LIKE)
 USUAL |= {
     "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],

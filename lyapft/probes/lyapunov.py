@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lyapft import lyapunov
-from lyapft.scan import packing
+from lyapft.recurrence import packing
 
 if TYPE_CHECKING:
     from lyapft.module import FineTuner
@@ -32,6 +32,7 @@ class LyapunovProbe(Callback):
     Attributes:
         profiles: layer -> the last measured micro-batch per sequence and per token.
         spectra: layer -> all exponents of the training's last micro-batch, slowest first.
+        products: layer -> its log‖J_t ⋯ J_1‖, (B, L).
     """
 
     def __init__(self, every: int = 1, per_layer: bool = True) -> None:
@@ -48,6 +49,7 @@ class LyapunovProbe(Callback):
         self._worst: dict[str, list[float]] = {}
         self.profiles: dict[str, lyapunov.Profile] = {}
         self.spectra: dict[str, Tensor] = {}
+        self.products: dict[str, Tensor] = {}
         self._last = False
 
     def bind(self, seam: Seam) -> None:
@@ -79,6 +81,7 @@ class LyapunovProbe(Callback):
         self.profiles[layer.name] = lyapunov.stability_profile(delta, A, self._mask)
         if self._last:
             self.spectra[layer.name] = lyapunov.spectrum(delta, A, self._mask)
+            self.products[layer.name] = lyapunov.log_running_product(delta, A, self._mask)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
@@ -116,7 +119,7 @@ class LyapunovProbe(Callback):
 
         Kinds: `spectrum`, all exponents, slowest first, at SPECTRUM_POINTS quantiles (index 0..1 is the share of
         exponents before it); `sequence`, the largest exponent of each sequence; `position`, the mean over sequences of
-        log‖J_t‖ at each token.
+        log‖J_t‖ at each token; `product`, the largest over sequences of log‖J_t ⋯ J_1‖ there: transient growth.
         """
         tables = []
         for layer, profile in self.profiles.items():
@@ -128,6 +131,7 @@ class LyapunovProbe(Callback):
                 "spectrum": (share, exponents.cpu().numpy()[(share * (len(exponents) - 1)).round().astype(int)]),
                 "sequence": (np.arange(len(profile.lambda_B)), profile.lambda_B.cpu().numpy()),
                 "position": (np.arange(len(mean_L)), mean_L.cpu().numpy()),
+                "product": (np.arange(len(mean_L)), self.products[layer].amax(0).cpu().numpy()),
             }
             tables += [
                 pd.DataFrame({"layer": layer, "kind": kind, "index": index.astype(float), "value": value})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,8 +11,7 @@ import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
 
-if sys.platform == "linux":
-    import resource  # elsewhere it counts in other units, or is not there
+from lyapft.environment import STATUS
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +36,11 @@ class ResourceProbe(Callback):
         self._process = psutil.Process()
         self._last: tuple[float, float] | None = None
         self._gpu_reports = True
+        self._micro_batches = 1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clocks."""
+        self._micro_batches = cast("FineTuner", pl_module).settings.accumulate  # slow to read: a third of the cost
         self._last = self._clocks()
 
     def on_train_batch_end(
@@ -48,8 +48,7 @@ class ResourceProbe(Callback):
     ) -> None:
         """Measure once a step is whole."""
         module = cast("FineTuner", pl_module)
-        settings = module.settings
-        if (batch_idx + 1) % settings.accumulate or trainer.global_step % self.every:
+        if (batch_idx + 1) % self._micro_batches or trainer.global_step % self.every:
             return
         now, peak = self.memory(pl_module.device)
         wall, cpu = self._clocks()
@@ -58,7 +57,7 @@ class ResourceProbe(Callback):
         module.observed["memory_bytes"] = now
         if peak is not None:
             module.observed["memory_peak_bytes"] = peak
-            tokens = module.observed["tokens"] / settings.accumulate
+            tokens = module.observed["tokens"] / self._micro_batches
             module.observed["memory_bytes_per_token"] = peak / tokens
         if wall > before[0]:
             module.observed["cpu_percent"] = 100 * (cpu - before[1]) / (wall - before[0])
@@ -69,11 +68,11 @@ class ResourceProbe(Callback):
         """Bytes in use and the peak so far; the peak of a process is known on Linux."""
         if device.type == "cuda":
             return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-        now = self._process.memory_info().rss
-        if sys.platform != "linux":
-            return now, None
-        # the kernel counts in batches, and the peak may lag behind
-        return now, max(now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        try:  # not getrusage: its peak is inherited from whoever launched this process
+            status = STATUS.read_bytes()
+        except OSError:
+            return self._process.memory_info().rss, None
+        return _kilobytes(status, b"VmRSS:"), _kilobytes(status, b"VmHWM:")
 
     def _gpu(self, module: FineTuner) -> None:
         if not self._gpu_reports:
@@ -87,3 +86,8 @@ class ResourceProbe(Callback):
     def _clocks(self) -> tuple[float, float]:
         """Seconds of the wall, and of all threads of this process on processors."""
         return time.perf_counter(), time.process_time()
+
+
+def _kilobytes(status: bytes, field: bytes) -> int:
+    """A line of Linux's /proc/self/status, in bytes."""
+    return 1024 * int(status.partition(field)[2].split(maxsplit=1)[0])

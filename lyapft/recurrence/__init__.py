@@ -15,9 +15,20 @@ from lyapft import scan
 from lyapft.errors import InputError
 from lyapft.recurrence.forward import FAMILIES, Forward, calls, family_of
 from lyapft.recurrence.seam import INITIAL_STATE, KERNELS, STATE_OFFSET, Layer, Seam, Tap
-from lyapft.scan import mamba_ssm
+from lyapft.scan import mamba_ssm, packing
 
-__all__ = ["FAMILIES", "INITIAL_STATE", "KERNELS", "STATE_OFFSET", "Layer", "Seam", "Tap", "install", "resolve"]
+__all__ = [
+    "FAMILIES",
+    "INITIAL_STATE",
+    "KERNELS",
+    "STATE_OFFSET",
+    "Layer",
+    "Seam",
+    "Tap",
+    "install",
+    "packing",
+    "resolve",
+]
 
 # recurrences that carry a state and have no class here: a function that the forward calls, or the name of the module
 UNKNOWN_FUNCTIONS = (

@@ -128,7 +128,8 @@ def _stability_lines(study: Study, cells: Sequence[Cell]) -> Figure:
             for column, quantity in ((1, "lambda_max"), (2, "margin")):
                 x, y = thin(cell.steps["step"].tolist(), cell.steps[f"{quantity}{suffix}"])
                 panels.line(row, column, cell, look[style_key(cell)], x=x, y=y)
-    panels.figure.update_yaxes(type="log", tickformat=".2~g", nticks=6, col=2)
+    panels.figure.update_yaxes(tickformat=".3~g")
+    panels.figure.update_yaxes(type="log", nticks=6, col=2)
     drawing = panels.dress("step", ["λ_max (nats/token)", "−λ_max (nats/token)"])
     return Figure("Stability of the recurrent state over training", drawing, STABILITY_READING)
 

@@ -36,15 +36,15 @@ def columns(study: Study, cells: list[Cell]) -> list[Column]:
     """Columns of the cards, in the order of the cells."""
     found = [cell.record.get("stability") or {} for cell in cells]
 
-    def numbers(key: str) -> list[str]:
-        return [number(one.get(key), ".3g") for one in found]
+    def numbers(key: str, shown: str) -> list[str]:
+        return [number(one.get(key), shown) for one in found]
 
     zones = [Column("neutral zone", name, [_zone(one, name) for one in found]) for name in NEUTRAL_ZONE]
     return [
         Column("", "cell", [cell.label for cell in cells], numeric=False),
-        Column("", "margin (nats/token)", numbers("margin")),
-        Column("", "memory (tokens)", numbers("memory")),
-        Column("", "gain", numbers("gain")),
+        Column("", "margin (nats/token)", numbers("margin", ".3g")),
+        Column("", "memory (tokens)", numbers("memory", ",.1f")),
+        Column("", "gain", numbers("gain", ",.1f")),
         Column("", "worst layer", [_worst_layer(one) for one in found], numeric=False),
         *zones,
         *_certificate(study, cells),

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numba import types
 
+from lyapft.compiled import Kernel, helper, jit
 from lyapft.scan import simd, threads
-from lyapft.scan.compiled import Kernel, helper, jit
 from lyapft.scan.layout import FLAT, TABLE, VIEW, channel_groups, chunk_table, flat, lanes_last, padded, view
 from lyapft.scan.simd import LOG2E, WIDTH
 from lyapft.scan.tiles import ROWS, load_tile, store_tile
@@ -45,8 +45,9 @@ def _preactivation(tile, at, weight_KD, width, bias, d, taps):
     return total
 
 
-def make_forward(digest: int):
+def make_forward():
     """The forward kernel; task = (sequence, group of lane blocks)."""
+    digest = simd.DIGEST
 
     @jit
     def forward(first, last, groups, scratch, sizes, silu, chunks, x, x_at, weight_KD, bias_D, y_BLD):
@@ -75,9 +76,10 @@ def make_forward(digest: int):
     return forward
 
 
-def make_backward(digest: int):
+def make_backward():
     """The backward kernel: recomputes the preactivation; carries the K - 1 gradients that reach into the tile
     before."""
+    digest = simd.DIGEST
 
     @jit
     def backward(

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lyapft.compiled import Kernel
 from lyapft.scan import selective_scan_backward, selective_scan_forward, threads
-from lyapft.scan.compiled import Kernel
 from lyapft.scan.layout import channel_groups, chunk_table, dense, flat, lanes_last, padded, view
 from lyapft.scan.simd import LOG2E, WIDTH
 

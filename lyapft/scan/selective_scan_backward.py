@@ -11,8 +11,8 @@ then lane by lane, in an order that neither threads nor timing change.
 import numpy as np
 from numba import types
 
+from lyapft.compiled import inlined, jit
 from lyapft.scan import simd
-from lyapft.scan.compiled import inlined, jit
 from lyapft.scan.layout import FLAT, TABLE, VIEW, padded
 from lyapft.scan.selective_scan_forward import FLAGS, SIZES, TILE, advance, group_bounds, keep_state, logistic
 from lyapft.scan.simd import LN2, LOG2E, WIDTH
@@ -151,8 +151,9 @@ def _store_sums(scratch, of, target, at, count):
             target[at + j] = scratch[of + j]
 
 
-def make_backward(digest: int):
+def make_backward():
     """The backward kernel; task = (sequence, group of channels)."""
+    digest = simd.DIGEST
 
     @jit
     def backward(

@@ -23,8 +23,8 @@ they meet a large state; what rounding drops between chunks is carried on.
 import numpy as np
 from numba import types
 
+from lyapft.compiled import inlined, jit
 from lyapft.scan import simd
-from lyapft.scan.compiled import inlined, jit
 from lyapft.scan.layout import FLAT, TABLE, VIEW, padded
 from lyapft.scan.simd import LOG2E, WIDTH
 from lyapft.scan.tiles import ROWS, load_tile, store_tile
@@ -112,8 +112,9 @@ def _two_states(scratch, lost, count, h_at, width, row, N, a2_ND, a2_at, b_BLN, 
     keep_state(scratch, h_at2, h_at2 + lost, base2, change2)
 
 
-def make_forward(digest: int):
+def make_forward():
     """The forward kernel; `digest` ties its cache entry to the vector code. Task = (sequence, group of channels)."""
+    digest = simd.DIGEST
 
     @jit
     def forward(

@@ -3,8 +3,8 @@
 # mypy: ignore-errors
 # (numba types these functions, and refuses what does not fit)
 
+from lyapft.compiled import helper
 from lyapft.scan import simd
-from lyapft.scan.compiled import helper
 from lyapft.scan.simd import WIDTH
 
 ROWS = 16  # tokens of a tile

@@ -5,7 +5,7 @@ from typing import Any
 from lyapft.report.drawing import Figure, Panels
 
 # Dash says Mamba (solid) or Transformer (dashed); marker and colour say which.
-LOOKS = [("#0072B2", "circle"), ("#56B4E9", "square"), ("#D55E00", "triangle-up"), ("#000000", "diamond"),
+LOOKS = [("#0072B2", "circle"), ("#D55E00", "square"), ("#000000", "triangle-up"), ("#56B4E9", "diamond"),
          ("#009E73", "x"), ("#CC79A7", "star"), ("#E69F00", "cross")]  # fmt: skip
 
 

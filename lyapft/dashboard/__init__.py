@@ -1,11 +1,12 @@
-"""Live numbers beside the record: W&B runs and CSV files. The only import of wandb, and only when it is chosen.
+"""Live numbers beside the record: W&B runs and CSV files. No other house imports
+wandb, and this one only when it is chosen.
 
 `logger=wandb` needs no account: without a login the run is written offline below the cell's folder, and
 `wandb sync runs/STUDY/CELL/wandb/offline-run-*` uploads it later. `WANDB_MODE` decides where it is set.
 """
 
+import hashlib
 import logging
-import math
 import netrc
 import os
 from collections.abc import Iterable
@@ -13,18 +14,22 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 from urllib.parse import urlsplit
 
+import pandas as pd
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig
 
-from lyapft import secrets
+from lyapft import records, secrets
+from lyapft.dashboard.content import charts, summary, tables
 from lyapft.errors import InputError
 from lyapft.records import Record
+
+__all__ = ["MODES", "alert", "build_loggers", "check", "finish", "push", "start", "summary", "wandb_mode"]
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["online", "offline", "disabled"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 CONFIG_FIELDS = ("id", "name", "role", "choices", "seed", "replicate", "overrides", "config", "environment")
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 def check(cfg: DictConfig) -> None:
@@ -67,52 +72,18 @@ def alert(loggers: Iterable[Logger], title: str, text: str) -> None:
 
 
 def finish(loggers: Iterable[Logger], record: Record) -> None:
-    """Close the loggers of a cell, however it ended; a W&B run gets the record's results as its summary.
+    """Close the loggers of a cell, however it ended; a W&B run gets the record's results: summary, tables, charts.
 
     The record is safe on disk by now, so a dashboard that cannot be reached is reported in the log and stops nothing.
     """
     for logger in loggers:
         try:
             if isinstance(logger, WandbLogger):
-                run = logger.experiment
-                run.summary.update(summary(record))
-                run.finish(exit_code=0 if record["status"] == "ok" else 1)
+                _close(logger.experiment, record, Path(logger.save_dir or "."))
             else:
                 logger.finalize("success" if record["status"] == "ok" else "failed")
         except Exception:  # wandb raises many kinds
             log.exception("%s: %s could not be closed; the record is complete", record["name"], type(logger).__name__)
-
-
-def summary(record: Record) -> dict[str, Any]:
-    """A record's results as flat names and plain values; what the cell has not got is left out.
-
-    >>> summary({"status": "ok", "scores": [{"task": "mmlu", "shots": 5, "value": 0.5}]})
-    {'status': 'ok', 'score/mmlu/5-shot': 0.5}
-    """
-    flat: dict[str, Any] = {"status": record["status"], "error": (record.get("error") or {}).get("message")}
-    for part in ("training", "cost", "shadow"):
-        flat |= {f"{part}/{name}": value for name, value in (record.get(part) or {}).items()}
-    for name, value in (record.get("stability") or {}).items():
-        if name == "layers":
-            flat |= {
-                f"stability/{layer['layer']}/{key}": layer[key] for layer in value for key in ("lambda_max", "margin")
-            }
-        else:
-            flat[f"stability/{name}"] = value
-    for score in record.get("scores") or []:
-        other = "" if score.get("metric", "acc") == "acc" else f"/{score['metric']}"
-        flat[f"score/{score['task']}/{score['shots']}-shot{other}"] = score["value"]
-    for entry in record.get("divergence") or []:
-        flat[f"divergence/{entry['counterpart']}/status"] = entry["status"]
-        flat[f"divergence/{entry['counterpart']}/mean_abs_points"] = entry.get("mean_abs_points")
-        for score in entry.get("per_score") or []:
-            name = f"divergence/{entry['counterpart']}/{score['task']}/{score['shots']}-shot"
-            flat[name] = score["signed_points"]
-    return {name: value for name, value in flat.items() if isinstance(value, str) or _finite(value)}
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def wandb_mode(cfg: DictConfig) -> Mode:
@@ -147,8 +118,18 @@ def _logged_in() -> bool:
 
 
 def _wandb_logger(cfg: DictConfig, record: Record, folder: Path) -> WandbLogger:
-    """A run of its own for this cell, in the group of its study, also when the process holds other runs."""
-    mode = wandb_mode(cfg)
+    run = start(record, folder, wandb_mode(cfg), cfg.get("project") or "lyapft", cfg.get("entity"))
+    return WandbLogger(experiment=run, save_dir=folder, project=run.project)
+
+
+def start(
+    record: Record, folder: Path, mode: Mode, project: str, entity: str | None = None, run_id: str | None = None
+) -> Any:
+    """A W&B run of its own for this cell, in the group of its study, also when the process holds other runs.
+
+    Raises:
+        InputError: W&B cannot be started.
+    """
     import wandb
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,8 +143,9 @@ def _wandb_logger(cfg: DictConfig, record: Record, folder: Path) -> WandbLogger:
     )
     try:
         run = wandb.init(
-            project=cfg.get("project") or "lyapft",
-            entity=cfg.get("entity"),
+            project=project,
+            entity=entity,
+            id=run_id,
             group=record["study"],
             name=record["name"],
             job_type=record["role"],
@@ -176,8 +158,64 @@ def _wandb_logger(cfg: DictConfig, record: Record, folder: Path) -> WandbLogger:
         )
     except (wandb.errors.Error, OSError) as error:
         raise InputError(
-            f"logger=wandb could not start a run in mode {mode} ({error}): set WANDB_MODE=offline, or use logger=csv"
+            f"W&B could not start a run in mode {mode} ({error}): set WANDB_MODE=offline, or use logger=csv"
         ) from None
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    return WandbLogger(experiment=run, save_dir=folder, project=run.project)
+    return run
+
+
+def _close(run: Any, record: Record, folder: Path) -> None:
+    """Log the tables and charts of a record, make its results the run's summary, and end the run.
+
+    Rows beyond W&B's own limit of a shown table are not cut by lyapft: `items.parquet` has them all.
+    """
+    import wandb
+
+    items = folder / records.ITEMS
+    found = tables(record, pd.read_parquet(items) if items.exists() else None)
+    made = {name: wandb.Table(columns=list(table), data=table.to_numpy().tolist()) for name, table in found.items()}
+    content: dict[str, Any] = {f"tables/{name}": table for name, table in made.items()}
+    for chart in charts(found):
+        draw = {"line": wandb.plot.line, "bar": wandb.plot.bar}[chart.kind]
+        data = wandb.Table(columns=list(found[chart.table]), data=found[chart.table].to_numpy().tolist())
+        content[f"charts/{chart.name}"] = draw(data, chart.x, chart.y, title=chart.title, **chart.options)
+    try:
+        if content:
+            run.log(content)
+        run.summary.update(summary(record))
+    finally:
+        run.finish(exit_code=0 if record["status"] == "ok" else 1)
+
+
+def push(study: Path, mode: Mode, project: str, entity: str | None = None) -> list[str]:
+    """Make W&B runs of a study from its records alone, with what a live run would have shown; returns their cells.
+
+    Left out are cells that are running, and cells that have a run of their own below their folder. A run's id comes
+    from study and cell, so that a second push replaces the first one's runs.
+
+    Raises:
+        InputError: no such study, or W&B cannot be started.
+    """
+    pushed = []
+    for folder, record in records.load_study(study):
+        if record["status"] == "running" or any(folder.glob("wandb/*run-*")):
+            log.info("%s is left out: it is running or has a W&B run of its own", folder.name)
+            continue
+        run = start(record, study, mode, project, entity, run_id=_run_id(record))
+        if (folder / records.STEPS).exists():
+            for row in pd.read_parquet(folder / records.STEPS).to_dict("records"):
+                numbers = {str(name): float(value) for name, value in row.items() if pd.notna(value) and name != "step"}
+                run.log(numbers | {"trainer/global_step": int(row["step"])})
+        for given in record.get("alerts") or []:
+            run.alert(
+                title=f"lyapft: {given['rule']}",
+                text=f"step {given['step']}: {given['metric']} is {given['value']:.4g}",
+            )
+        _close(run, record, folder)
+        pushed.append(folder.name)
+    return pushed
+
+
+def _run_id(record: Record) -> str:
+    return hashlib.sha256(f"{record['study']}/{record['id']}".encode()).hexdigest()[:12]

@@ -8,8 +8,6 @@ from typing import Any
 
 from numba import njit
 
-from lyapft.scan.simd import DIGEST
-
 _MESSAGE_AFTER_S = 2.0  # reading a kernel from the cache takes less
 _lock = threading.Lock()
 
@@ -33,7 +31,7 @@ inlined = njit(forceinline=True)  # a helper for inner loops, whose vectors must
 class Kernel:
     """A kernel that is compiled, or read from disk, for its one signature when first called."""
 
-    def __init__(self, name: str, make: Callable[[int], Any], signature: Any) -> None:
+    def __init__(self, name: str, make: Callable[[], Any], signature: Any) -> None:
         self.name, self._make, self._signature = name, make, signature
         self._ready: Any = None
 
@@ -43,7 +41,7 @@ class Kernel:
             return self._ready
         with _lock:
             if self._ready is None:
-                kernel = self._make(DIGEST)
+                kernel = self._make()
                 with _announced(self.name):
                     kernel.compile(self._signature)
                 kernel.disable_compile()

@@ -1,0 +1,98 @@
+"""What a dashboard shows of a record: plain values, tables and charts; pure."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from lyapft.records import Record, divergence_entry
+
+ITEM_COLUMNS = ("task", "subset", "item", "shots", "gold", "choice", "correct", "nll_gold")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One of W&B's own charts, drawn from a table of the run: no chart has to be registered with an account."""
+
+    name: str
+    kind: str  # line or bar
+    table: str
+    x: str
+    y: str
+    title: str
+    options: dict[str, str] = field(default_factory=dict)
+
+
+CHARTS = (
+    Chart("score", "line", "scores", "shots", "value", "score against shots", {"stroke": "series"}),
+    Chart("divergence", "bar", "divergence", "score", "signed_points", "points from full-precision fine-tuning"),
+    Chart("margin", "bar", "layers", "layer", "margin", "margin by layer, nats per token"),
+)
+
+
+def tables(record: Record, items: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
+    """The tables of a run: `items` (the answer to each item), `scores`, `divergence`, `layers`; only those with rows.
+
+    >>> list(tables({"scores": [{"task": "mmlu", "shots": 5, "metric": "acc", "value": 0.5, "n": 9}]}, None))
+    ['scores']
+    """
+    paper = divergence_entry(record, "paper") or {}
+    points = [
+        {"score": f"{s['task']} {s['shots']}-shot", "signed_points": s["signed_points"]}
+        for s in paper.get("per_score") or []
+    ]
+    layers = (record.get("stability") or {}).get("layers") or []
+    scores = [
+        score | {"series": score["task"] if score["metric"] == "acc" else f"{score['task']} {score['metric']}"}
+        for score in record.get("scores") or []
+    ]
+    found = {
+        "items": pd.DataFrame() if items is None else items[[name for name in ITEM_COLUMNS if name in items]],
+        "scores": _columns(scores, ("series", "task", "shots", "metric", "value", "stderr", "n")),
+        "divergence": pd.DataFrame(points),
+        "layers": _columns(layers, ("layer", "lambda_max", "margin", "norm_bound")),
+    }
+    return {name: table.astype(object).where(table.notna(), None) for name, table in found.items() if len(table)}
+
+
+def _columns(rows: list[dict[str, Any]], names: tuple[str, ...]) -> pd.DataFrame:
+    return pd.DataFrame([{name: row.get(name) for name in names} for row in rows])
+
+
+def charts(found: Mapping[str, pd.DataFrame]) -> list[Chart]:
+    """The charts whose table is there."""
+    return [chart for chart in CHARTS if chart.table in found]
+
+
+def summary(record: Record) -> dict[str, Any]:
+    """A record's results as flat names and plain values; what the cell has not got is left out.
+
+    >>> summary({"status": "ok", "scores": [{"task": "mmlu", "shots": 5, "value": 0.5}]})
+    {'status': 'ok', 'score/mmlu/5-shot': 0.5}
+    """
+    flat: dict[str, Any] = {"status": record["status"], "error": (record.get("error") or {}).get("message")}
+    for part in ("training", "cost", "shadow"):
+        flat |= {f"{part}/{name}": value for name, value in (record.get(part) or {}).items()}
+    for name, value in (record.get("stability") or {}).items():
+        if name == "layers":
+            flat |= {
+                f"stability/{layer['layer']}/{key}": layer[key] for layer in value for key in ("lambda_max", "margin")
+            }
+        else:
+            flat[f"stability/{name}"] = value
+    for score in record.get("scores") or []:
+        other = "" if score.get("metric", "acc") == "acc" else f"/{score['metric']}"
+        flat[f"score/{score['task']}/{score['shots']}-shot{other}"] = score["value"]
+    for entry in record.get("divergence") or []:
+        flat[f"divergence/{entry['counterpart']}/status"] = entry["status"]
+        flat[f"divergence/{entry['counterpart']}/mean_abs_points"] = entry.get("mean_abs_points")
+        for score in entry.get("per_score") or []:
+            name = f"divergence/{entry['counterpart']}/{score['task']}/{score['shots']}-shot"
+            flat[name] = score["signed_points"]
+    return {name: value for name, value in flat.items() if isinstance(value, str) or _finite(value)}
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
