@@ -239,6 +239,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals
             max_positions=base.max_positions,
             progress=cfg.trainer.progress,
         )
+        signals.heed()
         record["scores"] = [score.as_dict() for score in scores]
         records.save_items(cell.folder, items)
         record["kernels"], record["kernel_fallbacks"] = dict(seam.kernels), dict(seam.fallbacks)

@@ -64,6 +64,7 @@ class Signals:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """A signal waits in `caught` meanwhile; one that nobody heeded is raised at the end."""
+        self.heed()
         self._deferring = True
         try:
             yield
@@ -82,8 +83,8 @@ class Signals:
             raise Interrupted(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._deferring or self.caught is not None:
-            self.caught = None
+        at_once = not self._deferring or self.caught is not None
+        self.caught = number  # kept also then: Python drops what is raised while it clears a weak reference
+        if at_once:
             raise Interrupted(number)
-        self.caught = number
         log.warning("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
