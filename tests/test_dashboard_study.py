@@ -1,9 +1,9 @@
 """What a whole study becomes on a dashboard: offline runs made from records, and the views that would be saved."""
 
 import json
-import time
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def flushed(file: Path) -> dict[str, Any]:
     deadline = time.monotonic() + 30
     while True:
         found = parsed(file)
-        if {"name", "exit"} <= found.keys() or time.monotonic() > deadline:
+        if ("name" in found and found["exit"] is not None) or time.monotonic() > deadline:
             return found
         time.sleep(0.1)
 
