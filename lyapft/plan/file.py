@@ -82,12 +82,15 @@ def records_in(folder: Path) -> list[Record]:
         return []
 
 
+def whole(records: Iterable[Record]) -> list[Record]:
+    """Without those that are too damaged to say what they are of."""
+    return [record for record in records if "runs_as" in (record.get("config") or {})]
+
+
 def states(entries: Sequence[Entry], records: Iterable[Record]) -> dict[str, str]:
     """The status of each planned cell by its key: that of its record, or `not run`."""
     found: dict[str, str] = {}
-    for record in records if entries else ():
-        if "runs_as" not in (record.get("config") or {}):
-            continue  # too damaged to say what it is of
+    for record in whole(records) if entries else ():
         key = key_of(record)
         if found.get(key) != "ok":  # the same settings on other contents of files: one that is ok counts
             found[key] = str(record["status"])
@@ -109,7 +112,7 @@ def outstanding(entries: Sequence[Entry], records: Sequence[Record]) -> list[Out
     """The planned cells that have no record yet, as the verdict takes them."""
     alike: dict[str, set[str]] = {}
     if entries:
-        for record in records:
+        for record in whole(records):
             alike.setdefault(recipe_of(settings_of(record["config"])), set()).add(str(record["id"]))
     left = states(entries, records)
     return [

@@ -42,8 +42,7 @@ class AdapterLiveness(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so where the steps were too few, or too many of them withheld, for a proof."""
-        withheld = cast("FineTuner", pl_module).skipped_steps
-        self.liveness.verdict_at_end(trainer.global_step - withheld, withheld)
+        self.liveness.verdict_at_end(trainer.global_step - cast("FineTuner", pl_module).skipped_steps)
         if stalled := self.liveness.stalled:
             log.warning(
                 "%d half weights never moved: every update rounds to nothing; the record names them", len(stalled)
