@@ -107,11 +107,12 @@ class LyapunovProbe(Callback):
             "mask": self._mask,
             "profiles": {k: tuple(v) for k, v in self.profiles.items()},
             "spectra": self.spectra,
+            "products": self.products,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Know what a training that was cut off after its end had measured."""
-        self._mask, self.spectra = state_dict["mask"], state_dict["spectra"]
+        self._mask, self.spectra, self.products = (state_dict[key] for key in ("mask", "spectra", "products"))
         self.profiles = {name: lyapunov.Profile(*values) for name, values in state_dict["profiles"].items()}
 
     def table(self) -> pd.DataFrame:
