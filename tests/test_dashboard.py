@@ -97,11 +97,20 @@ def wandb_messages(path: Path) -> Iterator[bytes]:
 
 
 def wandb_content(folder: Path) -> dict[str, Any]:
-    """What the one offline run below a folder holds, as soon as wandb's writer process has put its end to disk."""
+    """What the one offline run below a folder holds."""
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    return written_whole(file)
+
+
+def written_whole(file: Path) -> dict[str, Any]:
+    """The content of a run's file, as soon as wandb's writer process has put its end to disk."""
     for _ in range(300):
-        if (content := parsed(file))["exit"] is not None:
-            return content
+        try:
+            if (content := parsed(file))["exit"] is not None:
+                return content
+        except Exception as error:
+            if type(error).__name__ != "DecodeError":  # half of a message
+                raise
         time.sleep(0.1)
     raise AssertionError(f"{file} was never finished")
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from lyapft.dashboard import content, views, workspace
 from lyapft.dashboard.__main__ import main
 from lyapft.errors import InputError
 from tests import synthetic
-from tests.test_dashboard import node, parsed, stub, wandb_content
+from tests.test_dashboard import node, stub, wandb_content, written_whole
 
 ALERT = {"step": 7, "rule": "edge", "metric": "margin", "value": 0.01, "limit": 0.1}
 
@@ -34,19 +33,9 @@ def runs(folder: Path) -> dict[str, tuple[dict[str, Any], Path]]:
     found = {}
     for home in sorted(folder.glob("wandb/offline-run-*")):
         (file,) = home.glob("run-*.wandb")
-        whole = flushed(file)
+        whole = written_whole(file)
         found[whole["name"]] = (whole, home)
     return found
-
-
-def flushed(file: Path) -> dict[str, Any]:
-    """A run's file once W&B's own process has written the end of it, which it does in its own time."""
-    deadline = time.monotonic() + 30
-    while True:
-        found = parsed(file)
-        if ("name" in found and found["exit"] is not None) or time.monotonic() > deadline:
-            return found
-        time.sleep(0.1)
 
 
 def table(home: Path, run: dict[str, Any], name: str) -> pd.DataFrame:

@@ -5,6 +5,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -163,7 +164,9 @@ def test_imports_and_dependencies_are_the_same_set(project, root):
 def test_no_machine_path_or_registry_host_in_any_file(root):
     homes = rb"(?<![\w.$}>-])/(?:home|root|Users|work|opt|mnt|scratch)/[\w.-]+"
     hosts = rb"(?:pypi|pythonhosted|npmjs)\.org|download\.pytorch\.org|\b(?:index-url|find-links|trusted-host)\b"
-    here = re.escape(str(root.parent).encode()) if len(root.parts) > 2 else rb"\0"
+    # a checkout in the folder of temporary files proves nothing: that has one name on many machines
+    own = len(root.parts) > 2 and str(root.parent) != tempfile.gettempdir()
+    here = re.escape(str(root.parent).encode()) if own else rb"\0"
     pattern = re.compile(rb"|".join([homes, hosts, here + rb"/"]))
     hits = []
     for path in tracked(root):
