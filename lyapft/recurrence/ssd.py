@@ -77,7 +77,7 @@ class SSD(Operations):
                 seam.show(self.call.layer, delta, A)
                 x = hidden_states.to(delta.dtype)
                 y, last = scan.ssd(x, delta, A, B, C, initial_states, sequence_BL=seam.sequence, kernel=kernel)
-                result = (y if D is None else y + x * D[:, None]), last
+                result = (y if D is None else torch.addcmul(y, x, D[:, None])), last
         y, last = result
         y = self._offset(y, C)
         return (y, last) if return_final_states else y
