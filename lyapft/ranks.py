@@ -89,6 +89,7 @@ def _summed(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tens
 def _environment(here: launch.Launch) -> ClusterEnvironment:
     """Lightning's view of the launch. Signals are lyapft's own: SLURM's requeueing is left to SLURM."""
     if here.launcher == "srun":
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(here.per_node))  # Lightning does not count by itself
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment() if here.launcher is None else TorchElasticEnvironment()
 
