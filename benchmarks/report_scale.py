@@ -212,12 +212,15 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=100_000)
     parser.add_argument("--seeds", type=int, default=41, help="of each recipe, about; learning rates make up the rest")
     parser.add_argument("--folder", type=Path, help="keep the study here, or measure the one that is there")
+    parser.add_argument("--make-only", action="store_true", help="write the study into the folder, measure nothing")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (given.folder or Path(temporary) / "scale").absolute()
         if not folder.exists():
             make(folder, given.cells, given.seeds)
         size = sum(path.stat().st_size for path in folder.glob(f"*/{records.RECORD}"))
+        if given.make_only:
+            return
         started = time.perf_counter()
         command = [sys.executable, "-m", "lyapft.report", str(folder)]
         pid = os.posix_spawn(sys.executable, command, os.environ | {"OMP_NUM_THREADS": "1"})
