@@ -36,6 +36,24 @@ HOW = {
     "lora_plus": ["precision=fp32", "peft=lora_plus"],
     "state": ["precision=fp32", "peft=initial_state"],
     "rollback": ["precision=fp32", "guard=rollback"],
+    "pissa": ["precision=bf16_true_unpinned", "peft=pissa"],  # whose base weights depend on the seed's adapters
+}
+MORE_HOW = {  # with HOW every peft and every precision that a CPU has; the campaign of kills runs them all
+    "scaled in half": ["precision=fp16_true", "peft=dora", "precision.growth_interval=2"],
+    "dora": ["precision=fp16", "peft=dora"],
+    "rslora": ["precision=fp16_true", "peft=rslora"],
+    "lora_all": ["model=mamba2_tiny", "precision=bf16_true_unpinned", "peft=lora_all"],
+    "vera": ["precision=bf16", "peft=vera"],
+    "ia3": ["model=pythia_tiny", "precision=bf16_true", "peft=ia3"],
+    "bitfit": ["precision=fp16", "peft=bitfit"],
+    "state_offset": ["precision=bf16_true_unpinned", "peft=state_offset"],
+    "state in half": ["precision=fp16_true", "peft=initial_state"],
+    "sdt in half": ["precision=bf16_true", "peft=sdt", "peft.warmup_steps=2"],
+    "adalora in half": ["precision=fp16", "peft=adalora"],
+    "full in half": ["precision=fp16_true", "peft=none"],
+    "full unpinned": ["precision=bf16_true_unpinned", "peft=none"],
+    "packed": ["precision=bf16", "data.packing=true", "trainer.accumulate=2"],
+    "all probes": ["precision=bf16", "probe=all", "guard=skip"],
 }
 
 
@@ -65,6 +83,13 @@ def same(a: cell.Cell, b: cell.Cell) -> None:
     first, second = (records.load(c.folder) for c in (a, b))
     for part in ("scores", "training", "stability", "peft", "kernels", "precision"):
         assert first.get(part) == second.get(part), part
+
+
+def test_every_peft_and_precision_is_resumed_somewhere(root):
+    asked = {override for how in (HOW | MORE_HOW).values() for override in how}
+    for group, elsewhere in (("peft", "lora"), ("precision", "tf32")):  # by default; on CUDA
+        choices = {path.stem for path in (root / "conf" / group).glob("*.yaml")} - {elsewhere}
+        assert choices <= {override.removeprefix(f"{group}=") for override in asked}
 
 
 @pytest.mark.parametrize("how", HOW)
