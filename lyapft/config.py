@@ -722,6 +722,15 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
     return kept | {"runs_as": runs_as}
 
 
+def settled(cfg: DictConfig) -> DictConfig:
+    """The config that a cell of it runs: a pretrained model that is not trained is one cell whatever the seed."""
+    if cfg.trainer.steps or cfg.model.init != "pretrained" or not cfg.seed:
+        return cfg
+    once = cfg.copy()
+    once.seed = 0
+    return once
+
+
 def without_paths(node: dict[str, Any]) -> dict[str, Any]:
     """A group's settings without the paths in it, those of the tasks of a suite too."""
     kept = {key: value for key, value in node.items() if key not in PATHS}

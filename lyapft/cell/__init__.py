@@ -64,7 +64,7 @@ def run(cfg: DictConfig, wait: bool = False) -> Record | None:
     log.info("checking the model, the data and the tasks")
     original = cfg
     try:
-        cfg = rates.applied(cfg)
+        cfg = config.settled(rates.applied(cfg))
         cell = prepare(cfg)
         if not wait and study.can_postpone() and is_elsewhere(cell):
             log.info("%s is run by another process: going on, and coming back to it", cell.folder.name)
