@@ -149,6 +149,15 @@ def accuracies(record: Record) -> list[dict[str, Any]]:
     return [score for score in record.get("scores") or [] if score.get("metric", "acc") == "acc"]
 
 
+def costs(record: Record) -> dict[str, Any]:
+    """The costs by which cells are compared: none where memory ran out on the way and a batch went through in parts.
+
+    >>> costs({"cost": {"tokens_per_s": 900.0}, "oom": [{"step": 3, "rows": 4}]})
+    {}
+    """
+    return {} if record.get("oom") else record.get("cost") or {}
+
+
 def divergence_entry(record: Record, counterpart: str) -> dict[str, Any] | None:
     """The record's divergence from one kind of counterpart, if it has any entry for it."""
     entries: list[dict[str, Any]] = record.get("divergence") or []

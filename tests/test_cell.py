@@ -239,6 +239,13 @@ def test_all_faults_of_an_input_come_at_once(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_required_kernel_is_no_matter_of_a_model_without_a_recurrence(tmp_path):
+    choice = ["kernel=torch", "kernel.require=cpu"]
+    with pytest.raises(InputError, match=r"kernel\.require=cpu, but selective_scan would run kernel 'torch'"):
+        prepared(tmp_path, *choice)
+    assert prepared(tmp_path, *choice, "model=llama_tiny").science["kernel"]
+
+
 @pytest.mark.parametrize("peft", ["initial_state", "state_offset"])
 def test_a_tuned_first_state_cannot_be_packed_whatever_the_choice_is_called(tmp_path, peft):
     with pytest.raises(InputError, match="in front of a row, not of each of its sequences"):

@@ -45,9 +45,9 @@ def test_sll_on_mamba_130m_trains_the_papers_number_of_parameters() -> None:
         (
             "mamba",
             {"in_proj": 2, "x_proj": 2, "out_proj": 2, "embeddings": 1},
-            {"dt_proj": 2, "conv1d": 2, "lm_head": 1},
+            {"dt_proj": 2, "conv1d": 2},
         ),
-        ("mamba2", {"in_proj": 2, "out_proj": 2, "embeddings": 1}, {"conv1d": 2, "lm_head": 1}),
+        ("mamba2", {"in_proj": 2, "out_proj": 2, "embeddings": 1}, {"conv1d": 2}),
         (
             "gpt_neox",
             {"query_key_value": 2, "dense": 2, "dense_h_to_4h": 2, "dense_4h_to_h": 2},
@@ -66,6 +66,8 @@ def test_automatic_targets_cover_every_layer_that_has_them(
     record = attached(kind, Lora()).record()
     expected = {name: {"adapted": n, "present": n} for name, n in adapted.items()}
     expected |= {name: {"adapted": 0, "present": n} for name, n in left.items()}
+    if "embeddings" in adapted:  # the output layer is tied to them, and acts with their adapter
+        expected["lm_head"] = {"adapted": 1, "present": 1}
     assert record["coverage"] == expected
     assert record["targets"] == sorted(adapted)
 

@@ -215,7 +215,10 @@ def test_layers_that_share_a_matrix_share_its_adapter(method: str) -> None:
     one, other = (model.model.layers[i].shared_transf.feed_forward for i in (1, 3))
     assert one is not other
     assert one.down_proj is other.down_proj
-    assert strategy.record()["coverage"]["down_proj"] == {"adapted": 2, "present": 2}
+    coverage = strategy.record()["coverage"]
+    assert coverage["down_proj"] == {"adapted": 2, "present": 2}
+    for bare in ("x_proj_weight", "dt_proj_weight"):  # parameters, no layers: seen, and seen to be left out
+        assert coverage[bare] == {"adapted": 0, "present": 4}
     assert strategy.record()["plain_peft"] != "loads it"
     strategy.merge()
     assert one.down_proj is not other.down_proj

@@ -59,11 +59,11 @@ def build(kind: str) -> nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **CONFIGS[kind])).train()
 
 
-def pair(kind: str, kernel: str = "auto") -> tuple[nn.Module, nn.Module, recurrence.Seam]:
+def pair(kind: str, kernel: str = "auto", require: str | None = None) -> tuple[nn.Module, nn.Module, recurrence.Seam]:
     """A stock model, its twin with the same weights and a seam, and the seam."""
     stock, routed = build(kind), build(kind)
     routed.load_state_dict(stock.state_dict())
-    return stock, routed, recurrence.install(routed, kernel)
+    return stock, routed, recurrence.install(routed, kernel, require)
 
 
 def batch(padding: str | None = None, length: int = 21) -> dict[str, Tensor]:
@@ -132,6 +132,33 @@ def test_prefill_and_decoding_equal_stock(kind, rows, padding):
     told = [told_by(model.eval(), inputs) for model in (stock, routed)]
     assert torch.equal(told[0][0], told[1][0])
     torch.testing.assert_close(told[1][1], told[0][1], **TOL[torch.float32])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_reference_is_float64_in_every_operation(kind):
+    stock, routed, seam = pair(kind, "reference", require="reference")
+    inputs = {"input_ids": batch()["input_ids"][:1, :9], "attention_mask": torch.ones(1, 9)}
+    told = [told_by(model.eval(), inputs) for model in (stock, routed)]
+    torch.testing.assert_close(told[1][1], told[0][1], **TOL[torch.float32])
+    whole, token = (FAMILY[kind], "causal_conv1d"), ", one token"
+    assert seam.kernels == dict.fromkeys([*whole, *(name + token for name in whole)], "reference-float64")
+
+
+@pytest.mark.parametrize(("kind", "format"), [("mamba", torch.float64), ("mamba2", torch.float32)])
+def test_decoding_by_the_reference_is_the_whole_sequence(kind, format):
+    """To float64, but for Mamba-2's norm, which transformers computes in float32."""
+    model, ids = build(kind).double().eval(), batch()["input_ids"]
+    recurrence.install(model, "reference")
+    tokens, logits = told_by(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    with torch.no_grad():
+        whole = model(tokens[:, :-1]).logits[:, -logits.shape[1] :]
+    torch.testing.assert_close(logits, whole, **TOL[format])
+
+
+def test_a_kernel_that_has_no_form_for_one_token_is_refused_where_it_is_required():
+    _, routed, _ = pair("mamba", "cpu", require="cpu")
+    with pytest.raises(InputError, match=r"kernel\.require=cpu, but causal_conv1d, one token would run kernel 'torch'"):
+        told_by(routed.eval(), {"input_ids": batch()["input_ids"]})
 
 
 def told_by(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -234,13 +261,16 @@ def test_a_tuned_state_is_what_its_equation_says(kind, name):
 def test_a_block_compiles(kind):
     stock, routed, seam = pair(kind)
     compiled = [torch.compile(block, backend="aot_eager") for block in routed.backbone.layers]
-    routed.backbone.layers = nn.ModuleList(compiled)
+    routed.backbone.layers, blocks = nn.ModuleList(compiled), routed.backbone.layers
     calls: list[str] = []
     seam.tap = lambda layer, delta, A: calls.append(layer.name)
     logits, gradients = logits_and_gradients(routed, batch("left"))
     renamed = {name.replace("._orig_mod", ""): gradient for name, gradient in gradients.items()}
     assert_same((logits, renamed), logits_and_gradients(stock, batch("left")))
     assert calls == [layer.name for layer in seam.layers]
+    seam.remove()
+    for block, other in zip(blocks, stock.backbone.layers, strict=True):
+        assert block.mixer.__dict__.keys() == other.mixer.__dict__.keys()
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "torch", "reference", "stock"])
@@ -329,6 +359,8 @@ def test_the_other_instance_is_untouched_and_removal_leaves_no_trace(kind):
     stock, routed, seam = pair(kind)
     before = {name: dict(module.__dict__) for name, module in stock.named_modules()}
     assert all("forward" in layer.module.__dict__ for layer in seam.layers)
+    logits_and_gradients(routed, batch())
+    routed.zero_grad()
     seam.remove()
     seam.remove()
     for name, module in routed.named_modules():

@@ -13,6 +13,7 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pandas as pd
@@ -32,6 +33,7 @@ from lyapft.cell.state import clean_state, is_elsewhere, log_file, only_one
 from lyapft.cell.validation import validation
 from lyapft.environment import PeakMemory, warm_up
 from lyapft.errors import InputError
+from lyapft.halving import EVALUATION, Halvings, OutOfMemory, out_of_memory, until_it_fits
 from lyapft.module import FineTuner, TrainingStopped
 from lyapft.peft import Liveness, LivenessError, Strategy
 from lyapft.probes import AdapterLiveness, AlertProbe, LyapunovProbe, ProgressBar, ShadowProbe, StepRecorder
@@ -41,6 +43,7 @@ from lyapft.resume import CheckpointFiles, Interrupted, Resume, Signals
 __all__ = ["Cell", "CellFailed", "disk_message", "ensure", "prepare", "run"]
 
 log = logging.getLogger(__name__)
+TOKENS = ".tokens"  # below the folder of all runs: studies share it
 _failed_references: dict[str, Record] = {}  # of this process: a sweep tries each of them once
 
 
@@ -62,7 +65,7 @@ def run(cfg: DictConfig, wait: bool = False) -> Record | None:
     log.info("checking the model, the data and the tasks")
     original = cfg
     try:
-        cfg = rates.applied(cfg)
+        cfg = config.settled(rates.applied(cfg))
         cell = prepare(cfg)
         if not wait and study.can_postpone() and is_elsewhere(cell):
             log.info("%s is run by another process: going on, and coming back to it", cell.folder.name)
@@ -92,6 +95,7 @@ def ensure(cell: Cell) -> Record:
         return _failed_references[cell.id]
     try:
         with only_one(cell):
+            found = None
             if (cell.folder / records.RECORD).exists():
                 found = records.load(cell.folder)
                 if found["id"] != cell.id:
@@ -101,7 +105,7 @@ def ensure(cell: Cell) -> Record:
                     log.info("%s is done already: %s", cell.folder.name, found["status"])
                     return _compared(cell, found)
             records.remove_leftovers(cell.folder)
-            record = _run_and_record(cell)
+            record = _run_and_record(cell, (found or {}).get("oom", []))
             if cell.role == "reference" and record["status"] != "ok":
                 _failed_references[cell.id] = record
             return record
@@ -118,9 +122,12 @@ def _compared(cell: Cell, record: Record) -> Record:
     return records.save_divergence(cell.folder, divergence.against_counterparts(record, counterparts))
 
 
-def _run_and_record(cell: Cell) -> Record:
-    """Run a cell; whatever happens, its record and its log say so."""
+def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
+    """Run a cell; whatever happens, its record and its log say so. `halved`: where memory ran out before."""
     record = summary.stub(cell)
+    halvings = _halvings(cell, halved)
+    if halvings.allowed:
+        record["oom"] = halvings.entries
     records.save(cell.folder, record)
     loggers: list[Logger] = []
     with log_file(cell.folder / records.LOG), Signals() as signals:
@@ -130,7 +137,11 @@ def _run_and_record(cell: Cell) -> Record:
             later = {name: twin for name, twin in references.items() if twin is not None and is_elsewhere(twin)}
             counterparts = _counterparts(cell, {name: references[name] for name in references if name not in later})
             loggers += dashboard.build_loggers(cell.config.logger, record, cell.folder)
-            _execute(cell, record, loggers, signals)
+            until_it_fits(
+                lambda: _execute(cell, record, loggers, signals, halvings),
+                halvings,
+                save=lambda: records.save(cell.folder, record),
+            )
             counterparts |= {name: _awaited(twin) for name, twin in later.items()}
             record["divergence"] = divergence.against_counterparts(
                 record, {name: counterparts[name] for name in references}
@@ -146,8 +157,10 @@ def _run_and_record(cell: Cell) -> Record:
         except Interrupted as error:
             _failed(record, "interrupted", error)
             raise error.leave() from None
+        except OutOfMemory as error:
+            _failed(record, "oom", error)
         except Exception as error:  # noqa: BLE001 - whatever broke, its record and its log say so
-            _failed(record, "oom" if _out_of_memory(error) else "failed", error)
+            _failed(record, "failed", error)
         finally:
             record["finished"] = records.now()
             records.save(cell.folder, record)
@@ -155,6 +168,18 @@ def _run_and_record(cell: Cell) -> Record:
                 CheckpointFiles(cell.folder).remove()
             dashboard.finish(loggers, record)
     return record
+
+
+def _halvings(cell: Cell, entries: list[dict[str, Any]]) -> Halvings:
+    cfg, trainer = cell.config, cell.config.trainer
+    return Halvings(
+        list(entries),
+        trainer.batch_size,
+        trainer.accumulate,
+        cfg.task.batch_tokens,
+        longest=cfg.data.max_length,
+        allowed=trainer.oom == "halve",
+    )
 
 
 def _failed(record: Record, status: str, error: BaseException, message: str | None = None) -> None:
@@ -191,7 +216,7 @@ def _awaited(reference: Cell) -> Record:
         return records.load(reference.folder) if made else summary.stub(reference)
 
 
-def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals) -> None:
+def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals, halvings: Halvings) -> None:
     """Build, fit, evaluate, save; fills the record as it goes."""
     cfg, started = cell.config, time.perf_counter()
     with clean_state(cell) as strategy:
@@ -204,8 +229,14 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals
         peft = instantiate(cfg.peft)
         peft.attach(base, seam)
         strategy.cast(base.model)
-        content = cell.science["data"]["content"]
-        dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length, content, cfg.trainer.progress)
+        dataset = data.tokenised(
+            cell.source,
+            base.tokenizer,
+            cfg.data.max_length,
+            cell.science["data"],
+            cell.study.parent / TOKENS,
+            cfg.trainer.progress,
+        )
         dataset, held_out = dataset.split(cfg.trainer.validation_rows)
         if cfg.data.packing:
             rows, dataset = len(dataset), data.pack(dataset, cfg.data.max_length)
@@ -225,7 +256,8 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals
         }
         record["cost"] = {}
         if cfg.trainer.steps:
-            _train(cell, record, base.model, peft, seam, strategy, dataset, loggers, signals)
+            _train(cell, record, base.model, peft, seam, strategy, dataset, loggers, signals, halvings)
+        halvings.doing = EVALUATION
         if held_out is not None:
             record["validation"] = validation(base.model.to(cell.device), held_out, cell, strategy.autocast)
         evaluation = time.perf_counter()
@@ -233,7 +265,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals
             base.model.to(cell.device),
             base.tokenizer,
             cell.task,
-            batch_tokens=cfg.task.batch_tokens,
+            batch_tokens=halvings.batch_tokens,
             autocast=strategy.autocast,
             trained_length=base.trained_length,
             max_positions=base.max_positions,
@@ -260,12 +292,15 @@ def _train(
     dataset: data.TokenDataset,
     loggers: list[Logger],
     signals: Signals,
+    halvings: Halvings,
 ) -> None:
     """Fit, and record what training selected, proved, cost and showed of the recurrence."""
     settings = cell.config.trainer
     memory = PeakMemory(model, cell.device)
     liveness = Liveness(model, steps=min(3, settings.steps))
-    series, skipped = _fit(cell, record, model, peft, seam, strategy, dataset, loggers, liveness, memory, signals)
+    series, skipped = _fit(
+        cell, record, model, peft, seam, strategy, dataset, loggers, liveness, memory, signals, halvings
+    )
     record["peft"] = peft.record() | {"proven_alive": liveness.proven, "stalled": liveness.stalled}
     record["training"] = summary.training(series, skipped, config.learning_rate(cell.config))
     record["cost"] = summary.cost(series, memory, settings.accumulate)
@@ -285,10 +320,11 @@ def _fit(
     liveness: Liveness,
     memory: PeakMemory,
     signals: Signals,
+    halvings: Halvings,
 ) -> tuple[pd.DataFrame, int]:
     """Train; returns the step series and how many steps were skipped. What happened on the way goes into the record."""
     settings = cell.config.trainer
-    module = FineTuner(model, settings, config.learning_rate(cell.config), peft, seam)
+    module = FineTuner(model, settings, config.learning_rate(cell.config), peft, seam, halvings)
     probes: list[Callback] = [instantiate(node) for node in cell.config.probe.values()]
     for probe in probes:
         if isinstance(probe, LyapunovProbe):
@@ -332,7 +368,12 @@ def _fit(
         with strategy.autocast():
             return module.loss(batch)
 
-    warm_up(module, loss, loader)
+    try:
+        warm_up(module, loss, loader)
+    except Exception as error:
+        if not (halvings.allowed and out_of_memory(error)):
+            raise
+        module.zero_grad(set_to_none=True)  # the first step will meet it again, and know which step it is
     memory.start()
     if checkpoint is None:
         peft.prepare(loss, loader)
@@ -358,11 +399,6 @@ def _fit(
 def _title(cell: Cell) -> str:
     title = cell.folder.name.removesuffix(f"-{cell.id}")
     return f"{title} (reference)" if cell.role == "reference" else title
-
-
-def _out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
 
 
 def _disk_error(error: BaseException) -> OSError | None:

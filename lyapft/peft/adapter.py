@@ -26,6 +26,7 @@ from lyapft.peft.mixers import mixers
 from lyapft.peft.targets import (
     coverage,
     leaf_counts,
+    raw_counts,
     refuse_dead,
     refuse_gaps,
     resolve_targets,
@@ -106,7 +107,7 @@ class Adapter(Strategy):
         """
         model = backbone.model
         self._names = self.resolve(model)
-        self._present, head = leaf_counts(model), tied_head(model)
+        self._present, head = leaf_counts(model) | raw_counts(model), tied_head(model)
         refuse_dead(model, self._names, seam, self.dropout)
         refuse_gaps(self._names, self._present, self.min_coverage)
         twins = shared_layers(model, self._names)
@@ -161,8 +162,8 @@ class Adapter(Strategy):
 
     def record(self) -> dict[str, Any]:
         """Method, settings, counts, and per layer name how many were adapted of how many the model has."""
-        found = coverage(self._names, self._present)
-        targets = [leaf for leaf, counts in found.items() if counts["adapted"]]
+        found = coverage([*self._names, *self.tied_heads()], self._present)
+        targets = sorted({name.rpartition(".")[2] for name in self._names})
         buffer = {"memory_buffer": self.memory_buffer} if self.targets == "memory_buffer" else {}
         chosen = {"method": self.name} | self.settings() | buffer
         plain = self.plain_peft()

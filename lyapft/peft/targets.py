@@ -37,8 +37,8 @@ def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> lis
 
     `auto` is `sll` for models with selective-scan or SSD mixers and `usual` for others. `sll`: x_proj, in_proj and
     out_proj of the mixers, and the input embeddings. `all`: every linear layer, an output layer that is tied to the
-    embeddings by way of these. `memory_buffer`: the layers whose rows make Δ, B and C. Weights that are no layer's
-    (Zamba's x_proj_weight and dt_proj_weight, fused experts) are in no set and in no denominator of the coverage.
+    embeddings by way of these. `memory_buffer`: the layers whose rows make Δ, B and C. Matrices that are no
+    layer's (Zamba's x_proj_weight, fused experts) are in no set; the coverage counts them, see `raw_counts`.
 
     Raises:
         InputError: a set that the model has not, an invalid expression, or a name that matched nothing to adapt.
@@ -172,6 +172,21 @@ def name_of(model: nn.Module, wanted: nn.Module) -> str:
 def leaf_counts(model: nn.Module) -> dict[str, int]:
     """How many layers the model has that could be adapted, by the last part of their names."""
     return dict(Counter(n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, ADAPTABLE)))
+
+
+def raw_counts(model: nn.Module) -> dict[str, int]:
+    """How many projections the model has that are bare parameters, by name: no adapter here can go on them.
+
+    Zamba's x_proj_weight and dt_proj_weight are such, and the fused experts of mixtures. The coverage shows them as
+    not adapted.
+    """
+    found: Counter[str] = Counter()
+    for owner, module in model.named_modules():
+        matrices = {} if isinstance(module, ADAPTABLE) else dict(module.named_parameters(recurse=False))
+        for name, parameter in matrices.items():
+            if parameter.dim() > 1 and (name == "weight" or ("proj" in name and not name.endswith("bias"))):
+                found[owner.rpartition(".")[2] if name == "weight" else name] += 1
+    return dict(found)
 
 
 def _embeddings(model: PreTrainedModel) -> str:

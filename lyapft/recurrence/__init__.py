@@ -46,11 +46,13 @@ UNKNOWN_CLASSES = frozenset(
 def resolve(kernel: str, require: str | None, device_type: str) -> str:
     """The kernel that recurrences would run on a device ("cpu" or "cuda"), whatever the family.
 
+    Whether that is the required one is for `install` to say: a model without a recurrence runs none.
+
     Raises:
-        InputError: an unknown or unavailable kernel, or another than the required one.
+        InputError: an unknown or unavailable kernel.
     """
     check_choice(kernel, require)
-    return Seam(kernel, require).choose("any recurrence", torch.device(device_type))
+    return Seam(kernel).choose("any recurrence", torch.device(device_type))
 
 
 def check_choice(kernel: str, require: str | None) -> None:

@@ -6,6 +6,7 @@ Letters: B batch, L tokens, D channels, K taps.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,12 +36,13 @@ class Convolution(Operations):
         plain = activation in (None, "silu", "swish")
         if kernel == "cpu" and (hidden_states.dtype == torch.float64 or not plain):
             kernel = seam.instead(OPERATION, "torch", f"float32 and SiLU only, not {hidden_states.dtype}, {activation}")
-        seam.record(OPERATION, "torch" if kernel == "reference" else kernel)
+        seam.record(OPERATION, kernel)
         if kernel in ("cpu", "mamba_ssm"):
             run = _compiled if kernel == "cpu" else _cuda
             return run(hidden_states, weight, bias, activation, seam.sequence)
         stock = self._stock["causal_conv1d_fn"]
         run = stock if kernel == "stock" else inspect.unwrap(stock)
+        run = in_float64(run) if kernel == "reference" else run
         if seam.sequence is None:
             return run(hidden_states, weight, bias, activation=activation)
         where = packing.rows(seam.sequence)
@@ -50,8 +52,30 @@ class Convolution(Operations):
     @torch.compiler.disable
     def update(self, hidden_states: Tensor, *state_weight_bias: Any, **options: Any) -> Tensor:
         """One token after a cache, (B,D,1)."""
-        take = self._one_token(OPERATION, "causal_conv1d_update", "causal_conv1d_update")
+        plain = inspect.unwrap(self._stock["causal_conv1d_update"])
+        take = self._one_token(OPERATION, "causal_conv1d_update", "causal_conv1d_update", in_float64(plain, state=1))
         return take(hidden_states, *state_weight_bias, **options)
+
+
+def in_float64(function: Callable[..., Tensor], state: int | None = None) -> Callable[..., Tensor]:
+    """The function computed in float64, outside autocast; its result in the dtype of its first argument.
+
+    Args:
+        state: position of an argument that the function changes in place.
+    """
+
+    def wide(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) else value
+
+    def run(*given: Any, **options: Any) -> Tensor:
+        arguments = [wide(value) for value in given]
+        with torch.autocast(given[0].device.type, enabled=False):
+            result = function(*arguments, **{name: wide(value) for name, value in options.items()})
+        if state is not None:
+            given[state].copy_(arguments[state])
+        return result.to(given[0].dtype)
+
+    return run
 
 
 def _compiled(

@@ -32,11 +32,21 @@ class Operations:
         """A state that a strategy registered on the mixer."""
         return getattr(self.call.layer.module, name, None)
 
-    def _one_token(self, operation: str, stock: str, name: str) -> Callable[..., Any]:
-        """What takes one token after a cache: mamba-ssm's `name`, transformers' choice, or transformers' torch code."""
-        kernel = self.call.seam.choose(operation, next(self.call.layer.module.parameters()).device)
-        ran = kernel if kernel in ("mamba_ssm", "stock") else "torch"
-        self.call.seam.record(f"{operation}, one token", ran)
-        if ran == "mamba_ssm":
+    def _one_token(
+        self, operation: str, stock: str, name: str, in_float64: Callable[..., Tensor]
+    ) -> Callable[..., Tensor]:
+        """What takes one token after a cache: mamba-ssm's `name`, transformers' choice, or transformers' torch code.
+
+        Args:
+            stock: the function's name in transformers; in_float64: what kernel=reference runs, with its signature.
+        """
+        seam = self.call.seam
+        kernel = seam.choose(operation, next(self.call.layer.module.parameters()).device)
+        if kernel == "cpu":
+            kernel = seam.only(f"{operation}, one token", "torch", "for one token there is no compiled kernel")
+        seam.record(f"{operation}, one token", kernel)
+        if kernel == "mamba_ssm":
             return mamba_ssm.function(name)
-        return self._stock[stock] if ran == "stock" else inspect.unwrap(self._stock[stock])
+        if kernel == "stock":
+            return self._stock[stock]
+        return in_float64 if kernel == "reference" else inspect.unwrap(self._stock[stock])

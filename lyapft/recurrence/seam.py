@@ -95,6 +95,11 @@ class Seam:
             log.warning("%s runs kernel %s: %s", operation, kernel, reason)
         return kernel
 
+    def only(self, operation: str, kernel: str, reason: str) -> str:
+        """Run the one kernel that an operation has, slower or not than what was asked for: only `require` minds."""
+        self._check(operation, kernel, reason)
+        return kernel
+
     def can_fuse(self, layer: Layer, mask: Tensor | None) -> bool:
         """Whether one kernel may do convolution, recurrence and output projection of this layer at once.
 

@@ -118,7 +118,7 @@ class SelectiveScan(Operations):
     @torch.compiler.disable
     def update(self, *arguments: Any, **options: Any) -> Tensor:
         """One token after a cache: (B,D) in and out; the state (B,D,N) changes in place."""
-        take = self._one_token(FAMILY, "mamba_selective_state_update", "selective_state_update")
+        take = self._one_token(FAMILY, "mamba_selective_state_update", "selective_state_update", _token_in_float64)
         y = take(*arguments, **options)
         gate = options.get("z")
         return self._offset(y[..., None], arguments[5][:, None], None if gate is None else gate[..., None])[..., 0]
@@ -178,6 +178,27 @@ def _ours(kernel, x, dt, A, B, C, skip, z, bias, softplus, start, sequence):  # 
     with torch.autocast(x.device.type, enabled=False):
         y, last, delta = run(kernel, x, dt, A, B, C, skip, z, bias, softplus, start, sequence)
     return y.to(dtype).transpose(1, 2), last.to(dtype), delta
+
+
+def _token_in_float64(
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    z: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """One token as a scan of length one, by the reference."""
+    x, dt, B, C = (t[..., None] for t in (hidden_states, dt, B, C))
+    z = None if z is None else z[..., None]
+    y, last, _delta = _ours("reference", x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, None)
+    state.copy_(last)
+    return y[..., 0]
 
 
 def _compiled(kernel, x, dt, A, B, C, skip, z, bias, softplus, start, sequence):  # type: ignore[no-untyped-def]

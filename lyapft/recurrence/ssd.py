@@ -77,7 +77,7 @@ class SSD(Operations):
                 seam.show(self.call.layer, delta, A)
                 x = hidden_states.to(delta.dtype)
                 y, last = scan.ssd(x, delta, A, B, C, initial_states, sequence_BL=seam.sequence, kernel=kernel)
-                result = (y if D is None else y + x * D[:, None]), last
+                result = (y if D is None else torch.addcmul(y, x, D[:, None])), last
         y, last = result
         y = self._offset(y, C)
         return (y, last) if return_final_states else y
@@ -122,7 +122,8 @@ class SSD(Operations):
         options = {name: value for name, value in options.items() if name in ("D", "z", "dt_bias", "dt_softplus")}
         offset = self._tuned(STATE_OFFSET)
         gate = options.pop("z", None) if offset is not None else options.get("z")
-        y = self._one_token(FAMILY, "mamba2_selective_state_update", "selective_state_update")(*arguments, **options)
+        take = self._one_token(FAMILY, "mamba2_selective_state_update", "selective_state_update", _token_in_float64)
+        y = take(*arguments, **options)
         if offset is None:
             return y
         y = self._offset(y[:, None], arguments[5][:, None])[:, 0]
@@ -151,3 +152,24 @@ class SSD(Operations):
         if self.call.seam.watched():
             with torch.no_grad(), torch.autocast(dt.device.type, enabled=False):
                 self.call.seam.show(self.call.layer, step_sizes(dt, bias, softplus).clamp(*limit), A)
+
+
+def _token_in_float64(
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    z: Tensor | None = None,
+) -> Tensor:
+    """One token as a scan of length one, by the reference; dt, its bias, A and D come repeated for each dimension."""
+    delta = step_sizes(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus)
+    x, delta, B, C = (t[:, None] for t in (hidden_states, delta, B, C))
+    y, last = scan.ssd(x, delta, A[:, 0, 0], B, C, state, kernel="reference")
+    state.copy_(last)
+    y = y[:, 0] if D is None else y[:, 0] + hidden_states * D
+    return y if z is None else y * torch.nn.functional.silu(z)

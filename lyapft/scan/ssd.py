@@ -9,10 +9,11 @@ chunk is (Dao & Gu 2024, §6)
     S'  = Σ_j exp(s_T - s_j) B_jᵀ Δ_j x_j + exp(s_T) S
 
 The forward pass keeps its inputs and the states at chunk boundaries; the backward pass recomputes the T×T matrices. B
-and C stay one matrix per group, never one per head. s is summed and subtracted in float64, so that one large |ΔA|
-does not swallow the small ones that follow it, then rounded once.
+and C stay one matrix per group, never one per head. s is summed in float64 and subtracted as a sum of two numbers of
+the inputs' format, so that one large |ΔA| does not swallow the small ones that follow it.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -28,13 +29,14 @@ class _Chunks(NamedTuple):
 
     x: Tensor  # (B,C,G,T,K,P)
     delta: Tensor  # (B,C,G,T,K)
-    written: Tensor  # Δx, like x
+    written: Tensor  # Δx by head, (B,C,G,K,T,P)
     B: Tensor  # (B,C,G,T,N)
     C: Tensor
     decay: Tensor  # exp(s_i - s_j) for j <= i, else 0, (B,C,G,K,T,T)
     weights: Tensor  # (C_i·B_j) exp(s_i - s_j)
     to_token: Tensor  # exp(s_i): from the start of the chunk, (B,C,G,T,K,1)
     to_end: Tensor  # exp(s_T - s_j)
+    lasting: Tensor  # Δ_j exp(s_T - s_j)
     through: Tensor  # exp(s_T), (B,C,G,1,K,1)
 
 
@@ -64,19 +66,32 @@ def _prepare(
     s = _split(log_decay, chunk, groups).cumsum(3)  # (B,C,G,T,K), <= 0
     x, delta, B, C = (_split(t, chunk, groups) for t in (x, delta, B, C))
     B, C = B.squeeze(4), C.squeeze(4)
-    by_head = s.transpose(3, 4)
-    decay = x.new_empty(*by_head.shape, chunk)
-    torch.sub(by_head[..., :, None], by_head[..., None, :], out=decay)
-    decay.exp_().tril_()
+    decay = _differences(s.transpose(3, 4).contiguous(), dtype).exp_().tril_()
     weights = (C @ B.transpose(-1, -2)).unsqueeze(3) * decay
     end = s[:, :, :, -1:]
-    left = (distance.to(dtype).exp_()[..., None] for distance in (s, end - s, end))
-    return _Chunks(x, delta, x * delta[..., None], B, C, decay, weights, *left)
+    to_token, to_end, through = (distance.to(dtype).exp_()[..., None] for distance in (s, end - s, end))
+    lasting, written = delta[..., None] * to_end, _by_head(x, delta)
+    return _Chunks(x, delta, written, B, C, decay, weights, to_token, to_end, lasting, through)
 
 
-def _by_head(tensor: Tensor) -> Tensor:
-    """(B,C,G,T,K,P) -> contiguous (B,C,G,K,T,P)."""
-    return tensor.transpose(3, 4).contiguous()
+def _differences(s: Tensor, dtype: torch.dtype) -> Tensor:
+    """s_i - s_j, (...,T) float64 -> (...,T,T), as good as rounded once, without a matrix in float64.
+
+    With s = a + b, a its rounding to dtype and b what that lost: |a_i - a_j| loses one rounding of the result at most,
+    and b_i - b_j gives back what the roundings of s did to it.
+    """
+    high = s.to(dtype)
+    low = (s - high).to(dtype)
+    matrix = high[..., :, None] - high[..., None, :]
+    return matrix.add_(low[..., :, None]).sub_(low[..., None, :])
+
+
+def _by_head(tensor: Tensor, factor: Tensor | None = None) -> Tensor:
+    """(B,C,G,T,K,P) -> contiguous (B,C,G,K,T,P), times a factor (B,C,G,T,K)."""
+    turned = tensor.transpose(3, 4)
+    if factor is None:
+        return turned.contiguous()
+    return torch.mul(turned, factor.transpose(3, 4)[..., None], out=tensor.new_empty(turned.shape))
 
 
 def _carried(written: Tensor, through: Tensor, state: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -85,11 +100,12 @@ def _carried(written: Tensor, through: Tensor, state: Tensor, reverse: bool = Fa
     written (B,C,G,N,K,P), through (B,C,G,1,K,1), state (B,G,N,K,P).
     """
     before = torch.empty_like(written)
-    parts = range(written.shape[1])
-    for part in reversed(parts) if reverse else parts:
-        before[:, part] = state
-        state = torch.addcmul(written[:, part], through[:, part], state)
-    return before, state
+    parts = range(written.shape[1])[:: -1 if reverse else 1]
+    before[:, parts[0]] = state
+    for part, following in pairwise(parts):
+        torch.addcmul(written[:, part], through[:, part], before[:, part], out=before[:, following])
+    last = parts[-1]
+    return before, torch.addcmul(written[:, last], through[:, last], before[:, last])
 
 
 class _ChunkedSSD(torch.autograd.Function):
@@ -101,14 +117,14 @@ class _ChunkedSSD(torch.autograd.Function):
         groups, states = B.shape[2:]
         c = _prepare(x, delta, A, B, C, chunk, begins)
         sizes = heads // groups, dim
-        written = c.B.transpose(-1, -2) @ (c.written * c.to_end).flatten(4)
+        written = c.B.transpose(-1, -2) @ (c.x * c.lasting).flatten(4)
         if initial is None:
             start = x.new_zeros(batch, groups, states, *sizes)
         else:
             start = initial.reshape(batch, groups, *sizes, states).movedim(-1, 2)
         starts, last = _carried(written.unflatten(-1, sizes), c.through, start)
         y = (c.C @ starts.flatten(4)).unflatten(-1, sizes).mul_(c.to_token)
-        y += (c.weights @ _by_head(c.written)).transpose(3, 4)
+        y += (c.weights @ c.written).transpose(3, 4)
         ctx.save_for_backward(x, delta, A, B, C, starts)
         ctx.chunk, ctx.begins, ctx.given = chunk, begins, initial is not None
         return _join(y, length), last.movedim(2, -1).reshape(batch, heads, dim, states).contiguous()
@@ -128,16 +144,16 @@ class _ChunkedSSD(torch.autograd.Function):
         ends, gstate = _carried(arriving, c.through, glast, reverse=True)
 
         gwritten = (c.B @ ends.flatten(4)).unflatten(-1, sizes).mul_(c.to_end)
-        to_end = (gwritten * c.written).sum(-1)  # of each token's write, by way of the state after the chunk
+        to_end = (gwritten * c.x).sum(-1) * c.delta  # of each token's write, by way of the state after the chunk
         gwritten += (c.weights.transpose(-1, -2) @ gy_by_head).transpose(3, 4)
         from_start = (reading * (c.C @ starts.flatten(4)).unflatten(-1, sizes)).sum(-1)
-        through = c.through[..., 0] * torch.einsum("bcgnkp,bcgnkp->bcgk", ends, starts).unsqueeze(3)
+        through = c.through[..., 0] * (ends * starts).sum((3, 5)).unsqueeze(3)
 
-        gweights = gy_by_head @ _by_head(c.written).transpose(-1, -2)
+        gweights = gy_by_head @ c.written.transpose(-1, -2)
         between = c.weights.mul_(gweights)  # of what was written at j and read at i
         gscores = gweights.mul_(c.decay).sum(3)
         gC = gscores @ c.B + reading.flatten(4) @ starts.flatten(4).transpose(-1, -2)
-        gB = gscores.transpose(-1, -2) @ c.C + (c.written * c.to_end).flatten(4) @ ends.flatten(4).transpose(-1, -2)
+        gB = gscores.transpose(-1, -2) @ c.C + (c.x * c.lasting).flatten(4) @ ends.flatten(4).transpose(-1, -2)
 
         glog = _gradient_of_log_decays(between, from_start, to_end, through)
         gx, gdelta = _join(gwritten * c.delta[..., None], length), _join((gwritten * c.x).sum(-1), length)

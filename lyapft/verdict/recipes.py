@@ -19,7 +19,7 @@ from lyapft.divergence import (
     is_spike,
     item_flips,
 )
-from lyapft.records import Record, divergence_entry
+from lyapft.records import Record, costs, divergence_entry
 from lyapft.verdict.evidence import (
     PAPER,
     PRECISION_ONLY,
@@ -43,6 +43,7 @@ class Cost:
     memory: Estimate  # × peak bytes per token in flight: below 1 is leaner
     index: Estimate  # weighted geometric mean of time and memory: below 1 is cheaper
     emulated: bool  # half precision was emulated: its speed is not that of hardware that has it
+    halved: int  # pairs in which memory ran out, left out of all three
 
 
 @dataclass(frozen=True)
@@ -197,14 +198,13 @@ def _cost(own: Sequence[Pair], settings: Settings) -> Cost:
     measured = set.intersection(*(set(one) for _, one in parts))
     index = {seed: sum(weight * one[seed] for weight, one in parts) / sum(weights) for seed in measured}
     emulated = any((pair.run.get("precision") or {}).get("emulated") for pair in own)
-    return Cost(_geometric_mean(speed), _geometric_mean(memory), _geometric_mean(index), emulated)
+    halved = sum(any(side.get("oom") for side in (pair.run, pair.counterpart)) for pair in own)
+    return Cost(_geometric_mean(speed), _geometric_mean(memory), _geometric_mean(index), emulated, halved)
 
 
 def _log_ratios(own: Sequence[Pair], name: str) -> dict[int, float]:
     """ln(run / counterpart) by seed, where both were measured."""
-    measured = {
-        pair.seed: [(side.get("cost") or {}).get(name) for side in (pair.run, pair.counterpart)] for pair in own
-    }
+    measured = {pair.seed: [costs(side).get(name) for side in (pair.run, pair.counterpart)] for pair in own}
     return {seed: math.log(ours / theirs) for seed, (ours, theirs) in measured.items() if ours and theirs}
 
 
