@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from safetensors import SafetensorError
 
 from lyapft import backbone, config, dashboard, data, divergence, precision, rates, records, recurrence, study, tasks
-from lyapft.cell import summary
+from lyapft.cell import answers, summary
 from lyapft.cell.preparation import Cell, prepare
 from lyapft.cell.state import clean_state, is_elsewhere, log_file, only_one
 from lyapft.cell.validation import validation
@@ -118,8 +118,16 @@ def _compared(cell: Cell, record: Record) -> Record:
     known = {entry["status"] for entry in record["divergence"]}
     if cell.config.reference != "auto" or record["status"] != "ok" or (known and "missing" not in known):
         return record
-    counterparts = _counterparts(cell, _references(cell))
-    return records.save_divergence(cell.folder, divergence.against_counterparts(record, counterparts))
+    references = _references(cell)
+    return records.save_divergence(cell.folder, _divergence(cell, record, references, _counterparts(cell, references)))
+
+
+def _divergence(
+    cell: Cell, record: Record, references: dict[str, Cell | None], counterparts: dict[str, Record | None]
+) -> list[dict[str, Any]]:
+    """A record's comparisons, scores and answers."""
+    entries = divergence.against_counterparts(record, {name: counterparts[name] for name in references})
+    return answers.counted(entries, cell.folder, {twin.id: twin.folder for twin in references.values() if twin})
 
 
 def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
@@ -143,9 +151,7 @@ def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
                 save=lambda: records.save(cell.folder, record),
             )
             counterparts |= {name: _awaited(twin) for name, twin in later.items()}
-            record["divergence"] = divergence.against_counterparts(
-                record, {name: counterparts[name] for name in references}
-            )
+            record["divergence"] = _divergence(cell, record, references, counterparts)
             record["status"] = "ok"
         except TrainingStopped as error:
             _failed(record, error.status, error)
