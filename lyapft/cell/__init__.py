@@ -44,6 +44,7 @@ from lyapft.resume import CheckpointFiles, Interrupted, Resume, Signals
 __all__ = ["Cell", "CellFailed", "disk_message", "ensure", "prepare", "run"]
 
 log = logging.getLogger(__name__)
+TOKENS = ".tokens"  # below the folder of all runs: studies share it
 _failed_references: dict[str, Record] = {}  # of this process: a sweep tries each of them once
 
 
@@ -234,8 +235,14 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals
         peft = instantiate(cfg.peft)
         peft.attach(base, seam)
         strategy.cast(base.model)
-        content = cell.science["data"]["content"]
-        dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length, content, cfg.trainer.progress)
+        dataset = data.tokenised(
+            cell.source,
+            base.tokenizer,
+            cfg.data.max_length,
+            cell.science["data"],
+            cell.study.parent / TOKENS,
+            cfg.trainer.progress,
+        )
         dataset, held_out = dataset.split(cfg.trainer.validation_rows)
         if cfg.data.packing:
             rows, dataset = len(dataset), data.pack(dataset, cfg.data.max_length)
