@@ -165,9 +165,6 @@ def test_nothing_needs_shared_memory(tmp_path):
 def test_cells_in_threads_of_one_process_are_refused():
     refused = pytest.raises(cell.CellFailed, match=r"share the random numbers .*backend=loky")
     with ThreadPoolExecutor(1) as pool, refused:
-        ThreadPoolExecutor(1) as pool,
-        pytest.raises(cell.CellFailed, match=r"share the random numbers .*backend=loky"),
-    ):
         pool.submit(cell.run, composed()).result()
 
 

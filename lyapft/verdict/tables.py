@@ -19,9 +19,7 @@ def recipe_table(found: Sequence[Row], floors: Sequence[Floor], settings: Settin
     """Every recipe against one kind of counterpart: raw scores, difference, tests, outcome, cost, answers, floors."""
     by_setting = {(floor.setting, floor.kind): floor.mean_abs for floor in floors}
     bootstrapped = _bootstrapped(found)
-    return pd.DataFrame(
-        [_recipe(row, bca, by_setting, settings) for row, bca in zip(found, bootstrapped, strict=True)]
-    )
+    return pd.DataFrame([_recipe(row, bca, by_setting, settings) for row, bca in zip(found, bootstrapped, strict=True)])
 
 
 def _recipe(
