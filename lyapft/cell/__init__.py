@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import threading
 import time
 import traceback
 from functools import partial
@@ -61,6 +62,11 @@ def run(cfg: DictConfig, wait: bool = False) -> Record | None:
     Raises:
         CellFailed: it did not finish; its record says why.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise CellFailed(
+            "cells in threads would share the random numbers and settings of their process: use processes, as "
+            "hydra/launcher=joblib does by itself (hydra.launcher.backend=loky)"
+        )
     log.info("cell: %s", ", ".join(HydraConfig.get().overrides.task) or "defaults")
     log.info("checking the model, the data and the tasks")
     original = cfg
