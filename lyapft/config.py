@@ -109,6 +109,7 @@ class TrainerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     grad_clip: float = 1.0  # largest gradient norm
     max_nonfinite: int = 10  # steps in a row without a finite gradient before the cell ends; fp16: see the loss scale
+    oom: str = "stop"  # stop | halve: where memory runs out, go on with half the rows at once; recorded
     progress: bool = True
     record_every_s: float = 30.0  # how often the step series is written while training
     checkpoint_every_s: float = 60.0  # how often a training that may be killed writes what it continues from
@@ -607,6 +608,7 @@ def faults(cfg: DictConfig) -> list[str]:
         "reference": (cfg.reference, ("auto", "off")),
         "device": (cfg.device, ("auto", "cpu", "cuda")),
         "model.init": (cfg.model.init, ("pretrained", "scratch")),
+        "trainer.oom": (cfg.trainer.oom, ("stop", "halve")),
     }
     found += [
         f"{k}={v} is unknown: use one of {', '.join(known)}" for k, (v, known) in choices.items() if v not in known
@@ -709,6 +711,8 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
         kept["guard"] |= {"probes": settings} if settings else {}  # they say at which steps it sees a number
     if not kept["trainer"]["validation_rows"]:
         kept["trainer"].pop("validation_rows")
+    if kept["trainer"]["oom"] == "stop":  # can stop a cell, not change it
+        kept["trainer"].pop("oom")
     kept["trainer"]["learning_rate"] = learning_rate(cfg)
     kept["kernel"].pop("require")  # it can stop a cell, not change it
     for key in ("learning_rate", "pretrain_steps", "pretrain_seed"):  # they act through the trainer and the seed
@@ -716,6 +720,15 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
     for group, content in fingerprints.items():
         kept[group] = without_paths(kept[group]) | {"content": content}
     return kept | {"runs_as": runs_as}
+
+
+def settled(cfg: DictConfig) -> DictConfig:
+    """The config that a cell of it runs: a pretrained model that is not trained is one cell whatever the seed."""
+    if cfg.trainer.steps or cfg.model.init != "pretrained" or not cfg.seed:
+        return cfg
+    once = cfg.copy()
+    once.seed = 0
+    return once
 
 
 def without_paths(node: dict[str, Any]) -> dict[str, Any]:

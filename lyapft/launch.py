@@ -50,7 +50,7 @@ def found(environment: Mapping[str, str] | None = None) -> Launch:
     return Launch()
 
 
-def faults(launch: Launch, accumulate: int, batch_size: int, precision: str) -> list[str]:
+def faults(launch: Launch, accumulate: int, batch_size: int, precision: str, oom: str = "stop") -> list[str]:
     """Why these processes cannot share the micro-batches of a step.
 
     >>> faults(Launch("torchrun", 0, 2, 2), 2, 12, "bf16")
@@ -62,6 +62,8 @@ def faults(launch: Launch, accumulate: int, batch_size: int, precision: str) -> 
             f"precision=fp16_true keeps float32 gradients of float16 weights, which DDP cannot add up over "
             f"{launch.ranks} processes: use precision=fp16 or bf16_true, or one process"
         )
+    if launch.ranks > 1 and oom == "halve":
+        found.append(f"trainer.oom=halve halves for one process, not for {launch.ranks}: set a smaller batch_size")
     if launch.ranks % launch.per_node:
         found.append(f"{launch.launcher} started {launch.ranks} processes unevenly: start as many on each machine")
     if accumulate > 0 and accumulate % launch.ranks:

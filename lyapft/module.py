@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lyapft import ranks
 from lyapft.errors import InputError
+from lyapft.halving import Batch, Halvings
 from lyapft.peft import FullFineTuning, Strategy
 from lyapft.recurrence import Seam
 
@@ -35,18 +36,22 @@ class NonFiniteTrainingError(TrainingStopped):
     """Training met non-finite losses or gradients for too many steps in a row."""
 
 
-def response_loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
+def response_loss(logits_BLV: Tensor, labels_BL: Tensor, of: int | None = None) -> Tensor:
     """Mean cross-entropy of the next token over the labelled tokens, in nats, computed in float32.
 
     Args:
         logits_BLV: scores of the token after each position.
         labels_BL: token ids, −100 where a token carries no loss; label t is predicted from position t − 1.
+        of: labelled tokens of the whole batch that these rows are a part of: the part's share of its mean.
     Returns:
         A scalar; NaN if no token is labelled.
     """
     # the labels are shifted, not the logits: a slice of those would be copied, and its gradient padded
     next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
-    return F.cross_entropy(logits_BLV.float().flatten(0, 1), next_BL.flatten(), ignore_index=IGNORED)
+    logits, labels = logits_BLV.float().flatten(0, 1), next_BL.flatten()
+    if of is not None:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / of
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED)
 
 
 def schedule_factor(step: int, settings: DictConfig) -> float:
@@ -80,6 +85,8 @@ class FineTuner(L.LightningModule):
         nonfinite: of each step with a non-finite loss or gradient: step (as in the step series, from 1), loss, layers,
             rows; without those that a loss scaler is there for, which are in `scaler_skips`.
         withhold: None, or asked before each update whether to withhold it.
+        parts: in which the present micro-batch goes through the model: one, unless memory ran out for the whole.
+        watchers: told of each part before its forward pass, where there are several.
     """
 
     def __init__(
@@ -89,6 +96,7 @@ class FineTuner(L.LightningModule):
         learning_rate: float,
         strategy: Strategy | None = None,
         seam: Seam | None = None,
+        halvings: Halvings | None = None,
     ) -> None:
         """
         Args:
@@ -97,6 +105,7 @@ class FineTuner(L.LightningModule):
             learning_rate: the peak rate.
             strategy: what was attached to the model; None is full fine-tuning.
             seam: of the model; packed batches need it, so that recurrences start anew at each sequence.
+            halvings: how much of a batch goes through the model at once.
         """
         super().__init__()
         self.model = model
@@ -110,14 +119,22 @@ class FineTuner(L.LightningModule):
         self.nonfinite: list[dict[str, Any]] = []
         self.scaler_skips: list[dict[str, Any]] = []
         self.withhold: Callable[[], bool] | None = None
+        self.halvings = halvings or Halvings([])
+        self.watchers: list[Callable[[Batch], None]] = []
+        self.parts = 1
+        self._rest: list[Batch] = []
+        self._targets: int | None = None
         self._nonfinite_in_a_row = 0
         self._step_skipped = False
         self._finite = True
         self._rows: list[int] = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of one micro-batch, `loss` of the task and what the strategy adds."""
-        loss = self.loss(batch)
+        """Loss of one micro-batch, `loss` of the task and what the strategy adds; of its first part, where split."""
+        first, *self._rest = self.halvings.micro_batches(batch, self.global_step + 1)
+        self.parts = 1 + len(self._rest)
+        self._targets = int((batch["labels"][:, 1:] != IGNORED).sum()) if self._rest else None
+        loss = self._part(first) if self._rest else self.loss(batch)
         if batch_idx % self.settings.accumulate == 0:
             self.observed, self._rows = {"loss": 0.0, "tokens": 0}, []
         self.observed["loss"] += loss.item() / self.settings.accumulate
@@ -127,15 +144,31 @@ class FineTuner(L.LightningModule):
         loss = loss if penalty is None else loss + penalty
         return loss / ranks.count() if ranks.many() else loss  # the gradients of all processes are summed
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Gradients of a micro-batch; where it is split, of one part after another, each freed before the next."""
+        super().backward(loss, *args, **kwargs)
+        factor = (self._scaler_state() or 1.0) / self.settings.accumulate  # that `loss` came with
+        while self._rest:
+            with self.trainer.precision_plugin.forward_context():
+                part = self._part(self._rest.pop(0))
+            self.observed["loss"] += part.item() / self.settings.accumulate
+            super().backward(part * factor, *args, **kwargs)
+
+    def _part(self, part: Batch) -> Tensor:
+        for watch in self.watchers:
+            watch(part)
+        return self.loss(part, self._targets)
+
+    def loss(self, batch: Batch, of: int | None = None) -> Tensor:
         """Loss of a batch on the task alone, without what the strategy adds.
 
         `batch`: input_ids, attention_mask, labels, and of packed rows sequence and position_ids, each (B, L).
+        `of`: as in `response_loss`.
         """
         output = self.model(input_ids=batch["input_ids"], use_cache=False, **self.token_arguments(batch))
-        return response_loss(output.logits, batch["labels"])
+        return response_loss(output.logits, batch["labels"], of)
 
-    def token_arguments(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def token_arguments(self, batch: Batch) -> dict[str, Tensor]:
         """What keeps tokens apart: a mask of padding, or, packed, the seam and positions that start at 0 again."""
         if self._seam is not None:
             self._seam.sequence = batch.get("sequence")  # until the next batch: backward may recompute the forward pass

@@ -1,6 +1,8 @@
 """A study: the folder of a matrix, its references and its reruns, and what is said of it when a command ends."""
 
+import errno
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,14 +59,18 @@ def _folder(config: DictConfig) -> Path | None:
     runs, name = OmegaConf.select(config, "runs"), OmegaConf.select(config, "study.name")
     if not runs or not name:
         return None
+    folder = Path(runs) / name
     try:
-        Path(runs).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):  # asks also whether its file system is read-only
+            raise OSError(errno.EACCES, "no right to write, or a read-only file system")
     except OSError as error:
         print(
-            f"runs={runs} cannot be made ({error.strerror}): set runs=FOLDER to a folder of your own", file=sys.stderr
+            f"runs={runs} cannot be made or written ({error.strerror}): set runs=FOLDER to a folder of your own",
+            file=sys.stderr,
         )
         raise SystemExit(1) from None
-    return Path(runs) / name
+    return folder
 
 
 def _write_plan(config: DictConfig) -> None:
@@ -73,7 +79,7 @@ def _write_plan(config: DictConfig) -> None:
 
     try:
         file.save(cells.cells(config))
-    except InputError as error:
+    except (InputError, OSError) as error:
         log.debug("no plan of this command: %s", error)
 
 

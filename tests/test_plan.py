@@ -65,6 +65,14 @@ def test_what_is_given_goes_before_a_presets_own_choices():
     assert {one.choices["model"] for one in found} == {"llama_tiny"}
 
 
+def test_a_base_is_one_cell_whatever_the_seed():
+    found = planned("study=icl", "model=mamba_tiny,llama_tiny")
+    assert sorted(one.seed for one in found if not one.config.trainer.steps) == [0, 0]
+    assert sorted(one.seed for one in found if one.config.trainer.steps) == sorted([*range(8)] * 2)
+    scratch = planned("seed=0,1", "model=mamba_130m", "trainer.steps=0", "model.init=scratch", "reference=off")
+    assert [one.seed for one in scratch] == [0, 1]  # its weights are drawn by it
+
+
 def test_a_setting_that_follows_the_seed_is_resolved_for_each():
     found = planned("seed=0,1", "data.data_seed=${seed}", "reference=off")
     assert [one.settings["data"]["data_seed"] for one in found] == [0, 1]

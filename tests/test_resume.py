@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 from itertools import count
 
@@ -21,7 +22,7 @@ from lyapft.resume.tree import pack, unpack
 from tests.test_cell import prepared, same_weights
 
 numbers_of_machines = count()
-CLOCKS = ["step_s", "tokens_per_s"]  # readings of a clock, not of the training
+OF_THE_MACHINE = r"step_s|tokens_per_s|shadow_s|cpu_percent|memory_.*"  # columns that say nothing of the training
 NEVER = ["reference=off", "trainer.steps=6", "trainer.checkpoint_every_s=0"]
 HOW = {
     "fp32": ["precision=fp32"],
@@ -36,6 +37,24 @@ HOW = {
     "lora_plus": ["precision=fp32", "peft=lora_plus"],
     "state": ["precision=fp32", "peft=initial_state"],
     "rollback": ["precision=fp32", "guard=rollback"],
+    "pissa": ["precision=bf16_true_unpinned", "peft=pissa"],  # whose base weights depend on the seed's adapters
+}
+MORE_HOW = {  # with HOW every peft and every precision that a CPU has; the campaign of kills runs them all
+    "scaled in half": ["precision=fp16_true", "peft=dora", "precision.growth_interval=2"],
+    "dora": ["precision=fp16", "peft=dora"],
+    "rslora": ["precision=fp16_true", "peft=rslora"],
+    "lora_all": ["model=mamba2_tiny", "precision=bf16_true_unpinned", "peft=lora_all"],
+    "vera": ["precision=bf16", "peft=vera"],
+    "ia3": ["model=pythia_tiny", "precision=bf16_true", "peft=ia3"],
+    "bitfit": ["precision=fp16", "peft=bitfit"],
+    "state_offset": ["precision=bf16_true_unpinned", "peft=state_offset"],
+    "state in half": ["precision=fp16_true", "peft=initial_state"],
+    "sdt in half": ["precision=bf16_true", "peft=sdt", "peft.warmup_steps=2"],
+    "adalora in half": ["precision=fp16", "peft=adalora"],
+    "full in half": ["precision=fp16_true", "peft=none"],
+    "full unpinned": ["precision=bf16_true_unpinned", "peft=none"],
+    "packed": ["precision=bf16", "data.packing=true", "trainer.accumulate=2"],
+    "all probes": ["precision=bf16", "probe=all", "guard=skip"],
 }
 
 
@@ -57,14 +76,26 @@ def cut(monkeypatch, one: cell.Cell, step: int, number: int) -> int | str:
     return "done"
 
 
+def steps(one: cell.Cell) -> pd.DataFrame:
+    """The step series, without what a clock or the machine says."""
+    series = pd.read_parquet(one.folder / records.STEPS)
+    return series[[name for name in series if not re.fullmatch(OF_THE_MACHINE, name)]]
+
+
 def same(a: cell.Cell, b: cell.Cell) -> None:
     assert same_weights(a.folder, b.folder)
-    series = [pd.read_parquet(c.folder / records.STEPS).drop(columns=CLOCKS) for c in (a, b)]
-    pd.testing.assert_frame_equal(*series, check_exact=True)
+    pd.testing.assert_frame_equal(steps(a), steps(b), check_exact=True)
     pd.testing.assert_frame_equal(*[pd.read_parquet(c.folder / records.ITEMS) for c in (a, b)], check_exact=True)
     first, second = (records.load(c.folder) for c in (a, b))
     for part in ("scores", "training", "stability", "peft", "kernels", "precision"):
         assert first.get(part) == second.get(part), part
+
+
+def test_every_peft_and_precision_is_resumed_somewhere(root):
+    asked = {override for how in (HOW | MORE_HOW).values() for override in how}
+    for group, elsewhere in (("peft", "lora"), ("precision", "tf32")):  # by default; on CUDA
+        choices = {path.stem for path in (root / "conf" / group).glob("*.yaml")} - {elsewhere}
+        assert choices <= {override.removeprefix(f"{group}=") for override in asked}
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -89,10 +120,10 @@ def test_an_evaluation_that_was_cut_off_costs_no_training(tmp_path, monkeypatch,
         patch.setattr(tasks, "evaluate", lambda *_, **__: os.kill(os.getpid(), number))
         with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
             cell.ensure(torn)
-    steps = []
-    monkeypatch.setattr(cell.StepRecorder, "on_train_batch_end", lambda *_: steps.append(1))
+    trained = []
+    monkeypatch.setattr(cell.StepRecorder, "on_train_batch_end", lambda *_: trained.append(1))
     assert cell.ensure(torn)["status"] == "ok"
-    assert not steps
+    assert not trained
     same(whole, torn)
     tables = [pd.read_parquet(c.folder / records.STABILITY) for c in (whole, torn)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)

@@ -9,10 +9,12 @@ import logging
 import os
 import re
 import signal
+import threading
 import time
 import traceback
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pandas as pd
@@ -39,13 +41,14 @@ from lyapft import (
     study,
     tasks,
 )
-from lyapft.cell import summary
+from lyapft.cell import answers, summary
 from lyapft.cell.crew import call, crew, follow, together
 from lyapft.cell.preparation import Cell, prepare
 from lyapft.cell.state import clean_state, is_elsewhere, log_file, only_one
 from lyapft.cell.validation import validation
 from lyapft.environment import PeakMemory, warm_up
 from lyapft.errors import InputError
+from lyapft.halving import EVALUATION, Halvings, OutOfMemory, out_of_memory, until_it_fits
 from lyapft.module import FineTuner, TrainingStopped
 from lyapft.peft import Liveness, LivenessError, Strategy
 from lyapft.probes import AdapterLiveness, AlertProbe, LyapunovProbe, ProgressBar, ShadowProbe, StepRecorder
@@ -55,6 +58,7 @@ from lyapft.resume import CheckpointFiles, Interrupted, Resume, Signals
 __all__ = ["Cell", "CellFailed", "disk_message", "ensure", "prepare", "run"]
 
 log = logging.getLogger(__name__)
+TOKENS = ".tokens"  # below the folder of all runs: studies share it
 _failed_references: dict[str, Record] = {}  # of this process: a sweep tries each of them once
 
 
@@ -74,6 +78,11 @@ def run(cfg: DictConfig, wait: bool = False) -> Record | None:
     Raises:
         CellFailed: it did not finish; its record says why.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise CellFailed(
+            "cells in threads would share the random numbers and settings of their process: use processes, as "
+            "hydra/launcher=joblib does by itself (hydra.launcher.backend=loky)"
+        )
     with crew() as leads:
         try:
             if leads:
@@ -89,7 +98,7 @@ def _run(cfg: DictConfig, wait: bool) -> Record | None:
     log.info("cell: %s", ", ".join(HydraConfig.get().overrides.task) or "defaults")
     log.info("checking the model, the data and the tasks")
     original = cfg
-    cfg = rates.applied(cfg)
+    cfg = config.settled(rates.applied(cfg))
     cell = prepare(cfg)
     if not wait and study.can_postpone() and is_elsewhere(cell):
         log.info("%s is run by another process: going on, and coming back to it", cell.folder.name)
@@ -116,6 +125,7 @@ def ensure(cell: Cell) -> Record:
         return _failed_references[cell.id]
     try:
         with only_one(cell):
+            found = None
             if (cell.folder / records.RECORD).exists():
                 found = records.load(cell.folder)
                 if found["id"] != cell.id:
@@ -125,7 +135,7 @@ def ensure(cell: Cell) -> Record:
                     log.info("%s is done already: %s", cell.folder.name, found["status"])
                     return _compared(cell, found)
             records.remove_leftovers(cell.folder)
-            record = _run_and_record(cell)
+            record = _run_and_record(cell, (found or {}).get("oom", []))
             if cell.role == "reference" and record["status"] != "ok":
                 _failed_references[cell.id] = record
             return record
@@ -138,13 +148,24 @@ def _compared(cell: Cell, record: Record) -> Record:
     known = {entry["status"] for entry in record["divergence"]}
     if cell.config.reference != "auto" or record["status"] != "ok" or (known and "missing" not in known):
         return record
-    counterparts = _counterparts(cell, _references(cell))
-    return records.save_divergence(cell.folder, divergence.against_counterparts(record, counterparts))
+    references = _references(cell)
+    return records.save_divergence(cell.folder, _divergence(cell, record, references, _counterparts(cell, references)))
 
 
-def _run_and_record(cell: Cell) -> Record:
-    """Run a cell; whatever happens, its record and its log say so."""
+def _divergence(
+    cell: Cell, record: Record, references: dict[str, Cell | None], counterparts: dict[str, Record | None]
+) -> list[dict[str, Any]]:
+    """A record's comparisons, scores and answers."""
+    entries = divergence.against_counterparts(record, {name: counterparts[name] for name in references})
+    return answers.counted(entries, cell.folder, {twin.id: twin.folder for twin in references.values() if twin})
+
+
+def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
+    """Run a cell; whatever happens, its record and its log say so. `halved`: where memory ran out before."""
     record = summary.stub(cell)
+    halvings = _halvings(cell, halved)
+    if halvings.allowed:
+        record["oom"] = halvings.entries
     records.save(cell.folder, record)
     loggers: list[Logger] = []
     with log_file(cell.folder / records.LOG), Signals() as signals:
@@ -154,11 +175,13 @@ def _run_and_record(cell: Cell) -> Record:
             later = {name: twin for name, twin in references.items() if twin is not None and is_elsewhere(twin)}
             counterparts = _counterparts(cell, {name: references[name] for name in references if name not in later})
             loggers += dashboard.build_loggers(cell.config.logger, record, cell.folder)
-            _execute(cell, record, loggers, signals)
-            counterparts |= {name: _awaited(twin) for name, twin in later.items()}
-            record["divergence"] = divergence.against_counterparts(
-                record, {name: counterparts[name] for name in references}
+            until_it_fits(
+                lambda: _execute(cell, record, loggers, signals, halvings),
+                halvings,
+                save=lambda: records.save(cell.folder, record),
             )
+            counterparts |= {name: _awaited(twin) for name, twin in later.items()}
+            record["divergence"] = _divergence(cell, record, references, counterparts)
             record["status"] = "ok"
         except TrainingStopped as error:
             _failed(record, error.status, error)
@@ -170,8 +193,10 @@ def _run_and_record(cell: Cell) -> Record:
         except Interrupted as error:
             _failed(record, "interrupted", error)
             raise error.leave() from None
+        except OutOfMemory as error:
+            _failed(record, "oom", error)
         except Exception as error:  # noqa: BLE001 - whatever broke, its record and its log say so
-            _failed(record, "oom" if _out_of_memory(error) else "failed", error)
+            _failed(record, "failed", error)
         finally:
             record["finished"] = records.now()
             records.save(cell.folder, record)
@@ -179,6 +204,18 @@ def _run_and_record(cell: Cell) -> Record:
                 CheckpointFiles(cell.folder).remove()
             dashboard.finish(loggers, record)
     return record
+
+
+def _halvings(cell: Cell, entries: list[dict[str, Any]]) -> Halvings:
+    cfg, trainer = cell.config, cell.config.trainer
+    return Halvings(
+        list(entries),
+        trainer.batch_size,
+        trainer.accumulate,
+        cfg.task.batch_tokens,
+        longest=cfg.data.max_length,
+        allowed=trainer.oom == "halve",
+    )
 
 
 def _failed(record: Record, status: str, error: BaseException, message: str | None = None) -> None:
@@ -215,7 +252,7 @@ def _awaited(reference: Cell) -> Record:
         return records.load(reference.folder) if made else summary.stub(reference)
 
 
-def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals) -> None:
+def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals, halvings: Halvings) -> None:
     """Build, fit, evaluate, save; fills the record as it goes."""
     cfg, started = cell.config, time.perf_counter()
     if cfg.trainer.steps:
@@ -230,8 +267,14 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals
         peft = instantiate(cfg.peft)
         peft.attach(base, seam)
         strategy.cast(base.model)
-        content = cell.science["data"]["content"]
-        dataset = data.build(cell.source, base.tokenizer, cfg.data.max_length, content, cfg.trainer.progress)
+        dataset = data.tokenised(
+            cell.source,
+            base.tokenizer,
+            cfg.data.max_length,
+            cell.science["data"],
+            cell.study.parent / TOKENS,
+            cfg.trainer.progress,
+        )
         dataset, held_out = dataset.split(cfg.trainer.validation_rows)
         if cfg.data.packing:
             rows, dataset = len(dataset), data.pack(dataset, cfg.data.max_length)
@@ -252,9 +295,10 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals
         record["cost"] = {}
         if cfg.trainer.steps:
             with together():
-                _train(cell, record, base.model, peft, seam, strategy, dataset, loggers, signals)
+                _train(cell, record, base.model, peft, seam, strategy, dataset, loggers, signals, halvings)
         if not ranks.leads():
             return
+        halvings.doing = EVALUATION
         if held_out is not None:
             record["validation"] = validation(base.model.to(cell.device), held_out, cell, strategy.autocast)
         evaluation = time.perf_counter()
@@ -262,7 +306,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals
             base.model.to(cell.device),
             base.tokenizer,
             cell.task,
-            batch_tokens=cfg.task.batch_tokens,
+            batch_tokens=halvings.batch_tokens,
             autocast=strategy.autocast,
             trained_length=base.trained_length,
             max_positions=base.max_positions,
@@ -289,12 +333,15 @@ def _train(
     dataset: data.TokenDataset,
     loggers: list[Logger],
     signals: Signals,
+    halvings: Halvings,
 ) -> None:
     """Fit, and record what training selected, proved, cost and showed of the recurrence."""
     settings = cell.config.trainer
     memory = PeakMemory(model, cell.device)
     liveness = Liveness(model, steps=min(3, settings.steps))
-    series, skipped = _fit(cell, record, model, peft, seam, strategy, dataset, loggers, liveness, memory, signals)
+    series, skipped = _fit(
+        cell, record, model, peft, seam, strategy, dataset, loggers, liveness, memory, signals, halvings
+    )
     record["peft"] = peft.record() | {"proven_alive": liveness.proven, "stalled": liveness.stalled}
     record["training"] = summary.training(series, skipped, config.learning_rate(cell.config))
     record["cost"] = summary.cost(series, memory, settings.accumulate)
@@ -314,10 +361,11 @@ def _fit(
     liveness: Liveness,
     memory: PeakMemory,
     signals: Signals,
+    halvings: Halvings,
 ) -> tuple[pd.DataFrame, int]:
     """Train; returns the step series and how many steps were skipped. What happened on the way goes into the record."""
     settings = ranks.share(cell.config.trainer)
-    module = FineTuner(model, settings, config.learning_rate(cell.config), peft, seam)
+    module = FineTuner(model, settings, config.learning_rate(cell.config), peft, seam, halvings)
     probes: list[Callback] = [instantiate(node) for node in cell.config.probe.values()]
     for probe in probes:
         if isinstance(probe, LyapunovProbe):
@@ -364,7 +412,12 @@ def _fit(
         with strategy.autocast():
             return module.loss(batch)
 
-    warm_up(module, loss, loader)
+    try:
+        warm_up(module, loss, loader)
+    except Exception as error:
+        if not (halvings.allowed and out_of_memory(error)):
+            raise
+        module.zero_grad(set_to_none=True)  # the first step will meet it again, and know which step it is
     memory.start()
     if checkpoint is None:
         peft.prepare(loss, loader)
@@ -391,11 +444,6 @@ def _fit(
 def _title(cell: Cell) -> str:
     title = cell.folder.name.removesuffix(f"-{cell.id}")
     return f"{title} (reference)" if cell.role == "reference" else title
-
-
-def _out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
 
 
 def _disk_error(error: BaseException) -> OSError | None:

@@ -16,6 +16,7 @@ from lyapft import config, ranks, rates
 from lyapft.cell import summary
 from lyapft.cell.preparation import Cell, prepare
 from lyapft.errors import InputError
+from lyapft.halving import Halvings
 from lyapft.module import TrainingStopped
 from lyapft.peft import LivenessError
 from lyapft.records import Record
@@ -82,14 +83,14 @@ def _connected() -> Iterator[None]:
         ) from error
 
 
-def follow(cfg: DictConfig, execute: Callable[[Cell, Record, list[Logger], Signals], None]) -> None:
+def follow(cfg: DictConfig, execute: Callable[[Cell, Record, list[Logger], Signals, Halvings], None]) -> None:
     """Train what the first process calls for, until it needs no more.
 
     Raises:
         InputError: it trains a cell that this process does not know.
     """
     logging.getLogger("lyapft").setLevel(logging.WARNING)  # the first one says it
-    cfg = rates.applied(cfg).copy()
+    cfg = config.settled(rates.applied(cfg)).copy()
     cfg.trainer.progress = False
     cell = prepare(cfg)
     known = {one.id: one for one in _kin(cell)}
@@ -101,7 +102,7 @@ def follow(cfg: DictConfig, execute: Callable[[Cell, Record, list[Logger], Signa
             )
         with Signals() as signals:
             try:
-                execute(known[wanted], summary.stub(known[wanted]), [], signals)
+                execute(known[wanted], summary.stub(known[wanted]), [], signals, Halvings([]))
             except AGREED as error:
                 log.debug("%s: %s", wanted, error)
             except Interrupted as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from lyapft.records import Record, divergence_entry
+from lyapft.records import Record, costs, divergence_entry
 
 ITEM_COLUMNS = ("task", "subset", "item", "shots", "gold", "choice", "correct", "nll_gold")
 
@@ -73,8 +73,10 @@ def summary(record: Record) -> dict[str, Any]:
     {'status': 'ok', 'score/mmlu/5-shot': 0.5}
     """
     flat: dict[str, Any] = {"status": record["status"], "error": (record.get("error") or {}).get("message")}
-    for part in ("training", "cost", "shadow"):
-        flat |= {f"{part}/{name}": value for name, value in (record.get(part) or {}).items()}
+    parts = {"training": record.get("training"), "cost": costs(record), "shadow": record.get("shadow")}
+    for part, values in parts.items():
+        flat |= {f"{part}/{name}": value for name, value in (values or {}).items()}
+    flat |= {"halvings": len(record["oom"])} if record.get("oom") else {}
     for name, value in (record.get("stability") or {}).items():
         if name == "layers":
             flat |= {

@@ -7,6 +7,7 @@ from lyapft.data.packing import pack
 from lyapft.data.pydoc import Pydoc
 from lyapft.data.skills import Skills
 from lyapft.data.sources import Alpaca, Sharegpt, TextFile
+from lyapft.data.store import tokenised
 
 __all__ = [
     "Alpaca",
@@ -22,4 +23,5 @@ __all__ = [
     "batches",
     "build",
     "pack",
+    "tokenised",
 ]

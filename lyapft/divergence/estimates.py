@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 Values = np.ndarray | Sequence[float]
 FEW_SEEDS = 8  # fewer than this, and a mean is labelled: intervals are wide and rank tests cannot reach p = 0.01
@@ -76,7 +76,7 @@ def t_interval(
     """Student's interval of the mean over the last axis: x̄ ± t_{n−1} s/√n; exact for normal values."""
     values_n = np.asarray(values, float)
     n, mean = values_n.shape[-1], values_n.mean(axis=-1)
-    half = stats.t.ppf(0.5 + confidence / 2, max(n - 1, 1)) * spread(values_n, resolution) / math.sqrt(n)
+    half = special.stdtrit(max(n - 1, 1), 0.5 + confidence / 2) * spread(values_n, resolution) / math.sqrt(n)
     return mean - half, mean + half
 
 
@@ -129,7 +129,7 @@ def ratio_of_means(top: Values, bottom: Values, confidence: float = CONFIDENCE) 
     if n < 2:
         return Estimate(float(a.mean() / b.mean()) if n and b.mean() else math.nan, math.nan, math.nan, n)
     (var_a, cov), (_, var_b) = np.cov(a, b)
-    q = stats.t.ppf(0.5 + confidence / 2, n - 1) ** 2 / n
+    q = special.stdtrit(n - 1, 0.5 + confidence / 2) ** 2 / n
     # (ā − ρ b̄)² ≤ q (s_a² − 2ρ s_ab + ρ² s_b²), a quadratic in ρ.
     square, linear, constant = b.mean() ** 2 - q * var_b, a.mean() * b.mean() - q * cov, a.mean() ** 2 - q * var_a
     if square <= 0:  # the interval of b̄ holds 0: every ratio is possible

@@ -72,6 +72,8 @@ def calibrate(planned: Planned) -> Calibration:
         record = cell.ensure(prepared)
         if record["status"] != "ok":
             raise cell.CellFailed(f"calibration {record['name']}: {record['status']}: {record['error']['message']}")
+        if record.get("oom"):
+            raise cell.CellFailed(f"calibration {record['name']}: memory ran out for a whole batch")
     steps = _steps(prepared.folder)
     cost = record["cost"]
     asked = sum(score["n"] for score in records.accuracies(record))

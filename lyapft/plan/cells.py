@@ -135,6 +135,7 @@ def _families(spanned: Sequence[Sequence[str]], launcher: Mapping[str, Any]) -> 
         cfg = composed[rest]
         if one_of_many:
             cfg.seed = one_of_many[-1].removeprefix("seed=")
+        cfg = config.settled(cfg)
         floor = cfg.seed in cfg.study.noise_floor_seeds
         if (rest, floor) not in families:
             families[rest, floor] = list(_family(cfg, threads_per_cell(cfg.threads, launcher)))

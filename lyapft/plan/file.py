@@ -110,13 +110,10 @@ def summary(states_by_key: Mapping[str, str]) -> str:
 
 def outstanding(entries: Sequence[Entry], records: Sequence[Record]) -> list[Outstanding]:
     """The planned cells that have no record yet, as the verdict takes them."""
+    found = states(entries, records)
+    left = [one for one in entries if found[one.key] == NOT_RUN]
     alike: dict[str, set[str]] = {}
-    if entries:
-        for record in whole(records):
-            alike.setdefault(recipe_of(settings_of(record["config"])), set()).add(str(record["id"]))
-    left = states(entries, records)
-    return [
-        Outstanding(one.choices, one.seed, frozenset(alike.get(one.recipe, ())), one.role == RERUN)
-        for one in entries
-        if left[one.key] == NOT_RUN
-    ]
+    for record in whole(records) if left else ():
+        alike.setdefault(recipe_of(settings_of(record["config"])), set()).add(str(record["id"]))
+    same = {recipe: frozenset(own) for recipe, own in alike.items()}
+    return [Outstanding(one.choices, one.seed, same.get(one.recipe, frozenset()), one.role == RERUN) for one in left]

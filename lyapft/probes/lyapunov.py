@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
@@ -52,6 +53,10 @@ class LyapunovProbe(Callback):
         self.products: dict[str, Tensor] = {}
         self._last = False
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hear of batches that go through the model in parts."""
+        cast("FineTuner", pl_module).watchers.append(self._next_part)
+
     def bind(self, seam: Seam) -> None:
         """Observe the recurrence of this model."""
         self._seam = seam
@@ -62,12 +67,22 @@ class LyapunovProbe(Callback):
         """Open the tap on the steps that are measured."""
         if self._seam is None or not self._seam.layers:
             return
+        if batch_idx % cast("FineTuner", pl_module).settings.accumulate == 0:
+            self._worst = {}
         self.profiles = {}
+        self._begin(batch)
+        self._last = trainer.global_step == trainer.max_steps - 1
+        self._seam.tap = self._reduce if self._last or trainer.global_step % self.every == 0 else None
+
+    def _begin(self, batch: Mapping[str, Tensor]) -> None:
+        """Know the tokens of the forward pass that comes next."""
         self._mask, self._packed = batch["attention_mask"], None
         if "sequence" in batch:
             self._unpack(packing.rows(batch["sequence"]))
-        self._last = trainer.global_step == trainer.max_steps - 1
-        self._seam.tap = self._reduce if self._last or trainer.global_step % self.every == 0 else None
+
+    def _next_part(self, part: Mapping[str, Tensor]) -> None:
+        self._take_over()
+        self._begin(part)
 
     def _unpack(self, rows: packing.Rows) -> None:
         """λ is per sequence: one row for each of a packed batch, padding left out."""
@@ -86,18 +101,21 @@ class LyapunovProbe(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        """Take over what the layers said, with one copy to the host."""
+        """Let the step's row say what the layers said."""
         if self._seam is None or not self.profiles:
             return
         self._seam.tap = None
-        module = cast("FineTuner", pl_module)
+        self._take_over()
+        cast("FineTuner", pl_module).observed.update(self._summary())
+
+    def _take_over(self) -> None:
+        """The worst so far, with one copy to the host."""
+        if not self.profiles:
+            return
         found = torch.stack([profile.numbers for profile in self.profiles.values()])
         numbers = ranks.largest(found).tolist()
-        if batch_idx % module.settings.accumulate == 0:
-            self._worst = {}
         for name, row in zip(self.profiles, numbers, strict=True):
             self._worst[name] = [max(pair) for pair in zip(row, self._worst.get(name, row), strict=True)]
-        module.observed.update(self._summary())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Have the training's last micro-batch on every process."""

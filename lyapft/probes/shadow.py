@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,7 +37,7 @@ class ShadowProbe(Callback):
             every: steps between two measurements, the first at step 0.
         """
         self.every = every
-        self._batch: dict[str, Tensor] = {}
+        self._batch: Mapping[str, Tensor] = {}
         self._seam: Seam | None = None
         self._format: Arithmetic | None = None
         self._full: Arithmetic | None = None
@@ -46,10 +46,17 @@ class ShadowProbe(Callback):
         """Observe this model, trained in `arithmetic()`, beside `full()` precision."""
         self._seam, self._format, self._full = seam, arithmetic, full
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hear of batches that go through the model in parts."""
+        cast("FineTuner", pl_module).watchers.append(self._keep)
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
         """Keep the micro-batch: the last of a step is the one that is measured."""
+        self._keep(batch)
+
+    def _keep(self, batch: Mapping[str, Tensor]) -> None:
         self._batch = batch
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:

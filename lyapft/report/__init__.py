@@ -41,7 +41,7 @@ def write(study: Path, output: Path | None = None, settings: Settings | None = N
         raise InputError(f"{target} is a folder: give the file to write, such as {target / DEFAULT_NAME}")
     try:
         records.write_atomically(target, lambda path: _write_text(path, page))
-        exports.write(target.parent, verdict)
+        exports.write(target.parent, verdict, found.cells)
     except OSError as error:
         raise InputError(f"{target} cannot be written ({error.strerror}): give another place with --output") from None
     return target

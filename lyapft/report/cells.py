@@ -1,8 +1,10 @@
 """Records of a study as a report shows them: named, grouped and with gaps where a cell has not got that far."""
 
 import json
+import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,21 @@ from lyapft import records
 from lyapft.divergence import Flips, item_flips
 from lyapft.errors import InputError
 from lyapft.records import Record, divergence_entry
+from lyapft.report.compact import Pool
 
 COUNTERPARTS = {
     "paper": "full-precision fine-tuning of all weights",  # the paper's reference
     "precision_only": "full-precision fine-tuning with the same peft",
 }
 COUNTERPARTS_SHORT = {"paper": "fp32 full", "precision_only": "fp32 same peft"}
+WHOLE_STUDY = 1000  # cells: a study up to this size is shown cell by cell
+EXCERPT = 300  # of a larger one, about so many cells are
+NO_STEPS = pd.DataFrame()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cell:
-    """One record with what lies beside it in its folder.
+    """One record with what lies beside it in its folder, read for the cells that are shown one by one.
 
     `kind` names what a cell is apart from its seed; cells of one kind are the seeds of one bar. `facet` is the panel
     that it shares with the cells that differ from it in precision and peft only.
@@ -32,7 +38,7 @@ class Cell:
     label: str
     kind: str
     facet: str
-    steps: pd.DataFrame = field(default_factory=pd.DataFrame)
+    steps: pd.DataFrame = field(default_factory=lambda: NO_STEPS)
     items: pd.DataFrame | None = None
     stability: pd.DataFrame | None = None
 
@@ -44,20 +50,26 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """The cells of a study in the order of a report, and what could not be read."""
+    """The cells of a study in the order of a report, and what could not be read.
+
+    `shown` are those that figures and tables show one by one: all, or of a large study an excerpt.
+    """
 
     name: str
     cells: tuple[Cell, ...]
     notes: tuple[str, ...] = ()
     experiments: tuple[dict[str, Any], ...] = ()
+    shown: tuple[Cell, ...] = ()
 
     def flips(self, cell: Cell, counterpart: str) -> Flips | None:
-        """Item-level flips of a cell against one of its references, where both have their items on disk."""
+        """Item-level flips of a cell against one of its references: from its record, or where both have their items."""
         entry = divergence_entry(cell.record, counterpart)
-        if entry is None or entry.get("status") != "ok" or cell.items is None:
+        if entry is None or entry.get("status") != "ok":
             return None
-        references = [other for other in self.cells if other.record["id"] == entry.get("reference_id")]
-        if not references or references[0].items is None:
+        if entry.get("flips"):
+            return Flips(**entry["flips"])
+        references = [other for other in self.shown if other.record["id"] == entry.get("reference_id")]
+        if cell.items is None or not references or references[0].items is None:
             return None
         return item_flips(cell.items, references[0].items)
 
@@ -110,12 +122,14 @@ def kinds(all_records: Sequence[Record]) -> list[str]:
 
 def labels(all_records: Sequence[Record]) -> list[str]:
     """One short, unique name per record: its kind and seed, with the identity added where two would be alike."""
-    names = [
-        f"{kind} · s{record.get('seed', '?')}" for kind, record in zip(kinds(all_records), all_records, strict=True)
-    ]
-    unique = {name for name in names if names.count(name) == 1}
+    return _labels(all_records, kinds(all_records))
+
+
+def _labels(all_records: Sequence[Record], kinds_: Sequence[str]) -> list[str]:
+    names = [f"{kind} · s{record.get('seed', '?')}" for kind, record in zip(kinds_, all_records, strict=True)]
+    counts = Counter(names)
     ids = [str(record.get("id", "?"))[:6] for record in all_records]
-    return [name if name in unique else f"{name} · {ident}" for name, ident in zip(names, ids, strict=True)]
+    return [name if counts[name] == 1 else f"{name} · {ident}" for name, ident in zip(names, ids, strict=True)]
 
 
 def _order(record: Record) -> tuple[Any, ...]:
@@ -150,41 +164,81 @@ def load_study(folder: Path) -> Study:
         raise InputError(f"{folder} is not a folder: give the folder of a study, runs/STUDY")
     if (folder / records.RECORD).exists():
         raise InputError(f"{folder} is the folder of one run: give its study, {folder.resolve().parent}")
-    homes: dict[str, Path] = {}
-    found: list[Record] = []
     notes: list[str] = []
-    for home in sorted(path.parent for path in folder.glob(f"*/{records.RECORD}")):
-        try:
-            record = records.load(home)
-        except InputError as error:
-            notes.append(str(error))
-            continue
-        found.append(record)
-        homes[str(record["id"])] = home
-    if not found:
+    homes = _records_in(folder, notes)
+    if not homes:
         unreadable = f"; unreadable: {'; '.join(notes)}" if notes else ""
         raise InputError(
             f"{folder} holds no readable record (looked for */{records.RECORD}){unreadable}. "
             "Give the folder of a study, runs/STUDY, after `python train.py` has started its first cell"
         )
-    found = ordered(found)
-    groups = facet_groups(found)
-    cells = []
-    for record, label, kind in zip(found, labels(found), kinds(found), strict=True):
-        home = homes[str(record["id"])]
-        steps = _table(home / records.STEPS, notes)
-        items = _table(home / records.ITEMS, notes)
-        shown = pd.DataFrame() if steps is None else steps
-        end = _table(home / records.STABILITY, notes)
-        cells.append(Cell(record, label, kind, facet(record, groups), shown, items, end))
-    kept = sorted((folder / records.EXPERIMENTS).glob("*.json"))
-    experiments = []
-    for path in kept:
+    found = ordered([record for _, record in homes])
+    folders = {id(record): home for home, record in homes}
+    groups, pool, names = facet_groups(found), Pool(), kinds(found)
+    cells = [
+        Cell(record, label, pool.one(kind), pool.one(facet(record, groups)))
+        for record, label, kind in zip(found, _labels(found, names), names, strict=True)
+    ]
+    chosen = {id(cell.record) for cell in excerpt(cells)}
+    cells = [
+        _with_tables(cell, folders[id(cell.record)], notes) if id(cell.record) in chosen else cell for cell in cells
+    ]
+    shown = tuple(cell for cell in cells if id(cell.record) in chosen)
+    experiments = _experiments(folder, notes)
+    return Study(str(found[0].get("study") or folder.name), tuple(cells), tuple(notes), experiments, shown)
+
+
+def excerpt(cells: Sequence[Cell]) -> Sequence[Cell]:
+    """The cells to show one by one: all, or of a large study the kinds that lie furthest from full precision.
+
+    Kinds stay whole, so that what is said of their seeds holds; of one with very many seeds the first are taken.
+    """
+    if len(cells) <= WHOLE_STUDY:
+        return cells
+    furthest: dict[str, float] = {}
+    own: dict[str, list[Cell]] = {}
+    for cell in cells:
+        entry = divergence_entry(cell.record, "paper") or {}
+        furthest[cell.kind] = max(furthest.get(cell.kind, 0.0), float(entry.get("mean_abs_points") or 0.0))
+        own.setdefault(cell.kind, []).append(cell)
+    chosen: list[Cell] = []
+    for kind in sorted(own, key=lambda kind: -furthest[kind]):
+        if chosen and len(chosen) + len(own[kind]) > EXCERPT:
+            break
+        chosen += own[kind][:EXCERPT]
+    return chosen
+
+
+def _records_in(folder: Path, notes: list[str]) -> list[tuple[Path, Record]]:
+    """Folder and record of every cell, by folder name; equal parts of records are kept once."""
+    found: list[tuple[Path, Record]] = []
+    pool = Pool()
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
+        home = folder / name
+        if not (home / records.RECORD).exists():
+            continue
         try:
-            experiments.append(json.loads(path.read_text(encoding="utf-8")))
+            record = pool.shared(records.load(home))
+        except InputError as error:
+            notes.append(str(error))
+            continue
+        found.append((home, record))
+    return found
+
+
+def _with_tables(cell: Cell, home: Path, notes: list[str]) -> Cell:
+    steps, items, end = (_table(home / name, notes) for name in (records.STEPS, records.ITEMS, records.STABILITY))
+    return replace(cell, steps=NO_STEPS if steps is None else steps, items=items, stability=end)
+
+
+def _experiments(folder: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
+    found = []
+    for path in sorted((folder / records.EXPERIMENTS).glob("*.json")):
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             notes.append(f"{path.parent.name}/{path.name} cannot be read ({str(error).splitlines()[0]}): left out")
-    return Study(str(found[0].get("study") or folder.name), tuple(cells), tuple(notes), tuple(experiments))
+    return tuple(found)
 
 
 def _table(path: Path, notes: list[str]) -> pd.DataFrame | None:

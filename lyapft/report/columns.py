@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from lyapft.divergence import SPIKE_POINTS, is_spike
-from lyapft.records import Record, accuracies, divergence_entry
+from lyapft.records import Record, accuracies, costs, divergence_entry
 from lyapft.report.cells import COUNTERPARTS, COUNTERPARTS_SHORT, Study, choice, read
 from lyapft.report.tables import ABSENT, NOT_APPLICABLE, Column
 
@@ -78,9 +78,27 @@ def summary_columns(all_records: Sequence[Record], names: Sequence[str]) -> list
         columns.append(
             column("", "skipped steps", lambda record: number(read(record, "training", "skipped_steps"), "d"))
         )
-    columns.append(column("", "tokens/s", lambda record: number(read(record, "cost", "tokens_per_s"), ",.0f")))
-    columns.append(column("", "peak MiB", lambda record: _mebibytes(read(record, "cost", "peak_bytes"))))
+    columns.append(column("", "tokens/s", lambda record: number(costs(record).get("tokens_per_s"), ",.0f")))
+    columns.append(column("", "peak MiB", lambda record: _mebibytes(costs(record).get("peak_bytes"))))
+    if any(record.get("oom") for record in all_records):
+        columns.append(column("", "memory ran out", halved_text, numeric=False))
     return columns
+
+
+def halved_text(record: Record) -> str:
+    """What a cell did with less of at once, and from where on: its cost is no other's.
+
+    >>> halved_text({"oom": [{"step": 7, "rows": 12}, {"batch_tokens": 4096}]})
+    '12 rows at once from step 7, scored 4,096 tokens at once'
+    """
+    entries = record.get("oom") or []
+    texts = [
+        f"{e['rows']} rows at once from step {e['step']}"
+        if "rows" in e
+        else f"scored {e['batch_tokens']:,} tokens at once"
+        for e in entries
+    ]
+    return ", ".join(texts) or ABSENT
 
 
 def _mebibytes(count: object) -> str:

@@ -3,20 +3,40 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from lyapft import records
+from lyapft.records import accuracies, divergence_entry
+from lyapft.report.cells import COUNTERPARTS, Cell, read
 from lyapft.report.tables import Column
 from lyapft.report.verdict_tables import caption, text_columns
 from lyapft.verdict import Verdict
 
 MARKDOWN, TABLES = "verdict.md", "tables"
+CELLS_FILE = f"{TABLES}/cells.parquet"
+PLAIN = ("id", "name", "status", "role", "seed", "replicate")
+NUMBERS = (
+    ("training", "loss_mean_last_10pct"),
+    ("training", "skipped_steps"),
+    ("stability", "lambda_max"),
+    ("stability", "margin"),
+    ("cost", "tokens_per_s"),
+    ("cost", "peak_bytes"),
+    ("cost", "wall_s"),
+)
 
 
-def write(folder: Path, verdict: Verdict) -> list[Path]:
+def write(folder: Path, verdict: Verdict, cells: Sequence[Cell] = ()) -> list[Path]:
     """Write `verdict.md` and, in `tables/`, every table as CSV, Parquet and LaTeX; returns the files.
 
-    CSV and Parquet hold one number per column in full precision; Markdown and LaTeX the text of the page.
+    CSV and Parquet hold one number per column in full precision; Markdown and LaTeX the text of the page. All cells,
+    also those of a large study that the page does not show, are in `tables/cells.parquet`.
     """
     written = [_write_text(folder / MARKDOWN, as_markdown(verdict))]
+    if cells:
+        table = cell_table(cells)
+        records.write_atomically(folder / CELLS_FILE, lambda path: table.to_parquet(path, index=False))
+        written.append(folder / CELLS_FILE)
     for name, table in verdict.tables.items():
         home = folder / TABLES / name
         parts: list[tuple[str, Callable[[Path], object]]] = [
@@ -29,6 +49,24 @@ def write(folder: Path, verdict: Verdict) -> list[Path]:
         text = as_latex(text_columns(verdict, name), caption(verdict, name), name)
         written.append(_write_text(home.with_suffix(".tex"), text))
     return written
+
+
+def cell_table(cells: Sequence[Cell]) -> pd.DataFrame:
+    """A row per cell: what it is, how it ended, its numbers; a column per score."""
+    found = [cell.record for cell in cells]
+    groups = ("model", "data", "task", "precision", "peft")
+    columns: dict[str, list[object]] = {name: [record.get(name) for record in found] for name in PLAIN}
+    columns |= {group: [read(record, "choices", group) for record in found] for group in groups}
+    columns |= {f"{part}_{name}": [read(record, part, name) for record in found] for part, name in NUMBERS}
+    columns["memory_ran_out"] = [bool(record.get("oom")) for record in found]
+    columns["error"] = [read(record, "error", "message") for record in found]
+    for kind in COUNTERPARTS:
+        entries = [divergence_entry(record, kind) or {} for record in found]
+        columns[f"divergence_{kind}_points"] = [entry.get("mean_abs_points") for entry in entries]
+    scores = [{(str(s["task"]), int(s["shots"])): s["value"] for s in accuracies(record)} for record in found]
+    for task, shots in dict.fromkeys(key for own in scores for key in own):
+        columns[f"{task}_{shots}_shot"] = [own.get((task, shots)) for own in scores]
+    return pd.DataFrame({"cell": [cell.label for cell in cells]} | columns)
 
 
 def _discard(_: object) -> None:

@@ -287,7 +287,7 @@ def divergence_bars(study: Study) -> Figure | None:
         for bar in own:
             _draw_bar(drawing, column, bar)
             _note(drawing, column, bar.kind, 1.06 * widest, bar.note)
-        for kind in _own_counterparts(study, name) & present:
+        for kind in sorted(_own_counterparts(study, name) & present):
             _note(drawing, column, kind, 0.01 * widest, "its own counterpart")
     rows = [html.escape(kind) for kind in kinds[::-1]]
     drawing.update_xaxes(title_text="mean |difference| (percentage points)", range=[0, 1.4 * widest])

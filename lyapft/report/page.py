@@ -3,6 +3,7 @@
 import html
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from plotly.offline import get_plotlyjs
@@ -12,10 +13,12 @@ from lyapft.records import divergence_entry
 from lyapft.report import columns, experiments, figures, stability
 from lyapft.report.cells import COUNTERPARTS, Study, choice, read
 from lyapft.report.drawing import Figure
+from lyapft.report.exports import CELLS_FILE
 from lyapft.report.tables import as_html
 from lyapft.report.verdict_tables import caption, text_columns
 from lyapft.verdict import Verdict
 
+MOST_ERRORS = 100
 CSS = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff;
@@ -70,22 +73,33 @@ def render(study: Study, verdict: Verdict, written: str | None = None) -> str:
         written: the moment to print below the title; None is now.
     """
     written = written or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    all_records = [cell.record for cell in study.cells]
-    names = [cell.label for cell in study.cells]
+    part = replace(study, cells=study.shown)
     table = as_html(
-        columns.summary_columns(all_records, names),
+        columns.summary_columns([cell.record for cell in part.cells], [cell.label for cell in part.cells]),
         "Scores are fractions right; λ_max and margin in nats per token; divergences are mean absolute differences in "
         "percentage points. A dash: not there (yet).",
     )
-    shown = drawings(figures.score_figures(study), "scores") + _signed(study)
-    training = stability.cards(study) + drawings(figures.training_figures(study), "training")
+    shown = drawings(figures.score_figures(part), "scores") + _signed(part)
+    training = stability.cards(part) + drawings(figures.training_figures(part), "training")
     for index, content in enumerate(study.experiments, start=1):
         training += drawings(experiments.figures(content), f"{content['name']}-{index}")
     return document(
         f"Study {study.name}",
         f"{_subtitle(study)} · written {written}",
-        f"{_verdict(verdict)}\n<h2>Findings</h2>{_findings(study)}\n<h2>Cells</h2>\n{table}\n{_errors(study)}\n"
-        f"{shown}{training}\n{_not_recurrent(study)}\n{_provenance(study)}\n{_terms()}\n",
+        f"{_verdict(verdict)}\n<h2>Findings</h2>{_findings(study)}\n<h2>Cells</h2>\n{_excerpt(study)}{table}\n"
+        f"{_errors(study)}\n{shown}{training}\n{_not_recurrent(part)}\n{_provenance(part)}\n{_terms()}\n",
+    )
+
+
+def _excerpt(study: Study) -> str:
+    """Which cells the rest of the page shows, where it does not show all."""
+    if len(study.shown) == len(study.cells):
+        return ""
+    kinds = len({cell.kind for cell in study.shown})
+    return (
+        f'<p class="sub">From here on {len(study.shown):,} of {len(study.cells):,} cells: those of the {kinds:,} kinds '
+        "that lie furthest from full precision in any cell. Verdict and findings are of all cells, and so is "
+        f'<a href="{CELLS_FILE}">{CELLS_FILE}</a>, a row per cell.</p>\n'
     )
 
 
@@ -180,7 +194,12 @@ def _errors(study: Study) -> str:
     found = columns.errors([cell.record for cell in study.cells], [cell.label for cell in study.cells])
     if not found:
         return ""
-    items = "".join(f"<li>✗ {html.escape(name)}<br><code>{html.escape(message)}</code></li>" for name, message in found)
+    items = "".join(
+        f"<li>✗ {html.escape(name)}<br><code>{html.escape(message)}</code></li>"
+        for name, message in found[:MOST_ERRORS]
+    )
+    if more := len(found) - MOST_ERRORS:
+        items += f"<li>and {more:,} more, in {CELLS_FILE}</li>" * (more > 0)
     return f'<h2>Cells that did not end well</h2><ul class="errors">{items}</ul>'
 
 

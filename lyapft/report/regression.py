@@ -13,7 +13,7 @@ from pathlib import Path
 from lyapft import records
 from lyapft.divergence import ALPHA, Comparison, adjusted, compare
 from lyapft.errors import InputError
-from lyapft.records import Record, divergence_entry
+from lyapft.records import Record, costs, divergence_entry
 from lyapft.report.cells import read
 from lyapft.report.tables import Column, as_text
 from lyapft.verdict.evidence import Evidence, Recipe, gather, seed_of, values_of
@@ -42,6 +42,10 @@ def _field(*keys: str) -> Callable[[Record], float | None]:
     return value
 
 
+def _cost(key: str) -> Callable[[Record], float | None]:
+    return lambda record: costs(record).get(key)
+
+
 def _score(record: Record) -> float | None:
     found = values_of(record)
     return 100 * math.fsum(found.values()) / len(found) if found else None
@@ -57,10 +61,8 @@ QUANTITIES = {
     "loss": Quantity("nats/token", _field("training", "loss_mean_last_10pct"), higher_is_better=False),
     "divergence": Quantity("points", _divergence, higher_is_better=False),
     "margin": Quantity("nats/token", _field("stability", "margin"), higher_is_better=True),
-    "tokens_per_s": Quantity("ratio", _field("cost", "tokens_per_s"), higher_is_better=True, ratio=True),
-    "peak_bytes_per_token": Quantity(
-        "ratio", _field("cost", "peak_bytes_per_token"), higher_is_better=False, ratio=True
-    ),
+    "tokens_per_s": Quantity("ratio", _cost("tokens_per_s"), higher_is_better=True, ratio=True),
+    "peak_bytes_per_token": Quantity("ratio", _cost("peak_bytes_per_token"), higher_is_better=False, ratio=True),
 }
 
 

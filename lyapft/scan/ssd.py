@@ -13,6 +13,7 @@ and C stay one matrix per group, never one per head. s is summed in float64 and 
 the inputs' format, so that one large |ΔA| does not swallow the small ones that follow it.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -99,11 +100,12 @@ def _carried(written: Tensor, through: Tensor, state: Tensor, reverse: bool = Fa
     written (B,C,G,N,K,P), through (B,C,G,1,K,1), state (B,G,N,K,P).
     """
     before = torch.empty_like(written)
-    parts = range(written.shape[1])
-    for part in reversed(parts) if reverse else parts:
-        before[:, part] = state
-        state = torch.addcmul(written[:, part], through[:, part], state)
-    return before, state
+    parts = range(written.shape[1])[:: -1 if reverse else 1]
+    before[:, parts[0]] = state
+    for part, following in pairwise(parts):
+        torch.addcmul(written[:, part], through[:, part], before[:, part], out=before[:, following])
+    last = parts[-1]
+    return before, torch.addcmul(written[:, last], through[:, last], before[:, last])
 
 
 class _ChunkedSSD(torch.autograd.Function):

@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -18,6 +19,7 @@ BROKE_DOWN = (
     "loss_scale_underflow",
     "stopped_by_guard",
 )  # the recipe's own doing: a result, not an accident
+Part = frozenset[tuple[str, str]]  # of a config: settings and values
 NOT_THE_RECIPE = ("seed", "replicate", "runs_as.threads")  # what may differ between runs of one recipe
 
 
@@ -114,8 +116,9 @@ class Pair:
 def gather(records: Sequence[Record], items: Mapping[str, pd.DataFrame] | None = None) -> Evidence:
     """Sort the records of one study into recipes, in the order in which they are given."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
+    flat: dict[tuple[str, int], Part] = {}  # by identity: records of a study share equal parts
     for record in records:
-        groups.setdefault((*_choices(record), _science(record)), []).append(record)
+        groups.setdefault((*_choices(record), _science(record, flat)), []).append(record)
     names = _labels(groups)
     recipes = [_recipe(key, name, runs) for (key, runs), name in zip(groups.items(), names, strict=True)]
     study = next((str(record["study"]) for record in records if record.get("study")), "")
@@ -129,7 +132,7 @@ def pairs(evidence: Evidence, recipe: Recipe, counterpart: str) -> list[Pair]:
         entry = divergence_entry(run, counterpart)
         other = evidence.by_id.get(str(entry.get("reference_id"))) if entry else None
         if entry and entry.get("status") == "ok" and other is not None and entry["per_score"]:
-            signed = {(str(s["task"]), int(s["shots"])): float(s["signed_points"]) for s in entry["per_score"]}
+            signed = {score_key(s): float(s["signed_points"]) for s in entry["per_score"]}
             found.append(Pair(run, other, signed))
     return sorted(found, key=lambda pair: pair.seed)
 
@@ -146,12 +149,22 @@ def resolution(pair: Pair) -> float:
 
 def items_of(record: Record) -> dict[tuple[str, int], int]:
     """Number of items behind each score."""
-    return {(str(s["task"]), int(s["shots"])): int(s["n"]) for s in accuracies(record)}
+    return {score_key(s): int(s["n"]) for s in accuracies(record)}
 
 
 def values_of(record: Record) -> dict[tuple[str, int], float]:
     """Each score, as a fraction."""
-    return {(str(s["task"]), int(s["shots"])): float(s["value"]) for s in accuracies(record)}
+    return {score_key(s): float(s["value"]) for s in accuracies(record)}
+
+
+def score_key(score: Mapping[str, Any]) -> tuple[str, int]:
+    """Task and number of shots of a score; one object for all scores that are alike, as a study has very many."""
+    return _key(str(score["task"]), int(score["shots"]))
+
+
+@cache
+def _key(task: str, shots: int) -> tuple[str, int]:
+    return task, shots
 
 
 def _choices(record: Record) -> tuple[str, ...]:
@@ -169,20 +182,35 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _science(record: Record) -> frozenset[tuple[str, str]]:
-    """The config of a run without what may differ between runs of one recipe."""
-    return frozenset((k, v) for k, v in _flat(record.get("config") or {}).items() if k not in NOT_THE_RECIPE)
+def _science(record: Record, known: dict[tuple[str, int], Part]) -> frozenset[Part]:
+    """The config of a run, part by part, without what may differ between runs of one recipe."""
+    parts = []
+    for key, value in (record.get("config") or {}).items():
+        place = key, id(value)
+        if place not in known:
+            known[place] = frozenset((k, v) for k, v in _flat({key: value}).items() if k not in NOT_THE_RECIPE)
+        parts.append(known[place])
+    return frozenset(parts)
 
 
-def _labels(groups: Mapping[tuple[Any, ...], Any]) -> list[str]:
+def _labels(groups: Iterable[tuple[Any, ...]]) -> list[str]:
     """Precision and peft, and the settings that tell recipes apart which share both."""
+    alike: dict[tuple[Any, ...], list[dict[str, str]]] = {}
+    for key in groups:
+        alike.setdefault(key[:-1], []).append({k: v for part in key[-1] for k, v in part})
+    varying = {key: _varying(found) for key, found in alike.items()}
+    own = {key: iter(found) for key, found in alike.items()}
     names = []
     for key in groups:
-        alike = [dict(other[-1]) for other in groups if other[:-1] == key[:-1]]
-        varying = sorted(k for k in {k for one in alike for k in one} if len({one.get(k) for one in alike}) > 1)
-        own = dict(key[-1])
-        names.append(" · ".join([key[3], key[4], *(f"{k}={own[k]}" for k in varying if k in own)]))
+        settings = next(own[key[:-1]])
+        told = [f"{k}={settings[k]}" for k in varying[key[:-1]] if k in settings]
+        names.append(" · ".join([key[3], key[4], *told]))
     return names
+
+
+def _varying(alike: Sequence[Mapping[str, str]]) -> list[str]:
+    """Settings that some of the recipes have otherwise, by name."""
+    return sorted(k for k in {k for one in alike for k in one} if len({one.get(k) for one in alike}) > 1)
 
 
 def _recipe(key: tuple[Any, ...], label: str, records: Sequence[Record]) -> Recipe:
@@ -191,10 +219,11 @@ def _recipe(key: tuple[Any, ...], label: str, records: Sequence[Record]) -> Reci
     first = [record for record in finished if not record.get("replicate") and record.get("role") != "rerun"]
     counts = Counter(threads(record) for record in first)
     usual = max(counts, key=lambda count: counts[count], default=None)
+    firsts = set(map(id, first))
     runs: dict[int, Record] = {}
     reruns = []
     for record in finished:
-        if record not in first or threads(record) != usual or seed_of(record) in runs:
+        if id(record) not in firsts or threads(record) != usual or seed_of(record) in runs:
             reruns.append(record)
         else:
             runs[seed_of(record)] = record

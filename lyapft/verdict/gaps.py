@@ -40,8 +40,14 @@ def gaps(evidence: Evidence, outstanding: Sequence[Outstanding] = ()) -> list[Ga
     study plans."""
     found = _uneven(evidence)
     known = {(gap.recipe.name, gap.seed) for gap in found}
+    by_run = {
+        str(run["id"]): place
+        for place, recipe in enumerate(evidence.recipes if outstanding else ())
+        for run in (*recipe.runs, *recipe.reruns, *recipe.failed)
+    }
     for planned in outstanding:
-        recipe = _recipe_of(planned, evidence)
+        places = [by_run[run] for run in planned.alike if run in by_run]
+        recipe = evidence.recipes[min(places)] if places else _unknown(planned)
         if planned.rerun:
             found.append(Gap(recipe, planned.seed, NO_RERUN))
         elif (recipe.name, planned.seed) not in known:
@@ -50,10 +56,8 @@ def gaps(evidence: Evidence, outstanding: Sequence[Outstanding] = ()) -> list[Ga
     return sorted(found, key=lambda gap: (order.get(gap.recipe.name, len(order)), gap.recipe.name, gap.why, gap.seed))
 
 
-def _recipe_of(planned: Outstanding, evidence: Evidence) -> Recipe:
-    for recipe in evidence.recipes:
-        if planned.alike & {str(run["id"]) for run in (*recipe.runs, *recipe.reruns, *recipe.failed)}:
-            return recipe
+def _unknown(planned: Outstanding) -> Recipe:
+    """A recipe of which no record is there yet."""
     own = dict(planned.choices)
     label = f"{own['precision']} · {own['peft']}"
     return Recipe(own["model"], own["data"], own["task"], own["precision"], own["peft"], label, ())

@@ -1,14 +1,16 @@
 """Each recipe against full-precision fine-tuning of all weights: difference, cost, answers, outcome."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lyapft.divergence import (
+    AnswerShift,
     Comparison,
     Estimate,
+    Flips,
     Outcome,
     adjusted,
     answer_shift,
@@ -17,6 +19,7 @@ from lyapft.divergence import (
     is_spike,
     item_flips,
 )
+from lyapft.records import Record, costs, divergence_entry
 from lyapft.verdict.evidence import (
     PAPER,
     PRECISION_ONLY,
@@ -27,6 +30,7 @@ from lyapft.verdict.evidence import (
     items_of,
     pairs,
     resolution,
+    score_key,
     values_of,
 )
 
@@ -39,6 +43,7 @@ class Cost:
     memory: Estimate  # × peak bytes per token in flight: below 1 is leaner
     index: Estimate  # weighted geometric mean of time and memory: below 1 is cheaper
     emulated: bool  # half precision was emulated: its speed is not that of hardware that has it
+    halved: int  # pairs in which memory ran out, left out of all three
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def rows(evidence: Evidence, settings: Settings, counterpart: str = PAPER) -> li
 
 def score_rows(found: Sequence[Row], settings: Settings) -> list[ScoreRow]:
     """A row per recipe, task and number of shots, p values adjusted over all of them."""
-    raw = [_score_row(row, key, settings) for row in found for key in row.pairs[0].signed]
+    raw = [one for row in found for one in _score_rows(row, settings)]
     comparisons = adjusted([one.comparison for one in raw])
     return [replace(one, comparison=new) for one, new in zip(raw, comparisons, strict=True)]
 
@@ -122,15 +127,16 @@ def shares(evidence: Evidence, recipe: Recipe) -> tuple[Estimate, Estimate] | No
 
 def _row(evidence: Evidence, recipe: Recipe, own: tuple[Pair, ...], settings: Settings, counterpart: str) -> Row:
     signed, grain = [pair.mean_signed for pair in own], max(map(resolution, own))
-    flips, kl, nll_gold = _answers(evidence, own)
+    flips, kl, nll_gold = _answers(evidence, own, counterpart)
+    score, counterpart_score = _mean_scores(own)
     return Row(
         recipe=recipe,
         counterpart=counterpart,
         pairs=own,
         comparison=compare(signed, settings.margin, grain),
         size=estimate([pair.mean_abs for pair in own], grain, least=0.0),
-        score=_mean_score(own, lambda pair: pair.run),
-        counterpart_score=_mean_score(own, lambda pair: pair.counterpart),
+        score=score,
+        counterpart_score=counterpart_score,
         spikes=sum(is_spike(points, settings.spike) for pair in own for points in pair.signed.values()),
         scores=sum(len(pair.signed) for pair in own),
         cost=_cost(own, settings),
@@ -140,28 +146,44 @@ def _row(evidence: Evidence, recipe: Recipe, own: tuple[Pair, ...], settings: Se
     )
 
 
-def _mean_score(own: Sequence[Pair], side: Callable[[Pair], dict[str, object]]) -> float:
-    return float(np.mean([values_of(side(pair))[key] for pair in own for key in pair.signed]))
+def _mean_scores(own: Sequence[Pair]) -> tuple[float, float]:
+    """Means over pairs and scores: of the runs, and of their counterparts."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    for pair in own:
+        for side, found in ((pair.run, ours), (pair.counterpart, theirs)):
+            values = values_of(side)
+            found += [values[key] for key in pair.signed]
+    return float(np.mean(ours)), float(np.mean(theirs))
 
 
-def _score_row(row: Row, key: tuple[str, int], settings: Settings) -> ScoreRow:
-    own = [pair for pair in row.pairs if key in pair.signed]
-    n = min(items_of(pair.run)[key] for pair in own)
-    beyond = [
-        int(score.get("beyond_trained_length") or 0)
-        for pair in own
-        for score in pair.run["scores"]
-        if (score["task"], score["shots"]) == key
-    ]
-    return ScoreRow(
-        row,
-        *key,
-        score=float(np.mean([values_of(pair.run)[key] for pair in own])),
-        counterpart_score=float(np.mean([values_of(pair.counterpart)[key] for pair in own])),
-        comparison=compare([pair.signed[key] for pair in own], settings.margin, 100.0 / n),
-        items=n,
-        beyond_trained_length=max(beyond, default=0),
-    )
+def _score_rows(row: Row, settings: Settings) -> Iterator[ScoreRow]:
+    """A row per score; each record is looked through once."""
+    ours = [values_of(pair.run) for pair in row.pairs]
+    theirs = [values_of(pair.counterpart) for pair in row.pairs]
+    counts = [items_of(pair.run) for pair in row.pairs]
+    beyond = [_beyond_trained_length(pair.run) for pair in row.pairs]
+    for key in row.pairs[0].signed:
+        own = [place for place, pair in enumerate(row.pairs) if key in pair.signed]
+        n = min(counts[place][key] for place in own)
+        yield ScoreRow(
+            row,
+            *key,
+            score=float(np.mean([ours[place][key] for place in own])),
+            counterpart_score=float(np.mean([theirs[place][key] for place in own])),
+            comparison=compare([row.pairs[place].signed[key] for place in own], settings.margin, 100.0 / n),
+            items=n,
+            beyond_trained_length=max(beyond[place].get(key, 0) for place in own),
+        )
+
+
+def _beyond_trained_length(record: Record) -> dict[tuple[str, int], int]:
+    """Items of each score that are longer than what the base model was trained on; the most, over metrics."""
+    found: dict[tuple[str, int], int] = {}
+    for score in record["scores"]:
+        key = score_key(score)
+        found[key] = max(found.get(key, 0), int(score.get("beyond_trained_length") or 0))
+    return found
 
 
 def _cost(own: Sequence[Pair], settings: Settings) -> Cost:
@@ -176,14 +198,13 @@ def _cost(own: Sequence[Pair], settings: Settings) -> Cost:
     measured = set.intersection(*(set(one) for _, one in parts))
     index = {seed: sum(weight * one[seed] for weight, one in parts) / sum(weights) for seed in measured}
     emulated = any((pair.run.get("precision") or {}).get("emulated") for pair in own)
-    return Cost(_geometric_mean(speed), _geometric_mean(memory), _geometric_mean(index), emulated)
+    halved = sum(any(side.get("oom") for side in (pair.run, pair.counterpart)) for pair in own)
+    return Cost(_geometric_mean(speed), _geometric_mean(memory), _geometric_mean(index), emulated, halved)
 
 
 def _log_ratios(own: Sequence[Pair], name: str) -> dict[int, float]:
     """ln(run / counterpart) by seed, where both were measured."""
-    measured = {
-        pair.seed: [(side.get("cost") or {}).get(name) for side in (pair.run, pair.counterpart)] for pair in own
-    }
+    measured = {pair.seed: [costs(side).get(name) for side in (pair.run, pair.counterpart)] for pair in own}
     return {seed: math.log(ours / theirs) for seed, (ours, theirs) in measured.items() if ours and theirs}
 
 
@@ -192,17 +213,18 @@ def _geometric_mean(logs: dict[int, float]) -> Estimate:
     return Estimate(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.n)
 
 
-def _answers(evidence: Evidence, own: Sequence[Pair]) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
+def _answers(
+    evidence: Evidence, own: Sequence[Pair], counterpart: str
+) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
     """Flip rate, KL and NLL shift over the seeds whose items are at hand on both sides."""
     flips, kls, shifts, one_answer = [], [], [], 0.0
     for pair in own:
-        ours, theirs = (evidence.items.get(str(side["id"])) for side in (pair.run, pair.counterpart))
-        if ours is None or theirs is None:
+        found = _answers_of(evidence, pair, counterpart)
+        if found is None:
             continue
-        flipped = item_flips(ours, theirs)
+        flipped, shift = found
         flips.append(flipped.rate)
         one_answer = max(one_answer, 1.0 / flipped.n)
-        shift = answer_shift(ours, theirs)
         if shift.n:
             kls.append(shift.kl)
             shifts.append(shift.nll_gold)
@@ -211,3 +233,12 @@ def _answers(evidence: Evidence, own: Sequence[Pair]) -> tuple[Estimate | None, 
         estimate(kls, least=0.0) if kls else None,
         estimate(shifts) if shifts else None,
     )
+
+
+def _answers_of(evidence: Evidence, pair: Pair, counterpart: str) -> tuple[Flips, AnswerShift] | None:
+    """The pair's answers side by side: as the run's record has them, else from the items where both are at hand."""
+    entry = divergence_entry(pair.run, counterpart) or {}
+    if entry.get("flips") and entry.get("answer_shift"):
+        return Flips(**entry["flips"]), AnswerShift(**entry["answer_shift"])
+    ours, theirs = (evidence.items.get(str(side["id"])) for side in (pair.run, pair.counterpart))
+    return None if ours is None or theirs is None else (item_flips(ours, theirs), answer_shift(ours, theirs))

@@ -67,6 +67,8 @@ def _savings(cost: Cost) -> str:
         amount = "as much memory" if less == 0 else f"{abs(less)}% {'less' if less > 0 else 'more'} memory"
         parts[1] = f"needs {amount} per token"
     note = " Half precision was emulated: this is not the speed of hardware that has it." if cost.emulated else ""
+    if cost.halved:
+        note += f" Memory ran out in {cost.halved} of its pairs, whose cost is left out."
     text = " and ".join(parts)
     return f"{text[0].upper()}{text[1:]}.{note}"
 

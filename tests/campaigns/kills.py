@@ -3,8 +3,8 @@
     python -m tests.campaigns.kills resume 50     # kills of single cells, over precisions, adapters and signals
     python -m tests.campaigns.kills sweep 100     # kills of two processes that share one study
 
-Children are forked from a process that has everything imported, so that a kill costs a second. Prints one JSON line;
-exits with 1 if anything differs.
+Children are forked from a process that has everything imported, so that a kill costs a second. Says on standard error
+what is done so far, prints one JSON line at the end; exits with 1 if anything differs.
 """
 
 import json
@@ -22,13 +22,18 @@ import torch
 
 from lyapft import cell, records
 from tests.test_cell import prepared
-from tests.test_resume import HOW, same
+from tests.test_resume import HOW, MORE_HOW, same
 
 STEPS = ["reference=off", "trainer.steps=12", "trainer.checkpoint_every_s=0.05"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 MATRIX = [
     [f"precision={p}", f"peft={m}", f"seed={s}"] for p in ("bf16", "fp32") for m in ("lora", "none") for s in (0, 1)
 ]
+KILLS_OF_A_CELL, KILLS_OF_A_STUDY = 4, 30  # then it may finish
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def child(work) -> int:
@@ -72,19 +77,21 @@ def kill_and_wait(pid: int, number: int, seconds: float) -> bool:
 
 
 def resume(kills: int, folder: Path, draw: random.Random) -> dict:
-    """Cells killed at random until they are done, each compared with its twin."""
+    """Cells killed at random until they are done, each compared with its twin; every precision and adapter once."""
+    ended(child(lambda: cell.ensure(prepared(folder / "warm", *STEPS))), 300)  # kernels are compiled from here on
     counts: Counter[str] = Counter()
-    names, cells, continued = list(HOW), 0, 0
-    while sum(counts.values()) < kills:
+    hows = HOW | MORE_HOW
+    names, cells, continued = list(hows), 0, 0
+    while sum(counts.values()) < kills or cells < len(names):
         how = names[cells % len(names)]
-        whole = prepared(folder / "whole", *STEPS, *HOW[how])
-        torn = prepared(folder / f"torn{cells}", *STEPS, *HOW[how])
+        whole = prepared(folder / "whole", *STEPS, *hows[how])
+        torn = prepared(folder / f"torn{cells}", *STEPS, *hows[how])
         started = time.monotonic()
         pid = child(lambda one=whole: cell.ensure(one))
         code = ended(pid, 300)
         assert code == 0, (how, code)
         seconds = max(1.0, time.monotonic() - started)
-        for _ in range(6):  # then it may finish
+        for _ in range(KILLS_OF_A_CELL):
             number = draw.choice(SIGNALS)
             if kill_and_wait(child(lambda one=torn: cell.ensure(one)), number, draw.uniform(0.1, 1.1 * seconds)):
                 counts[signal.Signals(number).name] += 1
@@ -92,6 +99,7 @@ def resume(kills: int, folder: Path, draw: random.Random) -> dict:
         same(whole, torn)
         continued += len(records.load(torn.folder)["resumed"]["at_steps"])
         cells += 1
+        say(f"{how}: the same after {sum(counts.values())} kills in {cells} cells")
     return {"cells": cells, "kills": dict(counts), "taken up from a checkpoint": continued, "different": 0}
 
 
@@ -131,8 +139,9 @@ def torn_study(runs: Path, kills: int, counts: Counter[str], draw: random.Random
         return child(lambda: work(runs, order))
 
     pair = [begin(), begin()]
-    while pair and sum(counts.values()) < kills:
-        time.sleep(draw.uniform(0.05, 0.8))
+    enough = min(kills, sum(counts.values()) + KILLS_OF_A_STUDY)
+    while pair and sum(counts.values()) < enough:
+        time.sleep(draw.uniform(0.05, 1.5))
         victim, number = draw.choice(pair), draw.choice(SIGNALS)
         pair.remove(victim)
         if kill_and_wait(victim, number, 0.01):
@@ -162,6 +171,7 @@ def sweep(kills: int, folder: Path, draw: random.Random) -> dict:
         assert not left, left
         assert not (runs.with_suffix(".busy") / "doubled").exists()
         studies += 1
+        say(f"study {studies}: the same after {sum(counts.values())} kills")
     return {"studies": studies, "cells": len(expected) * studies, "kills": dict(counts), "lost or doubled": 0}
 
 

@@ -9,7 +9,7 @@ folder=$1
 python=${PYTHON:-$root/.venv/bin/python}
 export OMP_NUM_THREADS=1
 study() {
-  (cd "$root" && "$python" train.py -m seed=0,1,2,3 trainer.steps="${STEPS:-600}" trainer.checkpoint_every_s=2 trainer.progress=false threads=1 \
+  (cd "$root" && exec "$python" train.py -m seed=0,1,2,3 trainer.steps="${STEPS:-600}" trainer.checkpoint_every_s=2 trainer.progress=false threads=1 \
     reference=off "runs=$folder" hydra/launcher=slurm hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=2 \
     hydra.launcher.array_parallelism=2 "$@")
 }
@@ -33,6 +33,7 @@ PY
 finished() { grep -l '"status": "ok"' "$folder"/default/*/record.json 2>/dev/null | wc -l; }
 
 study >"$folder.first.log" 2>&1 &
+first=$!
 wait_for RUNNING 2
 sleep 8 # they are in their training, or about to be
 mapfile -t running < <(jobs_in RUNNING)
@@ -41,7 +42,11 @@ scontrol requeue "${running[1]}"
 wait_for PENDING 1
 last=$(jobs_in PENDING | tail -1)
 scontrol update "JobId=$last" TimeLimit=1 # of minutes: SLURM ends it, or the cell is quicker
-wait || true # the command reports the cancelled job; what it left is in the study
+# Without accounting submitit never learns that a job was cancelled and waits on: the first command is ended by hand.
+while kill -0 "$first" 2>/dev/null && (($(jobs_in all | wc -l) > 0)); do sleep 2; done
+sleep 10
+kill "$first" 2>/dev/null || true
+wait || true
 cancelled=${running[0]##*_} # the array index is the seed
 echo "after the first command: $(finished) of 4 cells done, $(jobs_in all | wc -l) jobs left in the queue"
 echo "cancelled: seed $cancelled; requeued: seed ${running[1]##*_}; seed, status, taken up at steps:"
