@@ -170,7 +170,11 @@ class StepSeries:
     Writing the whole file each time keeps it a plain Parquet file; 100,000 steps of 20 columns are 16 MB.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
+        """
+        Args:
+            path: of the file; None writes none, where another process does.
+        """
         self.path = path
         self.rows: list[dict[str, float | int | bool]] = []
 
@@ -189,7 +193,7 @@ class StepSeries:
 
     def flush(self) -> None:
         """Write all rows so far, atomically."""
-        if self.rows:
+        if self.rows and self.path is not None:
             frame = pd.DataFrame(self.rows)
             write_atomically(self.path, lambda path: frame.to_parquet(path, index=False))
 

@@ -14,6 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from lyapft import launch
 from lyapft.config import register
 from lyapft.errors import InputError
 
@@ -39,6 +40,8 @@ class StudyFolder(Callback):
         self._start(config)
 
     def _start(self, config: DictConfig) -> None:
+        if not launch.found().leads:
+            return
         folder = _folder(config)
         type(self).planned = folder
         if folder is not None:
@@ -47,7 +50,7 @@ class StudyFolder(Callback):
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """One cell of either; what it touched is known where jobs run in this process."""
         register()  # a worker of a launcher has not run the entry point
-        folder = _folder(config)
+        folder = _folder(config) if launch.found().leads else None
         if folder is not None and folder not in self.touched:
             self.touched.append(folder)
 

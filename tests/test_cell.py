@@ -1,6 +1,7 @@
 """One cell from config to record: complete, deterministic, never run twice, honest about failure."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
-from lyapft import cell, records, tasks
+from lyapft import cell, divergence, records, tasks
 from lyapft.errors import InputError
 from tests.test_config import composed
 
@@ -80,6 +81,21 @@ def test_divergence_is_the_paired_difference_of_the_scores(study):
                 expected = 100 * (mine["value"] - theirs[score["task"], score["shots"]])
                 assert score["signed_points"] == pytest.approx(expected, abs=1e-9)
                 assert score["abs_points"] == pytest.approx(abs(expected), abs=1e-9)
+
+
+def test_answers_are_counted_once_in_the_record(study):
+    homes = {record["id"]: folder for folder, record in records.load_study(study)}
+    compared = [
+        (folder, entry)
+        for folder, record in records.load_study(study)
+        for entry in record["divergence"]
+        if entry["status"] == "ok"
+    ]
+    assert len(compared) == 3  # the cell against both, fp32 LoRA against the paper's
+    for folder, entry in compared:
+        ours, theirs = (pd.read_parquet(f / "items.parquet") for f in (folder, homes[entry["reference_id"]]))
+        assert entry["flips"] == asdict(divergence.item_flips(ours, theirs))
+        assert entry["answer_shift"] == asdict(divergence.answer_shift(ours, theirs))
 
 
 def test_a_record_says_what_ran(study):

@@ -27,8 +27,22 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
-from lyapft import backbone, config, dashboard, data, divergence, precision, rates, records, recurrence, study, tasks
-from lyapft.cell import summary
+from lyapft import (
+    backbone,
+    config,
+    dashboard,
+    data,
+    divergence,
+    precision,
+    ranks,
+    rates,
+    records,
+    recurrence,
+    study,
+    tasks,
+)
+from lyapft.cell import answers, summary
+from lyapft.cell.crew import call, crew, follow, together
 from lyapft.cell.preparation import Cell, prepare
 from lyapft.cell.state import clean_state, is_elsewhere, log_file, only_one
 from lyapft.cell.validation import validation
@@ -55,6 +69,8 @@ class CellFailed(CompactHydraException):
 def run(cfg: DictConfig, wait: bool = False) -> Record | None:
     """Run one cell of a job, or find that it is done; None: another process runs it, and the sweep comes back to it.
 
+    Where torchrun or srun started several processes, all of them train, and the first does everything else.
+
     Args:
         cfg: of the cell.
         wait: for another process that runs it, also in a sweep.
@@ -67,20 +83,28 @@ def run(cfg: DictConfig, wait: bool = False) -> Record | None:
             "cells in threads would share the random numbers and settings of their process: use processes, as "
             "hydra/launcher=joblib does by itself (hydra.launcher.backend=loky)"
         )
+    with crew() as leads:
+        try:
+            if leads:
+                return _run(cfg, wait)
+            follow(cfg, _execute)
+            return None
+        except InputError as error:
+            log.error("%s", error)  # in a sweep, Hydra itself shows the first failure only
+            raise CellFailed(str(error)) from None
+
+
+def _run(cfg: DictConfig, wait: bool) -> Record | None:
     log.info("cell: %s", ", ".join(HydraConfig.get().overrides.task) or "defaults")
     log.info("checking the model, the data and the tasks")
     original = cfg
-    try:
-        cfg = config.settled(rates.applied(cfg))
-        cell = prepare(cfg)
-        if not wait and study.can_postpone() and is_elsewhere(cell):
-            log.info("%s is run by another process: going on, and coming back to it", cell.folder.name)
-            study.postpone(partial(run, original, wait=True))
-            return None
-        record = ensure(cell)
-    except InputError as error:
-        log.error("%s", error)  # in a sweep, Hydra itself shows the first failure only
-        raise CellFailed(str(error)) from None
+    cfg = config.settled(rates.applied(cfg))
+    cell = prepare(cfg)
+    if not wait and study.can_postpone() and is_elsewhere(cell):
+        log.info("%s is run by another process: going on, and coming back to it", cell.folder.name)
+        study.postpone(partial(run, original, wait=True))
+        return None
+    record = ensure(cell)
     if record["status"] != "ok":
         raise CellFailed(
             f"{cell.folder.name}: {record['status']}: {record['error']['message']} (see {cell.folder / records.LOG})"
@@ -124,8 +148,16 @@ def _compared(cell: Cell, record: Record) -> Record:
     known = {entry["status"] for entry in record["divergence"]}
     if cell.config.reference != "auto" or record["status"] != "ok" or (known and "missing" not in known):
         return record
-    counterparts = _counterparts(cell, _references(cell))
-    return records.save_divergence(cell.folder, divergence.against_counterparts(record, counterparts))
+    references = _references(cell)
+    return records.save_divergence(cell.folder, _divergence(cell, record, references, _counterparts(cell, references)))
+
+
+def _divergence(
+    cell: Cell, record: Record, references: dict[str, Cell | None], counterparts: dict[str, Record | None]
+) -> list[dict[str, Any]]:
+    """A record's comparisons, scores and answers."""
+    entries = divergence.against_counterparts(record, {name: counterparts[name] for name in references})
+    return answers.counted(entries, cell.folder, {twin.id: twin.folder for twin in references.values() if twin})
 
 
 def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
@@ -149,9 +181,7 @@ def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
                 save=lambda: records.save(cell.folder, record),
             )
             counterparts |= {name: _awaited(twin) for name, twin in later.items()}
-            record["divergence"] = divergence.against_counterparts(
-                record, {name: counterparts[name] for name in references}
-            )
+            record["divergence"] = _divergence(cell, record, references, counterparts)
             record["status"] = "ok"
         except TrainingStopped as error:
             _failed(record, error.status, error)
@@ -225,6 +255,8 @@ def _awaited(reference: Cell) -> Record:
 def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals, halvings: Halvings) -> None:
     """Build, fit, evaluate, save; fills the record as it goes."""
     cfg, started = cell.config, time.perf_counter()
+    if cfg.trainer.steps:
+        call(cell)
     with clean_state(cell) as strategy:
         base = backbone.load(cfg.model)
         if cfg.model.init == "scratch":  # so that whoever loads these weights knows which lengths they have seen
@@ -262,7 +294,10 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals
         }
         record["cost"] = {}
         if cfg.trainer.steps:
-            _train(cell, record, base.model, peft, seam, strategy, dataset, loggers, signals, halvings)
+            with together():
+                _train(cell, record, base.model, peft, seam, strategy, dataset, loggers, signals, halvings)
+        if not ranks.leads():
+            return
         halvings.doing = EVALUATION
         if held_out is not None:
             record["validation"] = validation(base.model.to(cell.device), held_out, cell, strategy.autocast)
@@ -329,7 +364,7 @@ def _fit(
     halvings: Halvings,
 ) -> tuple[pd.DataFrame, int]:
     """Train; returns the step series and how many steps were skipped. What happened on the way goes into the record."""
-    settings = cell.config.trainer
+    settings = ranks.share(cell.config.trainer)
     module = FineTuner(model, settings, config.learning_rate(cell.config), peft, seam, halvings)
     probes: list[Callback] = [instantiate(node) for node in cell.config.probe.values()]
     for probe in probes:
@@ -338,7 +373,7 @@ def _fit(
         elif isinstance(probe, ShadowProbe):
             probe.bind(seam, strategy.autocast, partial(precision.matmul_flags, tf32=False))
     guards: list[Callback] = [] if cell.config.guard._target_ is None else [instantiate(cell.config.guard)]
-    series = records.StepSeries(cell.folder / records.STEPS)
+    series = records.StepSeries(cell.folder / records.STEPS if ranks.leads() else None)
     callbacks: list[Callback] = [
         AdapterLiveness(liveness),
         *(probe for probe in probes if not isinstance(probe, AlertProbe)),
@@ -351,11 +386,11 @@ def _fit(
     files = CheckpointFiles(cell.folder)
     resume = Resume(files, settings.checkpoint_every_s, signals, seam, memory)
     callbacks.append(resume)
-    checkpoint = files.latest()
+    checkpoint = ranks.from_first(files.latest() if ranks.leads() else None)
+    launched = ranks.trainer_arguments()
     trainer = L.Trainer(
         accelerator=cell.device,
-        devices=1,
-        plugins=[strategy.plugin, files],
+        plugins=[strategy.plugin, files, *launched.pop("plugins")],
         max_steps=settings.steps,
         accumulate_grad_batches=settings.accumulate,
         callbacks=callbacks,
@@ -365,9 +400,12 @@ def _fit(
         enable_progress_bar=settings.progress,
         use_distributed_sampler=False,
         log_every_n_steps=1,
+        **launched,
     )
     model.train()
-    loader = data.batches(dataset, settings.batch_size, settings.steps * settings.accumulate, cell.config.seed)
+    count = settings.steps * cell.config.trainer.accumulate
+    loader = data.batches(dataset, settings.batch_size, count, cell.config.seed)
+    own = loader.share(ranks.rank(), ranks.count())
     module.to(cell.device)
 
     def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -383,10 +421,11 @@ def _fit(
     memory.start()
     if checkpoint is None:
         peft.prepare(loss, loader)
+    ranks.part_random_numbers(cell.config.seed)
     log.info("training %s: %d steps%s", _title(cell), settings.steps, ", continued" if checkpoint else "")
     try:
         with signals.deferred():
-            trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(module, own, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C, after it has switched the signal off
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt from None
@@ -396,7 +435,7 @@ def _fit(
         record |= {"resumed": {"at_steps": resume.resumed_at, "earlier_s": resume.earlier_s}}
         record |= summary.events(module, probes, guards)
     for probe in probes:
-        if isinstance(probe, LyapunovProbe) and probe.spectra:
+        if ranks.leads() and isinstance(probe, LyapunovProbe) and probe.spectra:
             records.save_stability(cell.folder, probe.table())
             record["files"]["stability"] = records.STABILITY
     return pd.DataFrame(series.rows), module.skipped_steps

@@ -108,15 +108,10 @@ def bca_interval(
     # A constant sample has no acceleration; it is replaced here and put right below.
     sample = np.where(equal[..., None], np.arange(values_n.shape[-1]), values_n)
     found = stats.bootstrap(
-        (sample,), _rounded_mean, axis=-1, n_resamples=resamples, confidence_level=confidence, method="BCa", rng=rng
+        (sample,), np.mean, axis=-1, n_resamples=resamples, confidence_level=confidence, method="BCa", rng=rng
     ).confidence_interval
     mean = values_n.mean(axis=-1)
     return np.where(equal, mean, found.low), np.where(equal, mean, found.high)
-
-
-def _rounded_mean(sample: np.ndarray[Any, Any], axis: int) -> np.ndarray[Any, Any]:
-    """The mean without the last digits, which depend on the order of summing: resamples that are equal stay so."""
-    return np.round(sample.mean(axis=axis), 12)
 
 
 def ratio_of_means(top: Values, bottom: Values, confidence: float = CONFIDENCE) -> Estimate:

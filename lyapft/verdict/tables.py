@@ -12,22 +12,14 @@ from lyapft.verdict.floors import KINDS, Floor
 from lyapft.verdict.gaps import Gap
 from lyapft.verdict.recipes import Row, ScoreRow
 
-BLOCK = 4000  # values whose 2,000 resamples are held at a time: 64 MB
-
 
 def recipe_table(found: Sequence[Row], floors: Sequence[Floor], settings: Settings) -> pd.DataFrame:
     """Every recipe against one kind of counterpart: raw scores, difference, tests, outcome, cost, answers, floors."""
     by_setting = {(floor.setting, floor.kind): floor.mean_abs for floor in floors}
-    bootstrapped = _bootstrapped(found)
-    return pd.DataFrame([_recipe(row, bca, by_setting, settings) for row, bca in zip(found, bootstrapped, strict=True)])
+    return pd.DataFrame([_recipe(row, by_setting, settings) for row in found])
 
 
-def _recipe(
-    row: Row,
-    bca: tuple[float, float],
-    floors: Mapping[tuple[tuple[str, str, str], str], float],
-    settings: Settings,
-) -> dict[str, Any]:
+def _recipe(row: Row, floors: Mapping[tuple[tuple[str, str, str], str], float], settings: Settings) -> dict[str, Any]:
     cost = row.cost
     needed = row.comparison.seeds_needed(settings.alpha, settings.power)
     return (
@@ -35,7 +27,7 @@ def _recipe(
         | {"counterpart": row.counterpart, "seeds": row.n, "few_seeds": row.comparison.estimate.few}
         | {"score": row.score, "counterpart_score": row.counterpart_score}
         | _compared(row.comparison)
-        | {"bca_low_points": bca[0], "bca_high_points": bca[1], "bca_coverage": bca_coverage(row.n)}
+        | _bootstrapped(row)
         | {
             "outcome": row.outcome(settings),
             "seeds_to_decide": needed if row.outcome(settings) == "undecided" else None,
@@ -113,19 +105,10 @@ def gap_table(found: Sequence[Gap]) -> pd.DataFrame:
     return pd.DataFrame([_named(g.recipe) | {"seed": g.seed, "why": g.why, "error": g.error} for g in found])
 
 
-def _bootstrapped(found: Sequence[Row]) -> list[tuple[float, float]]:
-    """The BCa interval of each row, beside its t interval; rows of as many seeds at once, in blocks."""
-    made: dict[int, tuple[float, float]] = {}
-    by_seeds: dict[int, list[int]] = {}
-    for place, row in enumerate(found):
-        by_seeds.setdefault(row.n, []).append(place)
-    for n, places in by_seeds.items():
-        block = max(1, BLOCK // n)
-        for start in range(0, len(places), block):
-            some = places[start : start + block]
-            low, high = bca_interval([[pair.mean_signed for pair in found[place].pairs] for place in some])
-            made |= {place: (float(a), float(b)) for place, a, b in zip(some, low, high, strict=True)}
-    return [made[place] for place in range(len(found))]
+def _bootstrapped(row: Row) -> dict[str, float]:
+    """The BCa interval beside the t interval, with what it really covers at this number of seeds."""
+    low, high = bca_interval([pair.mean_signed for pair in row.pairs])
+    return {"bca_low_points": float(low), "bca_high_points": float(high), "bca_coverage": bca_coverage(row.n)}
 
 
 def _named(recipe: Recipe) -> dict[str, Any]:
