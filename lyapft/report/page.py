@@ -195,7 +195,8 @@ def _errors(study: Study) -> str:
     if not found:
         return ""
     items = "".join(
-        f"<li>✗ {html.escape(name)}<br><code>{html.escape(message)}</code></li>" for name, message in found[:MOST_ERRORS]
+        f"<li>✗ {html.escape(name)}<br><code>{html.escape(message)}</code></li>"
+        for name, message in found[:MOST_ERRORS]
     )
     if more := len(found) - MOST_ERRORS:
         items += f"<li>and {more:,} more, in {CELLS_FILE}</li>" * (more > 0)
