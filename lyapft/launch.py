@@ -1,7 +1,7 @@
 """Which of several processes of one cell this one is, as torchrun or srun says; nothing here imports torch."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 
@@ -75,6 +75,28 @@ def faults(launch: Launch, accumulate: int, batch_size: int, precision: str, oom
             f"trainer.batch_size={max(1, rows // same)}"
         )
     return found
+
+
+SHARDABLE = {"peft": ("none", "lora", "lora_all", "rslora"), "precision": ("fp32", "tf32", "bf16")}  # tested
+
+
+def sharding_faults(launch: Launch, peft: str, precision: str, probes: Collection[str], guard: str | None) -> list[str]:
+    """Why a training cannot have its weights in parts (`trainer.strategy=fsdp`).
+
+    Args:
+        peft: and precision, probes: names of choices. guard: its action.
+    """
+    found = []
+    if launch.ranks == 1:
+        found.append("needs several processes: torchrun --nproc-per-node N train.py …")
+    for group, name in {"peft": peft, "precision": precision}.items():
+        if name not in SHARDABLE[group]:
+            found.append(f"is not tested with {group}={name}: use {', '.join(SHARDABLE[group])}")
+    if "shadow" in probes:
+        found.append("cannot have probe=shadow, which reads whole weights")
+    if guard == "rollback":
+        found.append("cannot have guard=rollback, which copies whole weights: use skip or stop")
+    return [f"trainer.strategy=fsdp {fault}; or trainer.strategy=ddp" for fault in found]
 
 
 def identity(launch: Launch) -> dict[str, int]:

@@ -43,6 +43,8 @@ def test_micro_batches_are_shared_evenly_or_not_at_all():
     (fault,) = launch.faults(two, 1, 24, "bf16")
     assert "trainer.accumulate=2 trainer.batch_size=12" in fault
     assert launch.faults(launch.Launch("srun", 0, 3, 2), 3, 8, "bf16")
+    assert not launch.sharding_faults(two, "none", "bf16", ["lyapunov"], None)
+    assert len(launch.sharding_faults(launch.Launch(), "sdt", "fp16", ["shadow"], "rollback")) == 5
     assert "precision=fp16" in launch.faults(two, 2, 12, "fp16_true")[0]
 
 
@@ -83,17 +85,31 @@ def test_the_processes_together_draw_what_one_would(rows, batch_size, steps, ran
 
 # -- trainings
 
-EXACT = {  # a sum of two is the same in either order, so nothing is lost to rounding
+ALIKE = {  # a sum of two is the same in either order, so nothing is lost to rounding
     "watched": ["precision=fp32", "probe=[lyapunov,shadow]", "guard=rollback"],
     "scaled": ["precision=fp16"],
     "adalora": ["precision=fp32", "peft=adalora"],
     "sdt": ["precision=fp32", "peft=sdt", "peft.warmup_steps=2"],
     "full": ["precision=bf16", "peft=none"],
     "four": ["precision=fp32", "trainer.accumulate=4"],  # each process adds up two: another order
+    "sharded": ["precision=bf16", "peft=none"],  # the norm of the gradient is a sum of parts
+    "sharded lora": ["precision=fp32", "peft=lora"],
 }
+SHARDED = ("sharded lora", "sharded torn", "sharded resumed")
+ROUNDED = ("four", "sharded", "sharded lora")
+FSDP = "trainer.strategy=fsdp"
 DROPOUT = ["model=llama_tiny", "precision=fp32", "peft.dropout=0.3"]  # random numbers of each process's own
-COMMANDS = {**EXACT, "whole": DROPOUT, "torn": DROPOUT, "resumed": DROPOUT, "lost": []}
-FOLDER = {"resumed": "torn"}
+COMMANDS = {
+    **ALIKE,
+    "sharded": [*ALIKE["sharded"], FSDP],
+    "sharded lora": [*ALIKE["sharded lora"], FSDP],
+    "sharded torn": [*ALIKE["sharded lora"], FSDP],
+    "sharded resumed": [*ALIKE["sharded lora"], FSDP],
+    "whole": DROPOUT,
+    "torn": DROPOUT,
+    "resumed": DROPOUT,
+    "lost": [],
+}
 UNDER_SRUN = ("sdt", "full")
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_ID": "1", "SLURM_NODELIST": "host"}
 
@@ -108,12 +124,12 @@ def one_rank(rank: int, ports: list[int], runs: str, queue: multiprocessing.Queu
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | (
             srun if name in UNDER_SRUN else torchrun
         )
-        sys.argv = ["train.py", *SMALL, *TWO, *how, f"runs={runs}/{FOLDER.get(name, name)}"]
+        sys.argv = ["train.py", *SMALL, *TWO, *how, f"runs={runs}/{name.replace('resumed', 'torn')}"]
         with pytest.MonkeyPatch.context() as patch:
             if name != "watched":  # one report is enough
                 patch.setattr(study, "_show", lambda folder: 0)
-            if name in ("torn", "lost") and rank == 1:
-                number = signal.SIGTERM if name == "torn" else signal.SIGKILL
+            if name.endswith(("torn", "lost")) and rank == 1:
+                number = signal.SIGKILL if name == "lost" else signal.SIGTERM
                 patch.setattr(cell.StepRecorder, "on_before_optimizer_step", partial(kill, number))
             try:
                 runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
@@ -167,24 +183,25 @@ def same(a: Path, b: Path, **tolerance: float) -> None:
         assert first.get(part) == second.get(part), part
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ALIKE)
 def test_two_processes_give_the_numbers_of_one(two, tmp_path, name):
     """Every loss, weight, λ and score: to the bit where each process has one micro-batch of a step."""
     runs, ended = two
     assert ended[name, 0] == ended[name, 1] == 0
-    alone = prepared(tmp_path, *TWO, *EXACT[name])
+    alone = prepared(tmp_path, *TWO, *ALIKE[name])
     assert cell.ensure(alone)["status"] == "ok"
     folder = folder_of(runs / name)
     assert records.load(folder)["config"]["runs_as"]["ranks"] == 2
-    same(alone.folder, folder, **(TOL[torch.float32] if name == "four" else {}))
+    same(alone.folder, folder, **(TOL[torch.float32] if name in ROUNDED else {}))
 
 
-def test_a_signal_to_one_process_stops_both_after_the_same_step_and_the_command_goes_on(two):
+@pytest.mark.parametrize(("whole", "torn", "resumed"), [("whole", "torn", "resumed"), SHARDED])
+def test_a_signal_to_one_process_stops_both_after_the_same_step_and_the_command_goes_on(two, whole, torn, resumed):
     runs, ended = two
-    assert ended["torn", 0] == ended["torn", 1] == 128 + signal.SIGTERM
-    assert ended["whole", 0] == ended["resumed", 0] == ended["resumed", 1] == 0
-    assert records.load(folder_of(runs / "torn"))["resumed"]["at_steps"] == [2]
-    same(folder_of(runs / "whole"), folder_of(runs / "torn"))
+    assert ended[torn, 0] == ended[torn, 1] == 128 + signal.SIGTERM
+    assert ended[whole, 0] == ended[resumed, 0] == ended[resumed, 1] == 0
+    assert records.load(folder_of(runs / torn))["resumed"]["at_steps"] == [2]
+    same(folder_of(runs / whole), folder_of(runs / torn))
 
 
 def test_a_process_that_is_killed_ends_the_others_with_its_checkpoint_kept(two):
