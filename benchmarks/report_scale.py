@@ -194,7 +194,7 @@ def make(folder: Path, count: int, seeds: int) -> None:
             settings = {"recipe": recipe, "role": cells.CELL, "choices": record["choices"], "seed": record["seed"]}
             entries.append({"key": cells.key_of(record), **settings, "replicate": 0, "threads": 1})
         records.save_json(folder / file.FILE, entries)
-        as_saved = folder.parent / "as_saved"
+        as_saved = Path(temporary) / "as_saved"
         records.save(as_saved, record)
         assert (as_saved / records.RECORD).read_bytes() == (target / records.RECORD).read_bytes()
 

@@ -1,7 +1,7 @@
 """Which of several processes of one cell this one is, as torchrun or srun says; nothing here imports torch."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 
@@ -50,13 +50,18 @@ def found(environment: Mapping[str, str] | None = None) -> Launch:
     return Launch()
 
 
-def faults(launch: Launch, accumulate: int, batch_size: int, oom: str = "stop") -> list[str]:
+def faults(launch: Launch, accumulate: int, batch_size: int, precision: str, oom: str = "stop") -> list[str]:
     """Why these processes cannot share the micro-batches of a step.
 
-    >>> faults(Launch("torchrun", 0, 2, 2), 2, 12)
+    >>> faults(Launch("torchrun", 0, 2, 2), 2, 12, "bf16")
     []
     """
     found = []
+    if launch.ranks > 1 and precision == "fp16_true":
+        found.append(
+            f"precision=fp16_true keeps float32 gradients of float16 weights, which DDP cannot add up over "
+            f"{launch.ranks} processes: use precision=fp16 or bf16_true, or one process"
+        )
     if launch.ranks > 1 and oom == "halve":
         found.append(f"trainer.oom=halve halves for one process, not for {launch.ranks}: set a smaller batch_size")
     if launch.ranks % launch.per_node:
@@ -70,6 +75,28 @@ def faults(launch: Launch, accumulate: int, batch_size: int, oom: str = "stop") 
             f"trainer.batch_size={max(1, rows // same)}"
         )
     return found
+
+
+SHARDABLE = {"peft": ("none", "lora", "lora_all", "rslora"), "precision": ("fp32", "tf32", "bf16")}  # tested
+
+
+def sharding_faults(launch: Launch, peft: str, precision: str, probes: Collection[str], guard: str | None) -> list[str]:
+    """Why a training cannot have its weights in parts (`trainer.strategy=fsdp`).
+
+    Args:
+        peft: and precision, probes: names of choices. guard: its action.
+    """
+    found = []
+    if launch.ranks == 1:
+        found.append("needs several processes: torchrun --nproc-per-node N train.py …")
+    for group, name in {"peft": peft, "precision": precision}.items():
+        if name not in SHARDABLE[group]:
+            found.append(f"is not tested with {group}={name}: use {', '.join(SHARDABLE[group])}")
+    if "shadow" in probes:
+        found.append("cannot have probe=shadow, which reads whole weights")
+    if guard == "rollback":
+        found.append("cannot have guard=rollback, which copies whole weights: use skip or stop")
+    return [f"trainer.strategy=fsdp {fault}; or trainer.strategy=ddp" for fault in found]
 
 
 def identity(launch: Launch) -> dict[str, int]:

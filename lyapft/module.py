@@ -19,6 +19,7 @@ from lyapft.errors import InputError
 from lyapft.halving import Batch, Halvings
 from lyapft.peft import FullFineTuning, Strategy
 from lyapft.recurrence import Seam
+from lyapft.sharding import whole
 
 COUNTERS = ("skipped_steps", "nonfinite", "scaler_skips", "_nonfinite_in_a_row")  # of a module, in its checkpoints
 IGNORED = -100  # label of a token that carries no loss
@@ -191,7 +192,7 @@ class FineTuner(L.LightningModule):
             self.observed["loss"], int(self.observed["tokens"])
         )
         trainable = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        total = nn.utils.get_total_norm([p.grad.float() for p in trainable])
+        total = whole(nn.utils.get_total_norm([p.grad.float() for p in trainable]))
         norm = float(total)
         self._finite = math.isfinite(norm) and math.isfinite(self.observed["loss"])
         if not self._finite:
@@ -224,7 +225,9 @@ class FineTuner(L.LightningModule):
         if scale is not None and math.isfinite(loss):  # an overflow that the loss scaler is there to find
             self.scaler_skips.append({"step": step, "loss_scale": scale, "rows": rows})
             return
-        layers = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        layers = [
+            n for n, p in self.model.named_parameters() if p.grad is not None and not whole(p.grad).isfinite().all()
+        ]
         self.nonfinite.append({"step": step, "loss": loss, "layers": layers, "rows": rows})
 
     def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any | None) -> None:
@@ -243,7 +246,7 @@ class FineTuner(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Only what trains, and what this module and its strategy count."""
-        checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in self.strategy.tensors().items()}
+        checkpoint["state_dict"] = {f"model.{name}": whole(t) for name, t in self.strategy.tensors().items()}
         checkpoint["counters"] = {name: getattr(self, name) for name in COUNTERS}
         checkpoint["strategy"] = self.strategy.training_state()
 

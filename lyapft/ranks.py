@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lyapft import launch
+from lyapft import launch, sharding
 
 PATIENCE = timedelta(days=7)  # the others wait while the first evaluates; one that died is noticed at once
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from lyapft.module import FineTuner
 
 
 def many() -> bool:
@@ -81,6 +84,14 @@ class SummedDDP(DDPStrategy):
         cast(DistributedDataParallel, self.model).register_comm_hook(None, _summed)
 
 
+class Sharded(DDPStrategy):
+    """Lightning's DDP with the weights in parts instead of in copies; gradients are summed as in `SummedDDP`."""
+
+    def configure_ddp(self) -> None:
+        """Share the backbone out where it would be wrapped."""
+        sharding.share_out(cast("FineTuner", self.lightning_module).model)
+
+
 def _summed(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return cast("torch.futures.Future[Tensor]", work.get_future().then(lambda done: done.value()[0]))
@@ -89,20 +100,25 @@ def _summed(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tens
 def _environment(here: launch.Launch) -> ClusterEnvironment:
     """Lightning's view of the launch. Signals are lyapft's own: SLURM's requeueing is left to SLURM."""
     if here.launcher == "srun":
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(here.per_node))  # Lightning does not count by itself
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment() if here.launcher is None else TorchElasticEnvironment()
 
 
-def trainer_arguments() -> dict[str, Any]:
-    """What Lightning's Trainer is told of the launch; it starts no process itself."""
+def trainer_arguments(strategy: str) -> dict[str, Any]:
+    """What Lightning's Trainer is told of the launch; it starts no process itself.
+
+    Args:
+        strategy: `ddp` or `fsdp`.
+    """
     here = launch.found()
     environment = _environment(here)
-    strategy = SummedDDP(cluster_environment=environment, timeout=PATIENCE) if here.ranks > 1 else "auto"
+    several = Sharded if strategy == "fsdp" else SummedDDP
     plugins = [] if here.ranks > 1 else [environment]
     return {
         "devices": here.per_node,
         "num_nodes": here.ranks // here.per_node,
-        "strategy": strategy,
+        "strategy": several(cluster_environment=environment, timeout=PATIENCE) if here.ranks > 1 else "auto",
         "plugins": plugins,
     }
 

@@ -38,6 +38,7 @@ from lyapft import (
     rates,
     records,
     recurrence,
+    sharding,
     study,
     tasks,
 )
@@ -258,15 +259,7 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals
     if cfg.trainer.steps:
         call(cell)
     with clean_state(cell) as strategy:
-        base = backbone.load(cfg.model)
-        if cfg.model.init == "scratch":  # so that whoever loads these weights knows which lengths they have seen
-            base.model.config.trained_length = base.trained_length = cfg.data.max_length
-        seam = recurrence.install(
-            base.model, cfg.kernel.name, cfg.kernel.require, fused=cfg.kernel.fused, device=cell.device
-        )
-        peft = instantiate(cfg.peft)
-        peft.attach(base, seam)
-        strategy.cast(base.model)
+        base, seam, peft = _attached(cell, strategy)
         dataset = data.tokenised(
             cell.source,
             base.tokenizer,
@@ -296,6 +289,8 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals
         if cfg.trainer.steps:
             with together():
                 _train(cell, record, base.model, peft, seam, strategy, dataset, loggers, signals, halvings)
+                if cfg.trainer.strategy == "fsdp":
+                    base, seam, peft = _gathered(cell, strategy, base, seam, peft)
         if not ranks.leads():
             return
         halvings.doing = EVALUATION
@@ -321,6 +316,35 @@ def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals
         ended = time.perf_counter()
         earlier = record.get("resumed", {}).get("earlier_s", 0.0)
         record["cost"] |= {"eval_wall_s": ended - evaluation, "wall_s": ended - started + earlier}
+
+
+def _attached(cell: Cell, strategy: precision.Precision) -> tuple[backbone.Backbone, recurrence.Seam, Strategy]:
+    """The model before its training, as its recipe wants it."""
+    cfg = cell.config
+    base = backbone.load(cfg.model)
+    if cfg.model.init == "scratch":  # so that whoever loads these weights knows which lengths they have seen
+        base.model.config.trained_length = base.trained_length = cfg.data.max_length
+    seam = recurrence.install(
+        base.model, cfg.kernel.name, cfg.kernel.require, fused=cfg.kernel.fused, device=cell.device
+    )
+    peft = instantiate(cfg.peft)
+    peft.attach(base, seam)
+    strategy.cast(base.model)
+    return base, seam, peft
+
+
+def _gathered(
+    cell: Cell, strategy: precision.Precision, base: backbone.Backbone, seam: recurrence.Seam, peft: Strategy
+) -> tuple[backbone.Backbone, recurrence.Seam, Strategy]:
+    """On the first process a model with the whole of the weights that the processes have trained in parts."""
+    if not ranks.leads():
+        sharding.copy_weights(base.model, None)
+        return base, seam, peft
+    whole, own, own_peft = _attached(cell, strategy)
+    sharding.copy_weights(base.model, whole.model)
+    own.kernels.update(seam.kernels)
+    own.fallbacks.update(seam.fallbacks)
+    return whole, own, own_peft
 
 
 def _train(
@@ -387,7 +411,7 @@ def _fit(
     resume = Resume(files, settings.checkpoint_every_s, signals, seam, memory)
     callbacks.append(resume)
     checkpoint = ranks.from_first(files.latest() if ranks.leads() else None)
-    launched = ranks.trainer_arguments()
+    launched = ranks.trainer_arguments(settings.strategy)
     trainer = L.Trainer(
         accelerator=cell.device,
         plugins=[strategy.plugin, files, *launched.pop("plugins")],

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from hydra.errors import CompactHydraException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
@@ -26,9 +27,14 @@ AGREED = (TrainingStopped, LivenessError)  # decided by numbers that all process
 _away: list[str] = []  # the cell that the others were called for and have not come back from
 
 
+class LostProcess(CompactHydraException):
+    """Another process of this cell has ended, and this one cannot go on alone."""
+
+
 @contextmanager
 def crew() -> Iterator[bool]:
     """Meet the other processes, if there are any; gives whether this one leads. They are dismissed at the end."""
+    _away.clear()
     with ranks.joined():
         try:
             yield ranks.leads()
@@ -56,11 +62,25 @@ def call(cell: Cell) -> None:
 def together() -> Iterator[None]:
     """What all processes enter, and leave by its end or by an error that is the same on all of them."""
     try:
-        yield
+        with _connected():
+            yield
     except AGREED:
         _away.clear()
         raise
     _away.clear()
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Say what it means that a connection broke."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "by peer" not in str(error):  # what gloo says of a process that is gone
+            raise
+        raise LostProcess(
+            "another process of this cell has ended (it says why); the same command goes on from the last checkpoint"
+        ) from error
 
 
 def follow(cfg: DictConfig, execute: Callable[[Cell, Record, list[Logger], Signals, Halvings], None]) -> None:
@@ -91,7 +111,8 @@ def follow(cfg: DictConfig, execute: Callable[[Cell, Record, list[Logger], Signa
 
 def _heard() -> str | None:
     nothing: str | None = None
-    return ranks.from_first(nothing)
+    with _connected():
+        return ranks.from_first(nothing)
 
 
 def _kin(cell: Cell) -> Iterator[Cell]:

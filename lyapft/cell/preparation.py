@@ -59,7 +59,12 @@ def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Ce
     device, found = resolve_device(cfg.device)
     kernel = Checked(lambda: recurrence.resolve(cfg.kernel.name, cfg.kernel.require, device))
     found = config.faults(cfg) + found + precision.faults(cfg.precision, device) + peft_faults(cfg.peft) + kernel.faults
-    found += launch.faults(launch.found(), cfg.trainer.accumulate, cfg.trainer.batch_size, cfg.trainer.oom)
+    trainer = cfg.trainer
+    found += launch.faults(launch.found(), trainer.accumulate, trainer.batch_size, cfg.precision.name, trainer.oom)
+    if trainer.strategy == "fsdp":
+        found += launch.sharding_faults(
+            launch.found(), cfg.peft.name, cfg.precision.name, list(cfg.probe), cfg.guard.action
+        )
     model_faults = backbone.faults(cfg.model)
     source = Checked(lambda: (like.source, like.science["data"]["content"]) if like else _read(cfg.data))
     task = Checked(lambda: like.task if like else _asked(instantiate(cfg.task)))

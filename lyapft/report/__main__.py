@@ -1,6 +1,7 @@
 """Command line of the report: `python -m lyapft.report runs/STUDY [--output FILE] [--margin POINTS] …`."""
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=float, default=value, help=f"{what} (default: %(default)s)")
     options = parser.parse_args(given)
+    gc.disable()  # all records are needed to the end: looking for garbage among them takes as long as reading them
     try:
         settings = replace(
             default,
@@ -45,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        gc.enable()
     return 0
 
 

@@ -84,7 +84,7 @@ def read(record: Record, *keys: str) -> Any:
 
 def choice(record: Record, group: str) -> str:
     """The chosen name in a config group."""
-    return str(read(record, "choices", group) or "?")
+    return str((record.get("choices") or {}).get(group) or "?")
 
 
 def facet(record: Record, group_by: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lyapft import ranks
+from lyapft import ranks, sharding
 from lyapft.resume.files import CheckpointFiles
 from lyapft.resume.signals import Signals
 
@@ -73,6 +73,10 @@ class Resume(Callback):
         self._moments = [state["state"] for state in checkpoint["optimizer_states"]]
         self._last_step = checkpoint["global_step"]
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Moments as one process would have them, however many share them."""
+        checkpoint["optimizer_states"] = sharding.plain(checkpoint["optimizer_states"])
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take no more of the weights than the checkpoint has: those that train."""
         pl_module.strict_loading = False
@@ -84,7 +88,8 @@ class Resume(Callback):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for index, saved in moments.items():  # load_state_dict rounded them to the format of their weight
                 state = optimizer.state[parameters[index]]
-                state.update({k: v.to(state[k].device) for k, v in saved.items() if isinstance(v, Tensor)})
+                own = {k: v.to(state[k].device) for k, v in saved.items() if isinstance(v, Tensor)}
+                state.update({k: sharding.shared_out(v, parameters[index]) for k, v in own.items()})
         if self._moments:
             self.resumed_at = [*self.resumed_at, trainer.global_step]
         self._moments = []

@@ -133,11 +133,10 @@ def gains(evidence: Evidence) -> list[Gain]:
     """In-context learning of every recipe and task that was scored with and without shots."""
     twin_of, found = twins(evidence), []
     by_key = {(recipe.model, recipe.data, recipe.task, recipe.label): recipe for recipe in evidence.recipes}
+    gained = {key: _gains(recipe.runs) for key, recipe in by_key.items()}
     for key, recipe in by_key.items():
-        own = _gains(recipe.runs)
-        twin = twin_of.get(recipe.model)
-        other = by_key.get((twin, *key[1:])) if twin else None
-        theirs = _gains(other.runs) if other else {}
+        own, twin = gained[key], twin_of.get(recipe.model)
+        theirs = gained.get((twin, *key[1:]), {}) if twin else {}
         for task, by_seed in own.items():
             both = sorted(by_seed.keys() & theirs.get(task, {}).keys())
             relative = ratio_of_means([by_seed[s] for s in both], [theirs[task][s] for s in both]) if both else None

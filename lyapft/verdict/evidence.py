@@ -96,6 +96,7 @@ class Pair:
     run: Record
     counterpart: Record
     signed: Mapping[tuple[str, int], float]
+    fewest_items: int  # behind any score of the run
 
     @property
     def seed(self) -> int:
@@ -133,7 +134,7 @@ def pairs(evidence: Evidence, recipe: Recipe, counterpart: str) -> list[Pair]:
         other = evidence.by_id.get(str(entry.get("reference_id"))) if entry else None
         if entry and entry.get("status") == "ok" and other is not None and entry["per_score"]:
             signed = {score_key(s): float(s["signed_points"]) for s in entry["per_score"]}
-            found.append(Pair(run, other, signed))
+            found.append(Pair(run, other, signed, min(int(score["n"]) for score in accuracies(run))))
     return sorted(found, key=lambda pair: pair.seed)
 
 
@@ -144,7 +145,7 @@ def is_own_counterpart(recipe: Recipe) -> bool:
 
 def resolution(pair: Pair) -> float:
     """Points by which one changed answer moves the mean over tasks and shots; the largest, where scores differ in n."""
-    return 100.0 / (min(items_of(pair.run).values()) * len(pair.signed))
+    return 100.0 / (pair.fewest_items * len(pair.signed))
 
 
 def items_of(record: Record) -> dict[tuple[str, int], int]:

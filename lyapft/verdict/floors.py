@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from typing import Any
+
+import numpy as np
 
 from lyapft.divergence import paired_divergence
 from lyapft.records import Record, accuracies
-from lyapft.verdict.evidence import Evidence, Recipe, is_own_counterpart, seed_of, threads
+from lyapft.verdict.evidence import Evidence, Recipe, is_own_counterpart, seed_of, threads, values_of
 
 KINDS = {
     "replicate": "the same cell again",
@@ -31,21 +33,18 @@ class Floor:
 
 def floors(evidence: Evidence) -> list[Floor]:
     """The floors that the study's runs allow to measure, of every model, data set and task."""
-    pairs_of: dict[str, Callable[[Recipe], Iterator[tuple[Record, Record]]]] = {
-        "replicate": _replicates,
-        "threads": _thread_counts,
+    distances: dict[str, Callable[[Recipe], Iterator[float]]] = {
+        "replicate": lambda recipe: _apart(_replicates(recipe)),
+        "threads": lambda recipe: _apart(_thread_counts(recipe)),
         "seeds": _seeds,
     }
+    recipes: dict[tuple[str, str, str], list[Recipe]] = {}
+    for recipe in evidence.recipes:
+        recipes.setdefault(recipe.setting, []).append(recipe)
     found = []
-    for setting in dict.fromkeys(recipe.setting for recipe in evidence.recipes):
-        recipes = [recipe for recipe in evidence.recipes if recipe.setting == setting]
-        for kind, choose in pairs_of.items():
-            apart = [
-                paired_divergence(accuracies(a), accuracies(b)).mean_abs_points
-                for recipe in recipes
-                for a, b in choose(recipe)
-            ]
-            if apart:
+    for setting, own in recipes.items():
+        for kind, measure in distances.items():
+            if apart := [distance for recipe in own for distance in measure(recipe)]:
                 found.append(Floor(setting, kind, len(apart), sum(apart) / len(apart), max(apart)))
     return found
 
@@ -66,9 +65,21 @@ def _thread_counts(recipe: Recipe) -> Iterator[tuple[Record, Record]]:
             yield twin, rerun
 
 
-def _seeds(recipe: Recipe) -> Iterator[tuple[Record, Record]]:
-    if is_own_counterpart(recipe):
-        yield from ((a, b) for a, b in combinations(recipe.runs, 2) if _scored(a, b))
+def _seeds(recipe: Recipe) -> Iterator[float]:
+    """Every run beside every other: n² / 2 pairs, so a row of them at a time."""
+    if not is_own_counterpart(recipe):
+        return
+    scores = [values for run in recipe.runs if (values := values_of(run))]
+    keys = list(dict.fromkeys(key for values in scores for key in values))
+    table: np.ndarray[Any, Any] = 100.0 * np.array([[values.get(key, np.nan) for key in keys] for values in scores])
+    for place in range(len(table) - 1):
+        apart = np.abs(table[place + 1 :] - table[place])
+        common = (~np.isnan(apart)).sum(axis=1)
+        yield from (np.nansum(apart, axis=1)[common > 0] / common[common > 0]).tolist()
+
+
+def _apart(pairs: Iterator[tuple[Record, Record]]) -> Iterator[float]:
+    return (paired_divergence(accuracies(a), accuracies(b)).mean_abs_points for a, b in pairs)
 
 
 def _scored(a: Record, b: Record) -> bool:

@@ -7,7 +7,7 @@ from itertools import groupby
 from lyapft.divergence import is_spike
 from lyapft.verdict.architectures import Contrast, Gain
 from lyapft.verdict.blame import blame, remedy
-from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, Evidence, Settings, items_of
+from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, Evidence, Settings
 from lyapft.verdict.floors import KINDS, Floor
 from lyapft.verdict.gaps import Gap
 from lyapft.verdict.recipes import Cost, Row, ScoreRow
@@ -122,7 +122,7 @@ def _failure(evidence: Evidence, row: Row, found: Sequence[Row], settings: Setti
 
 
 def _spikes(found: Sequence[Row], spikes: int, total: int, settings: Settings) -> str:
-    fewest = min(n for row in found for pair in row.pairs for n in items_of(pair.run).values())
+    fewest = min(pair.fewest_items for row in found for pair in row.pairs)
     grain = 100.0 / fewest
     note = f"; one answer is worth {grain:.2f} points there, so few answers make one" if is_spike(grain, 0.2) else ""
     return (

@@ -21,17 +21,15 @@ def recipe_table(found: Sequence[Row], floors: Sequence[Floor], settings: Settin
 
 def _recipe(row: Row, floors: Mapping[tuple[tuple[str, str, str], str], float], settings: Settings) -> dict[str, Any]:
     cost = row.cost
-    needed = row.comparison.seeds_needed(settings.alpha, settings.power)
+    outcome = row.outcome(settings)
+    needed = row.comparison.seeds_needed(settings.alpha, settings.power) if outcome == "undecided" else None
     return (
         _named(row.recipe)
         | {"counterpart": row.counterpart, "seeds": row.n, "few_seeds": row.comparison.estimate.few}
         | {"score": row.score, "counterpart_score": row.counterpart_score}
         | _compared(row.comparison)
         | _bootstrapped(row)
-        | {
-            "outcome": row.outcome(settings),
-            "seeds_to_decide": needed if row.outcome(settings) == "undecided" else None,
-        }
+        | {"outcome": outcome, "seeds_to_decide": needed}
         | _estimated("mean_abs_points", row.size)
         | {f"floor_{kind}_points": floors.get((row.recipe.setting, kind)) for kind in KINDS}
         | {"spikes": row.spikes, "scores": row.scores}
