@@ -208,9 +208,13 @@ class StepSeries:
         """Add the numbers of one step."""
         self.rows.append(row)
 
+    def table(self) -> pd.DataFrame:
+        """All rows so far."""
+        return pd.DataFrame(self.rows)
+
     def packed(self) -> NDArray[np.uint8]:
         """All rows so far as the bytes of a Parquet file."""
-        return np.frombuffer(pd.DataFrame(self.rows).to_parquet(index=False), dtype=np.uint8).copy()
+        return np.frombuffer(self.table().to_parquet(index=False), dtype=np.uint8).copy()
 
     def unpack(self, packed: NDArray[np.uint8]) -> None:
         """Take up the rows that `packed` gave."""
@@ -220,7 +224,7 @@ class StepSeries:
     def flush(self) -> None:
         """Write all rows so far, atomically."""
         if self.rows and self.path is not None:
-            frame = pd.DataFrame(self.rows)
+            frame = self.table()
             write_atomically(self.path, lambda path: frame.to_parquet(path, index=False))
 
 

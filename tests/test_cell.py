@@ -224,14 +224,14 @@ def test_a_step_that_was_withheld_leaves_a_readable_record(tmp_path, monkeypatch
 
 
 def test_a_failed_reference_leaves_the_cell_standing(tmp_path, monkeypatch):
-    whole = cell._execute
+    whole = cell.execute
 
     def execute(one, *rest):
         if one.role == "reference":
             raise RuntimeError("the reference broke")
         whole(one, *rest)
 
-    monkeypatch.setattr(cell, "_execute", execute)
+    monkeypatch.setattr(cell, "execute", execute)
     record = cell.ensure(prepared(tmp_path))
     assert record["status"] == "ok"
     assert {entry["status"] for entry in record["divergence"]} == {"missing"}

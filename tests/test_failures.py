@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from lyapft import cell, records
+from lyapft.cell import execution
 from lyapft.resume import files as resume_files
 from tests.campaigns.kills import child, ended
 from tests.test_cell import prepared
@@ -126,7 +127,7 @@ def test_a_read_only_folder_is_named_and_what_is_in_it_stays(tmp_path, before):
 
 
 def test_a_folder_that_becomes_read_only_is_named(typed, monkeypatch):  # noqa: F811
-    fit = cell._fit
+    fit = execution.train
 
     def late(*arguments):
         def refuse(path, _):
@@ -137,7 +138,7 @@ def test_a_folder_that_becomes_read_only_is_named(typed, monkeypatch):  # noqa: 
         return fit(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cell, "_fit", late)
+        patch.setattr(execution, "train", late)
         code, printed = typed(*ALONE)
     assert code == 1
     assert "cannot be written (Read-only file system): set runs=FOLDER" in printed
@@ -178,15 +179,15 @@ def examples(path: Path) -> str:
 
 
 def test_data_deleted_in_a_training_are_missed_by_the_cells_that_come_after_it(typed, tmp_path, monkeypatch):  # noqa: F811
-    path, fit = tmp_path / "alpaca.json", cell._fit
+    path, fit = tmp_path / "alpaca.json", execution.train
     sweep = ["-m", *ALONE, "seed=0,1", "data=alpaca", examples(path)]
-    monkeypatch.setattr(cell, "_fit", lambda *arguments: (path.unlink(), fit(*arguments))[1])
+    monkeypatch.setattr(execution, "train", lambda *arguments: (path.unlink(), fit(*arguments))[1])
     code, printed = typed(*sweep)
     assert code == 1
     assert f"data.path={path} does not exist" in printed
     assert "Traceback" not in printed
     assert statuses(Path("runs")) == ["ok"]  # its rows were read and checked before
-    monkeypatch.setattr(cell, "_fit", fit)
+    monkeypatch.setattr(execution, "train", fit)
     examples(path)
     assert typed(*sweep)[0] == 0
     assert statuses(Path("runs")) == ["ok", "ok"]

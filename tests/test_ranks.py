@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from lyapft import cell, launch, records, study
 from lyapft.data.batches import Order
+from lyapft.probes import StepRecorder
 from tests.test_cell import SMALL, prepared, same_weights
 from tests.test_cli import ROOT
 from tests.tolerances import TOL
@@ -130,7 +131,7 @@ def one_rank(rank: int, ports: list[int], runs: str, queue: multiprocessing.Queu
                 patch.setattr(study, "_show", lambda folder: 0)
             if name.endswith(("torn", "lost")) and rank == 1:
                 number = signal.SIGKILL if name == "lost" else signal.SIGTERM
-                patch.setattr(cell.StepRecorder, "on_before_optimizer_step", partial(kill, number))
+                patch.setattr(StepRecorder, "on_before_optimizer_step", partial(kill, number))
             try:
                 runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
             except SystemExit as stop:

@@ -1,4 +1,4 @@
-"""One cell: build, fit, evaluate, record, compare with its full-precision counterparts.
+"""One cell: found or made, recorded, compared with its full-precision counterparts.
 
 A cell that finished is never run again; one that failed or was interrupted leaves its record and is run again by the
 same command.
@@ -8,58 +8,34 @@ import errno
 import logging
 import os
 import re
-import signal
 import threading
-import time
 import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import pandas as pd
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
-from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
-from lyapft import (
-    backbone,
-    config,
-    dashboard,
-    data,
-    divergence,
-    precision,
-    ranks,
-    rates,
-    records,
-    recurrence,
-    sharding,
-    study,
-    tasks,
-)
+from lyapft import config, dashboard, divergence, rates, records, study
 from lyapft.cell import answers, summary
-from lyapft.cell.crew import call, crew, follow, together
+from lyapft.cell.crew import crew, follow
+from lyapft.cell.execution import execute
 from lyapft.cell.preparation import Cell, prepare
-from lyapft.cell.state import clean_state, is_elsewhere, log_file, only_one
-from lyapft.cell.validation import validation
-from lyapft.environment import PeakMemory, warm_up
+from lyapft.cell.state import is_elsewhere, log_file, only_one
 from lyapft.errors import InputError
-from lyapft.halving import EVALUATION, Halvings, OutOfMemory, out_of_memory, until_it_fits
-from lyapft.module import FineTuner, TrainingStopped
-from lyapft.peft import Liveness, LivenessError, Strategy
-from lyapft.probes import AdapterLiveness, AlertProbe, LyapunovProbe, ProgressBar, ShadowProbe, StepRecorder
+from lyapft.halving import Halvings, OutOfMemory, until_it_fits
+from lyapft.module import TrainingStopped
+from lyapft.peft import LivenessError
 from lyapft.records import Record
-from lyapft.resume import CheckpointFiles, Interrupted, Resume, Signals
+from lyapft.resume import CheckpointFiles, Interrupted, Signals
 
 __all__ = ["Cell", "CellFailed", "disk_message", "ensure", "prepare", "run"]
 
 log = logging.getLogger(__name__)
-TOKENS = ".tokens"  # below the folder of all runs: studies share it
 _failed_references: dict[str, Record] = {}  # of this process: a sweep tries each of them once
 
 
@@ -88,7 +64,7 @@ def run(cfg: DictConfig, wait: bool = False) -> Record | None:
         try:
             if leads:
                 return _run(cfg, wait)
-            follow(cfg, _execute)
+            follow(cfg, execute)
             return None
         except InputError as error:
             log.error("%s", error)  # in a sweep, Hydra itself shows the first failure only
@@ -177,7 +153,7 @@ def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
             counterparts = _counterparts(cell, {name: references[name] for name in references if name not in later})
             loggers += dashboard.build_loggers(cell.config.logger, record, cell.folder)
             until_it_fits(
-                lambda: _execute(cell, record, loggers, signals, halvings),
+                lambda: execute(cell, record, loggers, signals, halvings),
                 halvings,
                 save=lambda: records.save(cell.folder, record),
             )
@@ -251,223 +227,6 @@ def _awaited(reference: Cell) -> Record:
     with only_one(reference):
         made = (reference.folder / records.RECORD).exists()
         return records.load(reference.folder) if made else summary.stub(reference)
-
-
-def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals, halvings: Halvings) -> None:
-    """Build, fit, evaluate, save; fills the record as it goes."""
-    cfg, started = cell.config, time.perf_counter()
-    if cfg.trainer.steps:
-        call(cell)
-    with clean_state(cell) as strategy:
-        base, seam, peft = _attached(cell, strategy)
-        dataset = data.tokenised(
-            cell.source,
-            base.tokenizer,
-            cfg.data.max_length,
-            cell.science["data"],
-            cell.study.parent / TOKENS,
-            cfg.trainer.progress,
-        )
-        dataset, held_out = dataset.split(cfg.trainer.validation_rows)
-        if cfg.data.packing:
-            rows, dataset = len(dataset), data.pack(dataset, cfg.data.max_length)
-            log.info(
-                "data.packing: %d rows in %d packs%s",
-                rows,
-                len(dataset),
-                " (none fits beside another)" * (rows == len(dataset)),
-            )
-        record |= {
-            "model": {"name": cfg.model.name, "architecture": base.architecture, "hash": base.hash} | peft.parameters(),
-            "precision": strategy.record(),
-            "recurrences_unknown": seam.unknown,
-            "data": dataset.record(),
-            "tasks": cell.task.record(),
-            "peft": peft.record(),  # of an attempt that fails too; what training selects or allocates comes after it
-        }
-        record["cost"] = {}
-        if cfg.trainer.steps:
-            with together():
-                _train(cell, record, base.model, peft, seam, strategy, dataset, loggers, signals, halvings)
-                if cfg.trainer.strategy == "fsdp":
-                    base, seam, peft = _gathered(cell, strategy, base, seam, peft)
-        if not ranks.leads():
-            return
-        halvings.doing = EVALUATION
-        if held_out is not None:
-            record["validation"] = validation(base.model.to(cell.device), held_out, cell, strategy.autocast)
-        evaluation = time.perf_counter()
-        scores, items = tasks.evaluate(
-            base.model.to(cell.device),
-            base.tokenizer,
-            cell.task,
-            batch_tokens=halvings.batch_tokens,
-            autocast=strategy.autocast,
-            trained_length=base.trained_length,
-            max_positions=base.max_positions,
-            progress=cfg.trainer.progress,
-        )
-        signals.heed()
-        record["scores"] = [score.as_dict() for score in scores]
-        records.save_items(cell.folder, items)
-        record["kernels"], record["kernel_fallbacks"] = dict(seam.kernels), dict(seam.fallbacks)
-        if cfg.trainer.steps:  # else they are the base's
-            record["files"]["weights"] = peft.save(cell.folder)
-        ended = time.perf_counter()
-        earlier = record.get("resumed", {}).get("earlier_s", 0.0)
-        record["cost"] |= {"eval_wall_s": ended - evaluation, "wall_s": ended - started + earlier}
-
-
-def _attached(cell: Cell, strategy: precision.Precision) -> tuple[backbone.Backbone, recurrence.Seam, Strategy]:
-    """The model before its training, as its recipe wants it."""
-    cfg = cell.config
-    base = backbone.load(cfg.model)
-    if cfg.model.init == "scratch":  # so that whoever loads these weights knows which lengths they have seen
-        base.model.config.trained_length = base.trained_length = cfg.data.max_length
-    seam = recurrence.install(
-        base.model, cfg.kernel.name, cfg.kernel.require, fused=cfg.kernel.fused, device=cell.device
-    )
-    peft = instantiate(cfg.peft)
-    peft.attach(base, seam)
-    strategy.cast(base.model)
-    return base, seam, peft
-
-
-def _gathered(
-    cell: Cell, strategy: precision.Precision, base: backbone.Backbone, seam: recurrence.Seam, peft: Strategy
-) -> tuple[backbone.Backbone, recurrence.Seam, Strategy]:
-    """On the first process a model with the whole of the weights that the processes have trained in parts."""
-    if not ranks.leads():
-        sharding.copy_weights(base.model, None)
-        return base, seam, peft
-    whole, own, own_peft = _attached(cell, strategy)
-    sharding.copy_weights(base.model, whole.model)
-    own.kernels.update(seam.kernels)
-    own.fallbacks.update(seam.fallbacks)
-    return whole, own, own_peft
-
-
-def _train(
-    cell: Cell,
-    record: Record,
-    model: torch.nn.Module,
-    peft: Strategy,
-    seam: recurrence.Seam,
-    strategy: precision.Precision,
-    dataset: data.TokenDataset,
-    loggers: list[Logger],
-    signals: Signals,
-    halvings: Halvings,
-) -> None:
-    """Fit, and record what training selected, proved, cost and showed of the recurrence."""
-    settings = cell.config.trainer
-    memory = PeakMemory(model, cell.device)
-    liveness = Liveness(model, steps=min(3, settings.steps))
-    series, skipped = _fit(
-        cell, record, model, peft, seam, strategy, dataset, loggers, liveness, memory, signals, halvings
-    )
-    record["peft"] = peft.record() | {"proven_alive": liveness.proven, "stalled": liveness.stalled}
-    record["training"] = summary.training(series, skipped, config.learning_rate(cell.config))
-    record["cost"] = summary.cost(series, memory, settings.accumulate)
-    record["stability"] = summary.stability(series, seam, strategy.scan_format)
-    record |= summary.shadow(series)
-
-
-def _fit(
-    cell: Cell,
-    record: Record,
-    model: torch.nn.Module,
-    peft: Strategy,
-    seam: recurrence.Seam,
-    strategy: precision.Precision,
-    dataset: data.TokenDataset,
-    loggers: list[Logger],
-    liveness: Liveness,
-    memory: PeakMemory,
-    signals: Signals,
-    halvings: Halvings,
-) -> tuple[pd.DataFrame, int]:
-    """Train; returns the step series and how many steps were skipped. What happened on the way goes into the record."""
-    settings = ranks.share(cell.config.trainer)
-    module = FineTuner(model, settings, config.learning_rate(cell.config), peft, seam, halvings)
-    probes: list[Callback] = [instantiate(node) for node in cell.config.probe.values()]
-    for probe in probes:
-        if isinstance(probe, LyapunovProbe):
-            probe.bind(seam)
-        elif isinstance(probe, ShadowProbe):
-            probe.bind(seam, strategy.autocast, partial(precision.matmul_flags, tf32=False))
-    guards: list[Callback] = [] if cell.config.guard._target_ is None else [instantiate(cell.config.guard)]
-    series = records.StepSeries(cell.folder / records.STEPS if ranks.leads() else None)
-    callbacks: list[Callback] = [
-        AdapterLiveness(liveness),
-        *(probe for probe in probes if not isinstance(probe, AlertProbe)),
-        StepRecorder(series, settings.record_every_s),
-        *(probe for probe in probes if isinstance(probe, AlertProbe)),  # they and guards read whole rows
-        *guards,
-    ]
-    if settings.progress:
-        callbacks.append(ProgressBar(_title(cell)))
-    files = CheckpointFiles(cell.folder)
-    resume = Resume(files, settings.checkpoint_every_s, signals, seam, memory)
-    callbacks.append(resume)
-    checkpoint = ranks.from_first(files.latest() if ranks.leads() else None)
-    launched = ranks.trainer_arguments(settings.strategy)
-    trainer = L.Trainer(
-        accelerator=cell.device,
-        plugins=[strategy.plugin, files, *launched.pop("plugins")],
-        max_steps=settings.steps,
-        accumulate_grad_batches=settings.accumulate,
-        callbacks=callbacks,
-        logger=loggers or False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=settings.progress,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
-        **launched,
-    )
-    model.train()
-    count = settings.steps * cell.config.trainer.accumulate
-    loader = data.batches(dataset, settings.batch_size, count, cell.config.seed)
-    own = loader.share(ranks.rank(), ranks.count())
-    module.to(cell.device)
-
-    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        with strategy.autocast():
-            return module.loss(batch)
-
-    try:
-        warm_up(module, loss, loader)
-    except Exception as error:
-        if not (halvings.allowed and out_of_memory(error)):
-            raise
-        module.zero_grad(set_to_none=True)  # the first step will meet it again, and know which step it is
-    memory.start()
-    if checkpoint is None:
-        peft.prepare(loss, loader)
-    ranks.part_random_numbers(cell.config.seed)
-    log.info("training %s: %d steps%s", _title(cell), settings.steps, ", continued" if checkpoint else "")
-    try:
-        with signals.deferred():
-            trainer.fit(module, own, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # what Lightning makes of Ctrl-C, after it has switched the signal off
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt from None
-    finally:
-        seam.sequence = None
-        series.flush()
-        record |= {"resumed": {"at_steps": resume.resumed_at, "earlier_s": resume.earlier_s}}
-        record |= summary.events(module, probes, guards)
-    for probe in probes:
-        if ranks.leads() and isinstance(probe, LyapunovProbe) and probe.spectra:
-            records.save_stability(cell.folder, probe.table())
-            record["files"]["stability"] = records.STABILITY
-    return pd.DataFrame(series.rows), module.skipped_steps
-
-
-def _title(cell: Cell) -> str:
-    title = cell.folder.name.removesuffix(f"-{cell.id}")
-    return f"{title} (reference)" if cell.role == "reference" else title
 
 
 def _disk_error(error: BaseException) -> OSError | None:
