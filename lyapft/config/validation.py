@@ -58,9 +58,10 @@ def faults(cfg: DictConfig) -> list[str]:
     for key in ("warmup", "hold", "final_lr"):
         if not 0 <= cfg.trainer[key] <= 1:
             found.append(f"trainer.{key}={cfg.trainer[key]} must lie between 0 and 1")
-    if len(cfg.trainer.betas) != 2 or not all(0 <= b < 1 for b in cfg.trainer.betas):
+    if len(cfg.trainer.betas) != 2 or not all(isinstance(b, float) and 0 <= b < 1 for b in cfg.trainer.betas):
         found.append(f"trainer.betas={list(cfg.trainer.betas)} must be two numbers in [0, 1)")
-    if not cfg.task.shots or any(s < 0 for s in cfg.task.shots) or len(set(cfg.task.shots)) != len(cfg.task.shots):
+    shots = [s for s in cfg.task.shots if isinstance(s, int) and s >= 0]  # OmegaConf lets a list into a list of numbers
+    if not shots or len(set(shots)) != len(cfg.task.shots):
         found.append(
             f"task.shots={list(cfg.task.shots)} must be one or more different numbers, none negative: task.shots=[0,5]"
         )
