@@ -32,11 +32,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from lyapft import cell, config, precision, recurrence
+from lyapft import config, precision, recurrence
 from lyapft.backbone import Backbone
+from lyapft.cell.assembly import Assembly
+from lyapft.cell.training import Training
 from lyapft.config import PrecisionConfig, TrainerConfig
 from lyapft.data import TokenDataset
-from lyapft.peft import Liveness, Lora, adapted_layers
+from lyapft.halving import Halvings
+from lyapft.peft import Lora, adapted_layers
+from lyapft.resume import CheckpointFiles, Signals
 
 SIZES = {
     "": {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "batch": 8, "length": 128},
@@ -84,19 +88,24 @@ class Ours:
     def __init__(self, family: str, size: dict[str, int], data: Clocked, folder: Path) -> None:
         self.model, self.data = base(family, size), data
         self.seam = recurrence.install(self.model)
-        Lora().attach(Backbone(self.model, None, family, family, "", None, None), self.seam)  # type: ignore[arg-type]
+        self.backbone = Backbone(self.model, None, family, family, "", None, None)  # type: ignore[arg-type]
+        self.peft = Lora()
+        self.peft.attach(self.backbone, self.seam)
         settings = TrainerConfig(steps=STEPS, batch_size=size["batch"], learning_rate=RATE, **CONSTANT)
         probes = {"lyapunov": config.load_choice("probe", "lyapunov")}
-        cfg = OmegaConf.create({"trainer": OmegaConf.structured(settings), "probe": probes, "seed": 0})
+        trainer, guard = OmegaConf.structured(settings), config.load_choice("guard", "none")
+        cfg = OmegaConf.create({"trainer": trainer, "probe": probes, "guard": guard, "seed": 0})
         self.cell: Any = SimpleNamespace(config=cfg, device="cpu", folder=folder, id="", role="cell")
 
     def fit(self) -> float:
         """Train; returns the mean loss."""
         with warnings.catch_warnings(), precision.build(PrecisionConfig(name="fp32"), "cpu") as strategy:
             warnings.simplefilter("ignore")  # as a cell does
-            liveness = Liveness(self.model)
-            series, _ = cell._fit(self.cell, self.model, self.seam, strategy, self.data, [], liveness)
-        return float(series["loss"].mean())
+            parts = Assembly(self.backbone, self.seam, self.peft, strategy)
+            training = Training(self.cell, parts, Signals(), Halvings([]))
+            training.fit(self.data, [])
+            CheckpointFiles(self.cell.folder).remove()
+        return float(training.series.table()["loss"].mean())
 
 
 class Theirs:

@@ -14,7 +14,7 @@ from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lyapft import config, secrets
+from lyapft import config, launch, secrets
 
 
 class Admission(Callback):
@@ -22,7 +22,7 @@ class Admission(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """One cell, or an evaluation."""
-        _admit(faults(config))
+        _admit(lone_faults(config) + faults(config))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep."""
@@ -76,16 +76,23 @@ def rank_faults(environment: dict[str, str], argv: list[str]) -> list[str]:
     >>> rank_faults({"WORLD_SIZE": "2"}, ["train.py", "-m", "seed=0,1"])[0].split(":")[0]
     'a sweep (-m) cannot run inside 2 processes started by torchrun'
     """
-    launchers = {"torchrun": "WORLD_SIZE", "srun": "SLURM_NTASKS"}
-    for launcher, variable in launchers.items():
-        size = environment.get(variable, "")
-        inside = "SLURM_STEP_ID" in environment if launcher == "srun" else True
-        if inside and size.isdigit() and int(size) > 1:
-            typed = " ".join(word for word in argv[1:] if word not in ("-m", "--multirun"))
-            return [
-                f"a sweep (-m) cannot run inside {size} processes started by {launcher}: each would run all cells. For "
-                f"one cell over several processes: torchrun --nproc-per-node {size} train.py, with single values for "
-                "what is swept and trainer.devices as many as processes. For many cells at once: "
-                f"python train.py -m {typed} hydra/launcher=slurm, local or joblib"
-            ]
-    return []
+    here = launch.found(environment)
+    if here.launcher is None:
+        return []
+    typed = " ".join(word for word in argv[1:] if word not in ("-m", "--multirun"))
+    start = (
+        f"torchrun --nproc-per-node {here.per_node}" if here.launcher == "torchrun" else f"srun -n {here.ranks} python"
+    )
+    return [
+        f"a sweep (-m) cannot run inside {here.ranks} processes started by {here.launcher}: each would run all cells. "
+        f"For one cell over several processes: {start} train.py without -m, a single value for each setting. "
+        f"For many cells, from one process: python train.py -m {typed} hydra/launcher=slurm, local or joblib"
+    ]
+
+
+def lone_faults(cfg: DictConfig) -> list[str]:
+    """An evaluation inside one of several processes: each would do all of it."""
+    here = launch.found()
+    if here.launcher is None or "trainer" in cfg:
+        return []
+    return [f"evaluate.py is one process, and {here.launcher} started {here.ranks}: python evaluate.py does all of it"]

@@ -109,6 +109,7 @@ class TrainerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     grad_clip: float = 1.0  # largest gradient norm
     max_nonfinite: int = 10  # steps in a row without a finite gradient before the cell ends; fp16: see the loss scale
+    strategy: str = "ddp"  # ddp | fsdp: over several processes, copies of the weights or a part of each for each
     oom: str = "stop"  # stop | halve: where memory runs out, go on with half the rows at once; recorded
     progress: bool = True
     record_every_s: float = 30.0  # how often the step series is written while training
@@ -608,6 +609,7 @@ def faults(cfg: DictConfig) -> list[str]:
         "reference": (cfg.reference, ("auto", "off")),
         "device": (cfg.device, ("auto", "cpu", "cuda")),
         "model.init": (cfg.model.init, ("pretrained", "scratch")),
+        "trainer.strategy": (cfg.trainer.strategy, ("ddp", "fsdp")),
         "trainer.oom": (cfg.trainer.oom, ("stop", "halve")),
     }
     found += [
@@ -711,6 +713,8 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
         kept["guard"] |= {"probes": settings} if settings else {}  # they say at which steps it sees a number
     if not kept["trainer"]["validation_rows"]:
         kept["trainer"].pop("validation_rows")
+    if kept["trainer"]["strategy"] == "ddp":
+        kept["trainer"].pop("strategy")
     if kept["trainer"]["oom"] == "stop":  # can stop a cell, not change it
         kept["trainer"].pop("oom")
     kept["trainer"]["learning_rate"] = learning_rate(cfg)

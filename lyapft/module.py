@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from lyapft import ranks
 from lyapft.errors import InputError
 from lyapft.halving import Batch, Halvings
 from lyapft.peft import FullFineTuning, Strategy
 from lyapft.recurrence import Seam
+from lyapft.sharding import whole
 
 COUNTERS = ("skipped_steps", "nonfinite", "scaler_skips", "_nonfinite_in_a_row")  # of a module, in its checkpoints
 IGNORED = -100  # label of a token that carries no loss
@@ -140,7 +142,8 @@ class FineTuner(L.LightningModule):
         self.observed["tokens"] += int(batch["attention_mask"].sum())
         self._rows += batch["rows"].tolist() if "rows" in batch else []
         penalty = self.strategy.penalty()
-        return loss if penalty is None else loss + penalty
+        loss = loss if penalty is None else loss + penalty
+        return loss / ranks.count() if ranks.many() else loss  # the gradients of all processes are summed
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Gradients of a micro-batch; where it is split, of one part after another, each freed before the next."""
@@ -185,8 +188,11 @@ class FineTuner(L.LightningModule):
         Gradients arrive unscaled, and a GradScaler has noted already whether one is not finite. They are dropped here,
         so that no weight and no moment of the optimizer is touched.
         """
+        self.observed["loss"], self.observed["tokens"] = ranks.step_totals(
+            self.observed["loss"], int(self.observed["tokens"])
+        )
         trainable = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        total = nn.utils.get_total_norm([p.grad.float() for p in trainable])
+        total = whole(nn.utils.get_total_norm([p.grad.float() for p in trainable]))
         norm = float(total)
         self._finite = math.isfinite(norm) and math.isfinite(self.observed["loss"])
         if not self._finite:
@@ -215,12 +221,14 @@ class FineTuner(L.LightningModule):
     def _note_nonfinite(self) -> None:
         """Keep which layers and rows it was, before the gradients are dropped."""
         step, loss = self.trainer.global_step + 1, self.observed["loss"]
-        scale = self._scaler_state()
+        scale, rows = self._scaler_state(), [row for part in ranks.gathered(self._rows) for row in part]
         if scale is not None and math.isfinite(loss):  # an overflow that the loss scaler is there to find
-            self.scaler_skips.append({"step": step, "loss_scale": scale, "rows": list(self._rows)})
+            self.scaler_skips.append({"step": step, "loss_scale": scale, "rows": rows})
             return
-        layers = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        self.nonfinite.append({"step": step, "loss": loss, "layers": layers, "rows": list(self._rows)})
+        layers = [
+            n for n, p in self.model.named_parameters() if p.grad is not None and not whole(p.grad).isfinite().all()
+        ]
+        self.nonfinite.append({"step": step, "loss": loss, "layers": layers, "rows": rows})
 
     def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any | None) -> None:
         """Advance the schedule, unless the update was withheld."""
@@ -238,7 +246,7 @@ class FineTuner(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Only what trains, and what this module and its strategy count."""
-        checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in self.strategy.tensors().items()}
+        checkpoint["state_dict"] = {f"model.{name}": whole(t) for name, t in self.strategy.tensors().items()}
         checkpoint["counters"] = {name: getattr(self, name) for name in COUNTERS}
         checkpoint["strategy"] = self.strategy.training_state()
 

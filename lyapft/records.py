@@ -170,7 +170,11 @@ class StepSeries:
     Writing the whole file each time keeps it a plain Parquet file; 100,000 steps of 20 columns are 16 MB.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
+        """
+        Args:
+            path: of the file; None writes none, where another process does.
+        """
         self.path = path
         self.rows: list[dict[str, float | int | bool]] = []
 
@@ -178,9 +182,13 @@ class StepSeries:
         """Add the numbers of one step."""
         self.rows.append(row)
 
+    def table(self) -> pd.DataFrame:
+        """All rows so far."""
+        return pd.DataFrame(self.rows)
+
     def packed(self) -> NDArray[np.uint8]:
         """All rows so far as the bytes of a Parquet file."""
-        return np.frombuffer(pd.DataFrame(self.rows).to_parquet(index=False), dtype=np.uint8).copy()
+        return np.frombuffer(self.table().to_parquet(index=False), dtype=np.uint8).copy()
 
     def unpack(self, packed: NDArray[np.uint8]) -> None:
         """Take up the rows that `packed` gave."""
@@ -189,8 +197,8 @@ class StepSeries:
 
     def flush(self) -> None:
         """Write all rows so far, atomically."""
-        if self.rows:
-            frame = pd.DataFrame(self.rows)
+        if self.rows and self.path is not None:
+            frame = self.table()
             write_atomically(self.path, lambda path: frame.to_parquet(path, index=False))
 
 

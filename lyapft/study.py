@@ -1,6 +1,8 @@
 """A study: the folder of a matrix, its references and its reruns, and what is said of it when a command ends."""
 
+import errno
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from lyapft import launch
 from lyapft.config import register
 from lyapft.errors import InputError
 
@@ -37,6 +40,8 @@ class StudyFolder(Callback):
         self._start(config)
 
     def _start(self, config: DictConfig) -> None:
+        if not launch.found().leads:
+            return
         folder = _folder(config)
         type(self).planned = folder
         if folder is not None:
@@ -45,7 +50,7 @@ class StudyFolder(Callback):
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """One cell of either; what it touched is known where jobs run in this process."""
         register()  # a worker of a launcher has not run the entry point
-        folder = _folder(config)
+        folder = _folder(config) if launch.found().leads else None
         if folder is not None and folder not in self.touched:
             self.touched.append(folder)
 
@@ -54,14 +59,18 @@ def _folder(config: DictConfig) -> Path | None:
     runs, name = OmegaConf.select(config, "runs"), OmegaConf.select(config, "study.name")
     if not runs or not name:
         return None
+    folder = Path(runs) / name
     try:
-        Path(runs).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):  # asks also whether its file system is read-only
+            raise OSError(errno.EACCES, "no right to write, or a read-only file system")
     except OSError as error:
         print(
-            f"runs={runs} cannot be made ({error.strerror}): set runs=FOLDER to a folder of your own", file=sys.stderr
+            f"runs={runs} cannot be made or written ({error.strerror}): set runs=FOLDER to a folder of your own",
+            file=sys.stderr,
         )
         raise SystemExit(1) from None
-    return Path(runs) / name
+    return folder
 
 
 def _write_plan(config: DictConfig) -> None:
@@ -70,7 +79,7 @@ def _write_plan(config: DictConfig) -> None:
 
     try:
         file.save(cells.cells(config))
-    except InputError as error:
+    except (InputError, OSError) as error:
         log.debug("no plan of this command: %s", error)
 
 

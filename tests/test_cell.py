@@ -199,7 +199,7 @@ def test_ctrl_c_is_recorded_and_the_cell_can_be_continued(tmp_path, monkeypatch)
 def test_a_run_that_diverges_is_an_outcome_not_a_crash(tmp_path, monkeypatch):
     lost = prepared(tmp_path, "reference=off", "precision=fp32", "trainer.max_nonfinite=2")
     with monkeypatch.context() as patch:
-        patch.setattr("lyapft.module.response_loss", lambda logits, labels: logits.sum() * torch.nan)
+        patch.setattr("lyapft.module.response_loss", lambda logits, labels, of: logits.sum() * torch.nan)
         record = cell.ensure(lost)
     assert record["status"] == "nonfinite"
     assert "2 steps in a row" in record["error"]["message"]
@@ -211,8 +211,8 @@ def test_a_step_that_was_withheld_leaves_a_readable_record(tmp_path, monkeypatch
 
     count, loss = iter(range(99)), module.response_loss
 
-    def poisoned(logits, labels):
-        return loss(logits, labels) * (torch.nan if next(count) in (1, 4) else 1.0)  # 0 is the warm-up
+    def poisoned(logits, labels, of):
+        return loss(logits, labels, of) * (torch.nan if next(count) in (1, 4) else 1.0)  # 0 is the warm-up
 
     monkeypatch.setattr(module, "response_loss", poisoned)
     one = prepared(tmp_path, "reference=off", "precision=fp32")
@@ -224,14 +224,14 @@ def test_a_step_that_was_withheld_leaves_a_readable_record(tmp_path, monkeypatch
 
 
 def test_a_failed_reference_leaves_the_cell_standing(tmp_path, monkeypatch):
-    whole = cell._execute
+    whole = cell.execute
 
     def execute(one, *rest):
         if one.role == "reference":
             raise RuntimeError("the reference broke")
         whole(one, *rest)
 
-    monkeypatch.setattr(cell, "_execute", execute)
+    monkeypatch.setattr(cell, "execute", execute)
     record = cell.ensure(prepared(tmp_path))
     assert record["status"] == "ok"
     assert {entry["status"] for entry in record["divergence"]} == {"missing"}

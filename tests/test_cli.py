@@ -128,7 +128,7 @@ def test_a_checkpoint_folder_without_weights_is_named(typed, tmp_path):
 
 
 def test_a_sweep_goes_on_after_a_failure_skips_what_is_done_and_tells(typed, monkeypatch, tmp_path):
-    whole = cell._execute
+    whole = cell.execute
 
     def execute(one, *rest):
         if one.config.peft.name == "lora":
@@ -137,7 +137,7 @@ def test_a_sweep_goes_on_after_a_failure_skips_what_is_done_and_tells(typed, mon
 
     sweep = ("-m", *SMALL, "reference=off", "precision=fp32,bf16", "peft=lora,none", "runs=r")
     with monkeypatch.context() as patch:
-        patch.setattr(cell, "_execute", execute)
+        patch.setattr(cell, "execute", execute)
         code, printed = typed(*sweep)
     assert code == 1
     found = {
@@ -194,7 +194,7 @@ def test_a_sweep_over_studies_reports_on_each(typed):
 
 def test_references_are_made_up_for_when_they_were_off_or_failed(typed, monkeypatch):
     assert typed(*SMALL, "reference=off")[0] == 0
-    whole = cell._execute
+    whole = cell.execute
 
     def execute(one, *rest):
         if one.role == "reference":
@@ -202,7 +202,7 @@ def test_references_are_made_up_for_when_they_were_off_or_failed(typed, monkeypa
         whole(one, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cell, "_execute", execute)
+        patch.setattr(cell, "execute", execute)
         code, printed = typed(*SMALL)
     assert code == 1
     assert "not its reference" in printed

@@ -11,6 +11,7 @@ from transformers import MambaForCausalLM
 from lyapft import cell, dashboard, records
 from lyapft.halving import Halvings, OutOfMemory, out_of_memory, until_it_fits
 from lyapft.module import IGNORED, response_loss
+from lyapft.probes import StepRecorder
 from lyapft.report.columns import summary_columns
 from lyapft.verdict import judge
 from tests.test_cell import prepared
@@ -38,7 +39,7 @@ class Device:
         self.rows, self.tokens, self.step, self.during = rows, tokens, step, during
         self.now, self.asked, self.batches = 1, [], 0
         self.hook = None
-        forward, started = MambaForCausalLM.forward, cell.StepRecorder.on_train_batch_start
+        forward, started = MambaForCausalLM.forward, StepRecorder.on_train_batch_start
 
         def limited(model, input_ids=None, **rest):
             training = model.training and torch.is_grad_enabled()
@@ -57,7 +58,7 @@ class Device:
             started(recorder, trainer, *rest)
 
         monkeypatch.setattr(MambaForCausalLM, "forward", limited)
-        monkeypatch.setattr(cell.StepRecorder, "on_train_batch_start", start)
+        monkeypatch.setattr(StepRecorder, "on_train_batch_start", start)
 
     def fail(self, *_):
         if self.hook is not None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from lyapft import cell, records, tasks
 from lyapft.cell import state
+from lyapft.probes import StepRecorder
 from lyapft.resume import CheckpointFiles, Interrupted, Signals
 from lyapft.resume.files import CorruptCheckpoint
 from lyapft.resume.tree import pack, unpack
@@ -66,7 +67,7 @@ def cut(monkeypatch, one: cell.Cell, step: int, number: int) -> int | str:
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cell.StepRecorder, "on_before_optimizer_step", kill)
+        patch.setattr(StepRecorder, "on_before_optimizer_step", kill)
         try:
             cell.ensure(one)
         except KeyboardInterrupt:
@@ -121,7 +122,7 @@ def test_an_evaluation_that_was_cut_off_costs_no_training(tmp_path, monkeypatch,
         with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
             cell.ensure(torn)
     trained = []
-    monkeypatch.setattr(cell.StepRecorder, "on_train_batch_end", lambda *_: trained.append(1))
+    monkeypatch.setattr(StepRecorder, "on_train_batch_end", lambda *_: trained.append(1))
     assert cell.ensure(torn)["status"] == "ok"
     assert not trained
     same(whole, torn)

@@ -64,8 +64,8 @@ def test_a_cell_goes_on_while_another_process_makes_its_reference(tmp_path, monk
     order: list[str] = []
     one = prepared(tmp_path, "task.shots=[0]", "peft=none")
     (reference,) = {twin.id: twin for twin in cell._references(one).values() if twin is not None}.values()
-    execute = cell._execute
-    monkeypatch.setattr(cell, "_execute", lambda c, *rest: (order.append(c.id), execute(c, *rest)))
+    execute = cell.execute
+    monkeypatch.setattr(cell, "execute", lambda c, *rest: (order.append(c.id), execute(c, *rest)))
     monkeypatch.setattr(cell, "is_elsewhere", lambda c: c.id == reference.id)
 
     def elsewhere(twin: cell.Cell) -> records.Record:

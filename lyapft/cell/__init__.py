@@ -1,4 +1,4 @@
-"""One cell: build, fit, evaluate, record, compare with its full-precision counterparts.
+"""One cell: found or made, recorded, compared with its full-precision counterparts.
 
 A cell that finished is never run again; one that failed or was interrupted leaves its record and is run again by the
 same command.
@@ -8,42 +8,34 @@ import errno
 import logging
 import os
 import re
-import signal
-import time
+import threading
 import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import pandas as pd
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
-from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
-from lyapft import backbone, config, dashboard, data, divergence, precision, rates, records, recurrence, study, tasks
+from lyapft import config, dashboard, divergence, rates, records, study
 from lyapft.cell import answers, summary
+from lyapft.cell.crew import crew, follow
+from lyapft.cell.execution import execute
 from lyapft.cell.preparation import Cell, prepare
-from lyapft.cell.state import clean_state, is_elsewhere, log_file, only_one
-from lyapft.cell.validation import validation
-from lyapft.environment import PeakMemory, warm_up
+from lyapft.cell.state import is_elsewhere, log_file, only_one
 from lyapft.errors import InputError
-from lyapft.halving import EVALUATION, Halvings, OutOfMemory, out_of_memory, until_it_fits
-from lyapft.module import FineTuner, TrainingStopped
-from lyapft.peft import Liveness, LivenessError, Strategy
-from lyapft.probes import AdapterLiveness, AlertProbe, LyapunovProbe, ProgressBar, ShadowProbe, StepRecorder
+from lyapft.halving import Halvings, OutOfMemory, until_it_fits
+from lyapft.module import TrainingStopped
+from lyapft.peft import LivenessError
 from lyapft.records import Record
-from lyapft.resume import CheckpointFiles, Interrupted, Resume, Signals
+from lyapft.resume import CheckpointFiles, Interrupted, Signals
 
 __all__ = ["Cell", "CellFailed", "disk_message", "ensure", "prepare", "run"]
 
 log = logging.getLogger(__name__)
-TOKENS = ".tokens"  # below the folder of all runs: studies share it
 _failed_references: dict[str, Record] = {}  # of this process: a sweep tries each of them once
 
 
@@ -54,6 +46,8 @@ class CellFailed(CompactHydraException):
 def run(cfg: DictConfig, wait: bool = False) -> Record | None:
     """Run one cell of a job, or find that it is done; None: another process runs it, and the sweep comes back to it.
 
+    Where torchrun or srun started several processes, all of them train, and the first does everything else.
+
     Args:
         cfg: of the cell.
         wait: for another process that runs it, also in a sweep.
@@ -61,20 +55,33 @@ def run(cfg: DictConfig, wait: bool = False) -> Record | None:
     Raises:
         CellFailed: it did not finish; its record says why.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise CellFailed(
+            "cells in threads would share the random numbers and settings of their process: use processes, as "
+            "hydra/launcher=joblib does by itself (hydra.launcher.backend=loky)"
+        )
+    with crew() as leads:
+        try:
+            if leads:
+                return _run(cfg, wait)
+            follow(cfg, execute)
+            return None
+        except InputError as error:
+            log.error("%s", error)  # in a sweep, Hydra itself shows the first failure only
+            raise CellFailed(str(error)) from None
+
+
+def _run(cfg: DictConfig, wait: bool) -> Record | None:
     log.info("cell: %s", ", ".join(HydraConfig.get().overrides.task) or "defaults")
     log.info("checking the model, the data and the tasks")
     original = cfg
-    try:
-        cfg = config.settled(rates.applied(cfg))
-        cell = prepare(cfg)
-        if not wait and study.can_postpone() and is_elsewhere(cell):
-            log.info("%s is run by another process: going on, and coming back to it", cell.folder.name)
-            study.postpone(partial(run, original, wait=True))
-            return None
-        record = ensure(cell)
-    except InputError as error:
-        log.error("%s", error)  # in a sweep, Hydra itself shows the first failure only
-        raise CellFailed(str(error)) from None
+    cfg = config.settled(rates.applied(cfg))
+    cell = prepare(cfg)
+    if not wait and study.can_postpone() and is_elsewhere(cell):
+        log.info("%s is run by another process: going on, and coming back to it", cell.folder.name)
+        study.postpone(partial(run, original, wait=True))
+        return None
+    record = ensure(cell)
     if record["status"] != "ok":
         raise CellFailed(
             f"{cell.folder.name}: {record['status']}: {record['error']['message']} (see {cell.folder / records.LOG})"
@@ -146,7 +153,7 @@ def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
             counterparts = _counterparts(cell, {name: references[name] for name in references if name not in later})
             loggers += dashboard.build_loggers(cell.config.logger, record, cell.folder)
             until_it_fits(
-                lambda: _execute(cell, record, loggers, signals, halvings),
+                lambda: execute(cell, record, loggers, signals, halvings),
                 halvings,
                 save=lambda: records.save(cell.folder, record),
             )
@@ -220,191 +227,6 @@ def _awaited(reference: Cell) -> Record:
     with only_one(reference):
         made = (reference.folder / records.RECORD).exists()
         return records.load(reference.folder) if made else summary.stub(reference)
-
-
-def _execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals, halvings: Halvings) -> None:
-    """Build, fit, evaluate, save; fills the record as it goes."""
-    cfg, started = cell.config, time.perf_counter()
-    with clean_state(cell) as strategy:
-        base = backbone.load(cfg.model)
-        if cfg.model.init == "scratch":  # so that whoever loads these weights knows which lengths they have seen
-            base.model.config.trained_length = base.trained_length = cfg.data.max_length
-        seam = recurrence.install(
-            base.model, cfg.kernel.name, cfg.kernel.require, fused=cfg.kernel.fused, device=cell.device
-        )
-        peft = instantiate(cfg.peft)
-        peft.attach(base, seam)
-        strategy.cast(base.model)
-        dataset = data.tokenised(
-            cell.source,
-            base.tokenizer,
-            cfg.data.max_length,
-            cell.science["data"],
-            cell.study.parent / TOKENS,
-            cfg.trainer.progress,
-        )
-        dataset, held_out = dataset.split(cfg.trainer.validation_rows)
-        if cfg.data.packing:
-            rows, dataset = len(dataset), data.pack(dataset, cfg.data.max_length)
-            log.info(
-                "data.packing: %d rows in %d packs%s",
-                rows,
-                len(dataset),
-                " (none fits beside another)" * (rows == len(dataset)),
-            )
-        record |= {
-            "model": {"name": cfg.model.name, "architecture": base.architecture, "hash": base.hash} | peft.parameters(),
-            "precision": strategy.record(),
-            "recurrences_unknown": seam.unknown,
-            "data": dataset.record(),
-            "tasks": cell.task.record(),
-            "peft": peft.record(),  # of an attempt that fails too; what training selects or allocates comes after it
-        }
-        record["cost"] = {}
-        if cfg.trainer.steps:
-            _train(cell, record, base.model, peft, seam, strategy, dataset, loggers, signals, halvings)
-        halvings.doing = EVALUATION
-        if held_out is not None:
-            record["validation"] = validation(base.model.to(cell.device), held_out, cell, strategy.autocast)
-        evaluation = time.perf_counter()
-        scores, items = tasks.evaluate(
-            base.model.to(cell.device),
-            base.tokenizer,
-            cell.task,
-            batch_tokens=halvings.batch_tokens,
-            autocast=strategy.autocast,
-            trained_length=base.trained_length,
-            max_positions=base.max_positions,
-            progress=cfg.trainer.progress,
-        )
-        signals.heed()
-        record["scores"] = [score.as_dict() for score in scores]
-        records.save_items(cell.folder, items)
-        record["kernels"], record["kernel_fallbacks"] = dict(seam.kernels), dict(seam.fallbacks)
-        if cfg.trainer.steps:  # else they are the base's
-            record["files"]["weights"] = peft.save(cell.folder)
-        ended = time.perf_counter()
-        earlier = record.get("resumed", {}).get("earlier_s", 0.0)
-        record["cost"] |= {"eval_wall_s": ended - evaluation, "wall_s": ended - started + earlier}
-
-
-def _train(
-    cell: Cell,
-    record: Record,
-    model: torch.nn.Module,
-    peft: Strategy,
-    seam: recurrence.Seam,
-    strategy: precision.Precision,
-    dataset: data.TokenDataset,
-    loggers: list[Logger],
-    signals: Signals,
-    halvings: Halvings,
-) -> None:
-    """Fit, and record what training selected, proved, cost and showed of the recurrence."""
-    settings = cell.config.trainer
-    memory = PeakMemory(model, cell.device)
-    liveness = Liveness(model, steps=min(3, settings.steps))
-    series, skipped = _fit(
-        cell, record, model, peft, seam, strategy, dataset, loggers, liveness, memory, signals, halvings
-    )
-    record["peft"] = peft.record() | {"proven_alive": liveness.proven, "stalled": liveness.stalled}
-    record["training"] = summary.training(series, skipped, config.learning_rate(cell.config))
-    record["cost"] = summary.cost(series, memory, settings.accumulate)
-    record["stability"] = summary.stability(series, seam, strategy.scan_format)
-    record |= summary.shadow(series)
-
-
-def _fit(
-    cell: Cell,
-    record: Record,
-    model: torch.nn.Module,
-    peft: Strategy,
-    seam: recurrence.Seam,
-    strategy: precision.Precision,
-    dataset: data.TokenDataset,
-    loggers: list[Logger],
-    liveness: Liveness,
-    memory: PeakMemory,
-    signals: Signals,
-    halvings: Halvings,
-) -> tuple[pd.DataFrame, int]:
-    """Train; returns the step series and how many steps were skipped. What happened on the way goes into the record."""
-    settings = cell.config.trainer
-    module = FineTuner(model, settings, config.learning_rate(cell.config), peft, seam, halvings)
-    probes: list[Callback] = [instantiate(node) for node in cell.config.probe.values()]
-    for probe in probes:
-        if isinstance(probe, LyapunovProbe):
-            probe.bind(seam)
-        elif isinstance(probe, ShadowProbe):
-            probe.bind(seam, strategy.autocast, partial(precision.matmul_flags, tf32=False))
-    guards: list[Callback] = [] if cell.config.guard._target_ is None else [instantiate(cell.config.guard)]
-    series = records.StepSeries(cell.folder / records.STEPS)
-    callbacks: list[Callback] = [
-        AdapterLiveness(liveness),
-        *(probe for probe in probes if not isinstance(probe, AlertProbe)),
-        StepRecorder(series, settings.record_every_s),
-        *(probe for probe in probes if isinstance(probe, AlertProbe)),  # they and guards read whole rows
-        *guards,
-    ]
-    if settings.progress:
-        callbacks.append(ProgressBar(_title(cell)))
-    files = CheckpointFiles(cell.folder)
-    resume = Resume(files, settings.checkpoint_every_s, signals, seam, memory)
-    callbacks.append(resume)
-    checkpoint = files.latest()
-    trainer = L.Trainer(
-        accelerator=cell.device,
-        devices=1,
-        plugins=[strategy.plugin, files],
-        max_steps=settings.steps,
-        accumulate_grad_batches=settings.accumulate,
-        callbacks=callbacks,
-        logger=loggers or False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=settings.progress,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
-    )
-    model.train()
-    loader = data.batches(dataset, settings.batch_size, settings.steps * settings.accumulate, cell.config.seed)
-    module.to(cell.device)
-
-    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        with strategy.autocast():
-            return module.loss(batch)
-
-    try:
-        warm_up(module, loss, loader)
-    except Exception as error:
-        if not (halvings.allowed and out_of_memory(error)):
-            raise
-        module.zero_grad(set_to_none=True)  # the first step will meet it again, and know which step it is
-    memory.start()
-    if checkpoint is None:
-        peft.prepare(loss, loader)
-    log.info("training %s: %d steps%s", _title(cell), settings.steps, ", continued" if checkpoint else "")
-    try:
-        with signals.deferred():
-            trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # what Lightning makes of Ctrl-C, after it has switched the signal off
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt from None
-    finally:
-        seam.sequence = None
-        series.flush()
-        record |= {"resumed": {"at_steps": resume.resumed_at, "earlier_s": resume.earlier_s}}
-        record |= summary.events(module, probes, guards)
-    for probe in probes:
-        if isinstance(probe, LyapunovProbe) and probe.spectra:
-            records.save_stability(cell.folder, probe.table())
-            record["files"]["stability"] = records.STABILITY
-    return pd.DataFrame(series.rows), module.skipped_steps
-
-
-def _title(cell: Cell) -> str:
-    title = cell.folder.name.removesuffix(f"-{cell.id}")
-    return f"{title} (reference)" if cell.role == "reference" else title
 
 
 def _disk_error(error: BaseException) -> OSError | None:

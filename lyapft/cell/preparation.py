@@ -9,7 +9,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lyapft import backbone, config, dashboard, data, precision, recurrence, tasks
+from lyapft import backbone, config, dashboard, data, launch, precision, recurrence, tasks
 from lyapft.data.packing import faults as packing_faults
 from lyapft.environment import resolve_device, resolve_threads
 from lyapft.errors import InputError, behind
@@ -59,6 +59,12 @@ def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Ce
     device, found = resolve_device(cfg.device)
     kernel = Checked(lambda: recurrence.resolve(cfg.kernel.name, cfg.kernel.require, device))
     found = config.faults(cfg) + found + precision.faults(cfg.precision, device) + peft_faults(cfg.peft) + kernel.faults
+    trainer = cfg.trainer
+    found += launch.faults(launch.found(), trainer.accumulate, trainer.batch_size, cfg.precision.name, trainer.oom)
+    if trainer.strategy == "fsdp":
+        found += launch.sharding_faults(
+            launch.found(), cfg.peft.name, cfg.precision.name, list(cfg.probe), cfg.guard.action
+        )
     model_faults = backbone.faults(cfg.model)
     source = Checked(lambda: (like.source, like.science["data"]["content"]) if like else _read(cfg.data))
     task = Checked(lambda: like.task if like else _asked(instantiate(cfg.task)))
@@ -75,6 +81,7 @@ def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Ce
     }
     runs_as = {"threads": threads, "device": device, "kernel": kernel.value}
     runs_as["emulated"] = precision.build(cfg.precision, device).emulated
+    runs_as |= launch.identity(launch.found())
     science = config.science(cfg, content, runs_as)
     cell_id = config.identity(science)
     parts = [cfg.model.name, cfg.data.name, cfg.precision.name, cfg.peft.name, f"s{cfg.seed}"]

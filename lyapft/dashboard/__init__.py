@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["online", "offline", "disabled"]
 CONFIG_FIELDS = ("id", "name", "role", "choices", "seed", "replicate", "overrides", "config", "environment")
+FINISH_S = 300.0  # that the end of a run may wait for its upload; by itself W&B waits without end
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
@@ -140,6 +141,8 @@ def start(
         disable_git=True,  # a remote's address may hold a token
         x_disable_meta=True,  # so may the command line; the record describes machine and command
         x_disable_stats=True,
+        finish_timeout=FINISH_S,  # what is left by then is on disk, for `wandb sync`
+        finish_timeout_raises=True,
     )
     try:
         run = wandb.init(

@@ -1,6 +1,6 @@
 """Fine-tuning data: sources → examples → tokens → batches."""
 
-from lyapft.data.batches import TokenDataset, batches, build
+from lyapft.data.batches import Batches, TokenDataset, batches, build
 from lyapft.data.examples import Example, Segment, Source
 from lyapft.data.mixture import Mixture
 from lyapft.data.packing import pack
@@ -11,6 +11,7 @@ from lyapft.data.store import tokenised
 
 __all__ = [
     "Alpaca",
+    "Batches",
     "Example",
     "Mixture",
     "Pydoc",

@@ -194,10 +194,20 @@ def _blocks(tokenised: Iterable[Tokens], max_length: int) -> Iterator[Tokens]:
 
 
 class Order(Sampler[list[int]]):
-    """`steps` batches of row numbers, from the seed alone; every row once per pass, passes joined without a gap."""
+    """`steps` batches of row numbers, from the seed alone; every row once per pass, passes joined without a gap.
 
-    def __init__(self, rows: int, batch_size: int, steps: int, seed: int, shuffle: bool = True) -> None:
-        self.rows, self.batch_size, self.steps, self.seed, self.shuffle = rows, batch_size, steps, seed, shuffle
+    Of several processes each takes every `ranks`th batch, from its `rank` on: together they draw what one would draw.
+    """
+
+    def __init__(
+        self, rows: int, batch_size: int, steps: int, seed: int, shuffle: bool = True, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """
+        Args:
+            steps: batches in all, a multiple of `ranks`.
+        """
+        self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
+        self.steps, self.rank, self.ranks = steps // ranks, rank, ranks
         self.first = 0  # the batch that the next iteration starts with
         self.drawn = 0  # batches that the last iteration has given, those before its first included
 
@@ -206,11 +216,12 @@ class Order(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         self.drawn = self.first
-        epoch, row = divmod(self.first * self.batch_size, self.rows)
+        epoch, row = divmod(self.first * self.ranks * self.batch_size, self.rows)
         stream = islice(self._rows(epoch), row, None)
         while self.drawn < self.steps:
             self.drawn += 1
-            yield list(islice(stream, self.batch_size))
+            batches = [list(islice(stream, self.batch_size)) for _ in range(self.ranks)]
+            yield batches[self.rank]
 
     def _rows(self, epoch: int) -> Iterator[int]:
         while True:
@@ -225,6 +236,13 @@ class Batches(DataLoader[dict[str, Tensor]]):
     """A loader that Lightning can stop between two batches and take up there."""
 
     batch_sampler: Order
+    dataset: TokenDataset
+
+    def share(self, rank: int, ranks: int) -> "Batches":
+        """What one of several processes takes of these batches."""
+        whole = self.batch_sampler
+        own = Order(whole.rows, whole.batch_size, whole.steps, whole.seed, whole.shuffle, rank, ranks)
+        return _loader(self.dataset, own)
 
     def state_dict(self) -> dict[str, int]:
         """Batches given so far: without workers none is drawn ahead."""
@@ -240,8 +258,10 @@ def batches(dataset: TokenDataset, batch_size: int, steps: int, seed: int) -> Ba
 
     The order depends on the seed and the number of rows only; a source whose order is part of the data keeps it.
     """
-    order = Order(len(dataset), batch_size, steps, seed, shuffle=not dataset.ordered)
+    return _loader(dataset, Order(len(dataset), batch_size, steps, seed, shuffle=not dataset.ordered))
+
+
+def _loader(dataset: TokenDataset, order: Order) -> Batches:
     # a generator of its own, or the loader would draw from the global one and shift whatever is drawn after it
-    return Batches(
-        dataset, batch_sampler=order, collate_fn=dataset.collate, generator=torch.Generator().manual_seed(seed)
-    )
+    generator = torch.Generator().manual_seed(order.seed)
+    return Batches(dataset, batch_sampler=order, collate_fn=dataset.collate, generator=generator)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lyapft.errors import InputError
+from lyapft.sharding import whole
 
 
 class LivenessError(InputError):
@@ -32,11 +33,18 @@ class Liveness:
 
     def __init__(self, model: nn.Module, steps: int = 3) -> None:
         self.steps = steps
-        tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._without_gradient = dict(tensors)
+        self._without_gradient = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._still: dict[str, tuple[Tensor, tuple[float, float]]] | None = None  # filled before the first step
+        self._chances = dict.fromkeys(self._without_gradient, 0)
+        self.look_at(model)
+
+    def look_at(self, model: nn.Module) -> None:
+        """Observe the tensors that the model has now under the same names: sharding puts others in their place."""
+        tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._without_gradient = {name: tensors[name] for name in self._without_gradient}
+        if self._still is not None:
+            self._still = {name: (tensors[name], before) for name, (_, before) in self._still.items()}
         self._partners = {name: [tensors[o] for o in self._partners_of(name) if o in tensors] for name in tensors}
-        self._chances = dict.fromkeys(tensors, 0)
 
     @property
     def proven(self) -> bool:
@@ -56,13 +64,13 @@ class Liveness:
         for name, parameter in list(self._without_gradient.items()):
             gradient = parameter.grad
             if gradient is not None:
-                peak = gradient.detach().abs().amax()
+                peak = whole(gradient.detach()).abs().amax()
                 if not torch.isfinite(peak):  # an overflow step of a loss scaler proves nothing, either way
                     continue
                 if peak > 0:
                     del self._without_gradient[name]
                     continue
-            self._chances[name] += all(bool(partner.detach().any()) for partner in self._partners[name])
+            self._chances[name] += all(bool(whole(partner.detach()).any()) for partner in self._partners[name])
 
     def verdict(self, step: int) -> None:
         """After an optimizer step: stop the run if a tensor has had its chances and shows no life.
@@ -134,7 +142,7 @@ def _is_half(tensor: Tensor) -> bool:
 
 def _checksum(parameter: Tensor) -> tuple[float, float]:
     """Two float64 sums that change when a value does; far less memory than a copy."""
-    values = parameter.detach()
+    values = whole(parameter.detach())
     return float(values.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 

@@ -29,6 +29,10 @@ class AdapterLiveness(Callback):
         """Go on where a checkpoint was written."""
         self.liveness.load_state_dict(state_dict)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look at the tensors as the training has them."""
+        self.liveness.look_at(cast("FineTuner", pl_module).model)
+
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Look at the gradients until every tensor has shown life."""
         self.liveness.observe_gradients()

@@ -9,11 +9,10 @@ import lightning as L
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lyapft import lyapunov
+from lyapft import lyapunov, ranks
 from lyapft.recurrence import packing
 
 if TYPE_CHECKING:
@@ -28,7 +27,8 @@ class LyapunovProbe(Callback):
     """λ_max, margin, norms and neutral zones of every recurrent layer at every step, from the Δ of the forward pass.
 
     Each layer's Δ is reduced when the tap shows it, while it is still in the cache, and is not kept. Over the
-    micro-batches of one optimizer step, and over layers, the maximum of each number (the worst) is reported.
+    micro-batches of one optimizer step, whichever process has them, and over layers, the maximum of each number (the
+    worst) is reported.
 
     Attributes:
         profiles: layer -> the last measured micro-batch per sequence and per token.
@@ -113,9 +113,14 @@ class LyapunovProbe(Callback):
         if not self.profiles:
             return
         found = torch.stack([profile.numbers for profile in self.profiles.values()])
-        numbers = (over_ranks(found, self._mask) if dist.is_initialized() else found).tolist()
+        numbers = ranks.largest(found).tolist()
         for name, row in zip(self.profiles, numbers, strict=True):
             self._worst[name] = [max(pair) for pair in zip(row, self._worst.get(name, row), strict=True)]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Have the training's last micro-batch on every process."""
+        if ranks.many() and (last := ranks.from_last(self.state_dict())):
+            self.load_state_dict(last)
 
     def state_dict(self) -> dict[str, Any]:
         """What `table` is made of, once the training is over."""
@@ -165,23 +170,6 @@ class LyapunovProbe(Callback):
             for name, numbers in self._worst.items():
                 summary |= _named(numbers, f"/{name}")
         return summary
-
-
-def over_ranks(numbers: Tensor, mask_BL: Tensor) -> Tensor:
-    """The numbers of the whole batch, from those of each rank's part: maxima of maxima, means by what they are over.
-
-    Args:
-        numbers: (layers, fields) as `lyapunov.FIELDS`, of this rank's part of the batch.
-        mask_BL: of its tokens.
-    """
-    largest = numbers.clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    counts = {"sequences": torch.tensor(len(mask_BL)), "tokens": mask_BL.sum()}
-    over = [counts.get(lyapunov.MEANS.get(field, ""), torch.tensor(0)) for field in lyapunov.FIELDS]
-    weights = torch.stack([count.to(numbers.device) for count in over]).to(numbers.dtype)
-    sums = torch.cat((numbers * weights, weights[None]))
-    dist.all_reduce(sums)
-    return torch.where(sums[-1] > 0, sums[:-1] / sums[-1].clamp(min=1), largest)
 
 
 def _named(numbers: list[float], suffix: str) -> dict[str, float]:

@@ -57,7 +57,8 @@ class ResourceProbe(Callback):
         module.observed["memory_bytes"] = now
         if peak is not None:
             module.observed["memory_peak_bytes"] = peak
-            tokens = module.observed["tokens"] / (self._micro_batches * module.parts)
+            parts = self._micro_batches * trainer.world_size * module.parts
+            tokens = module.observed["tokens"] / parts
             module.observed["memory_bytes_per_token"] = peak / tokens
         if wall > before[0]:
             module.observed["cpu_percent"] = 100 * (cpu - before[1]) / (wall - before[0])

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lyapft import sensitivity
+from lyapft import ranks, sensitivity
 
 if TYPE_CHECKING:
     from lyapft.module import FineTuner
@@ -80,13 +80,14 @@ class ShadowProbe(Callback):
             )
         names = [name for name, _ in sensitivity.residual_blocks(model)]
         deviation = found.deviation_N.tolist()
-        module.observed |= {
+        numbers = {
             "shadow_kl": found.kl,
             "shadow_top1": found.top1_agreement,
             "shadow_deviation": max(deviation),
             **{f"shadow_deviation/{name}": value for name, value in zip(names, deviation, strict=True)},
             "shadow_s": time.perf_counter() - started,
         }
+        module.observed |= ranks.from_last(numbers)
 
 
 def _widened(model: nn.Module) -> dict[str, Tensor]:

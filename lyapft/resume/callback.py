@@ -10,6 +10,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lyapft import ranks, sharding
 from lyapft.resume.files import CheckpointFiles
 from lyapft.resume.signals import Signals
 
@@ -51,7 +52,7 @@ class Resume(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Random states, kernels, peak memory, time."""
         return {
-            "random": _collect_rng_states(),
+            "random": ranks.gathered(_collect_rng_states()),
             "kernels": dict(self.seam.kernels),
             "fallbacks": dict(self.seam.fallbacks),
             "peak_bytes": self.memory.peak_bytes(),
@@ -61,7 +62,7 @@ class Resume(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what an earlier attempt left; random states only when the first batch comes."""
-        self._random = state_dict["random"]
+        self._random = state_dict["random"][ranks.rank()]
         self.seam.kernels.update(state_dict["kernels"])
         self.seam.fallbacks.update(state_dict["fallbacks"])
         self.memory.earlier_bytes = state_dict["peak_bytes"]
@@ -71,6 +72,10 @@ class Resume(Callback):
         """Keep the optimizer's tensors as they were saved."""
         self._moments = [state["state"] for state in checkpoint["optimizer_states"]]
         self._last_step = checkpoint["global_step"]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Moments as one process would have them, however many share them."""
+        checkpoint["optimizer_states"] = sharding.plain(checkpoint["optimizer_states"])
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take no more of the weights than the checkpoint has: those that train."""
@@ -83,7 +88,8 @@ class Resume(Callback):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for index, saved in moments.items():  # load_state_dict rounded them to the format of their weight
                 state = optimizer.state[parameters[index]]
-                state.update({k: v.to(state[k].device) for k, v in saved.items() if isinstance(v, Tensor)})
+                own = {k: v.to(state[k].device) for k, v in saved.items() if isinstance(v, Tensor)}
+                state.update({k: sharding.shared_out(v, parameters[index]) for k, v in own.items()})
         if self._moments:
             self.resumed_at = [*self.resumed_at, trainer.global_step]
         self._moments = []
@@ -107,13 +113,16 @@ class Resume(Callback):
         if trainer.global_step in (self._last_step, trainer.max_steps):  # within a step, or after the last
             return
         self._last_step = trainer.global_step
-        if self.signals.caught is not None or time.monotonic() - self._saved >= self.every_s:
+        due = time.monotonic() - self._saved >= self.every_s
+        self.signals.caught, due = ranks.any_signal(self.signals.caught), ranks.from_first(due)
+        if self.signals.caught is not None or due:
             self._save(trainer)
         self.signals.heed()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the trained weights, so that an evaluation that is cut off costs no training."""
         self._save(trainer)
+        self.signals.caught = ranks.any_signal(self.signals.caught)
         self.signals.heed()
 
     def _save(self, trainer: L.Trainer) -> None:

@@ -173,7 +173,7 @@ def _scores(rows: Sequence[dict[str, Any]], trained_length: int | None, cut: int
 def _score(
     items: Sequence[dict[str, Any]], metric: str, choice: str, trained_length: int | None, cut: int | None
 ) -> Score:
-    accuracy = ChoiceAccuracy()
+    accuracy = ChoiceAccuracy(sync_on_compute=False)
     accuracy.update(torch.tensor([row[choice] for row in items]), torch.tensor([row["gold"] for row in items]))
     found = accuracy.compute()
     return Score(

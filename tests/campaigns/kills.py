@@ -113,7 +113,7 @@ def alive(pid: int) -> bool:
 
 def work(runs: Path, order: list[list[str]]) -> None:
     """What one process of a sweep does; a cell that another one runs at the same time is reported in `doubled`."""
-    train, busy = cell._execute, runs.with_suffix(".busy")
+    train, busy = cell.execute, runs.with_suffix(".busy")
     busy.mkdir(exist_ok=True)
 
     def execute(one, *rest):
@@ -125,7 +125,7 @@ def work(runs: Path, order: list[list[str]]) -> None:
         train(one, *rest)
         mark.unlink()
 
-    cell._execute = execute
+    cell.execute = execute
     for overrides in order:
         record = cell.ensure(prepared(runs, "reference=auto", *STEPS[1:], *overrides))
         assert record["status"] == "ok", record["error"]
