@@ -162,7 +162,7 @@ def seeds_to_decide(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if chance(middle, mean, sd, margin, alpha) >= power else (middle, high)
-    return high
+    return high if high <= MOST_SEEDS else None
 
 
 @dataclass(frozen=True)

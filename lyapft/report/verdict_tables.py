@@ -71,7 +71,8 @@ DIFFERENCE = (
     _p("p_equivalent", "equivalent", "p, Holm"),
     _p("p_different", "different", "p, Holm"),
 )
-NAMES = (_plain("model", "model"), _plain("recipe", "recipe"))
+SETTING = (_plain("data", "data"), _plain("scored_on", "scored on"))  # left out where a table has only one of it
+NAMES = (_plain("model", "model"), *SETTING, _plain("recipe", "recipe"))
 RECIPE = (
     *NAMES,
     _number("seeds", "seeds", "d"),
@@ -105,6 +106,7 @@ SPECS: dict[str, tuple[Spec, ...]] = {
     "architectures": (
         _plain("model", "model"),
         _plain("twin", "twin"),
+        *SETTING,
         _plain("recipe", "recipe"),
         _plain("counterpart", "against"),
         _number("seeds", "seeds", "d"),
@@ -123,6 +125,7 @@ SPECS: dict[str, tuple[Spec, ...]] = {
     ),
     "floors": (
         _plain("model", "model"),
+        *SETTING,
         _plain("floor", "runs that differ in"),
         _number("pairs", "pairs", "d"),
         _number("mean_abs_points", "mean |Δ|, points", ".2f"),
@@ -152,7 +155,9 @@ def text_columns(verdict: Verdict, name: str) -> list[Column]:
     if len(table) > MOST_ROWS and "difference_points" in table:
         table = table.loc[table["difference_points"].abs().nlargest(MOST_ROWS).index.sort_values()]
     rows = table.head(MOST_ROWS).to_dict("records")
-    made = [Column(spec.group, spec.title, [spec.text(row) for row in rows], spec.numeric) for spec in SPECS[name]]
+    alike = [spec for spec in SETTING if len({spec.text(row) for row in rows}) < 2]
+    specs = [spec for spec in SPECS[name] if spec not in alike]
+    made = [Column(spec.group, spec.title, [spec.text(row) for row in rows], spec.numeric) for spec in specs]
     return [column for column in made if any(cell not in (ABSENT, "") for cell in column.cells)]
 
 

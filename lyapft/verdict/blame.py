@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from lyapft.divergence import Estimate
 from lyapft.verdict.evidence import Evidence, Recipe, Settings
 from lyapft.verdict.recipes import Row, shares
-from lyapft.verdict.words import difference, signed
+from lyapft.verdict.words import difference, interval, signed
 
 HOW = {
     "equivalent": "which brings it inside the margin",
@@ -23,9 +24,15 @@ def blame(evidence: Evidence, recipe: Recipe) -> str:
     if recipe.peft == "none":
         return " All of it is the number format's: every weight trains in both."
     return (
-        f" Of it {signed(peft.mean)} is the peft's ({recipe.peft}{_modules(recipe)}) and {signed(form.mean)} the "
-        f"format's ({recipe.precision})."
+        f" Of it {_part(peft)} is the peft's ({recipe.peft}{_modules(recipe)}) and {_part(form)} the format's "
+        f"({recipe.precision})."
     )
+
+
+def _part(found: Estimate) -> str:
+    """A part of a difference, and whether it is one at all."""
+    none = ", which may be nothing" if not (found.low > 0 or found.high < 0) else ""
+    return f"{signed(found.mean)} ({interval(found)}{none})"
 
 
 def remedy(evidence: Evidence, row: Row, found: Sequence[Row], settings: Settings) -> str:
@@ -43,7 +50,7 @@ def remedy(evidence: Evidence, row: Row, found: Sequence[Row], settings: Setting
     best = min(tried, key=lambda other: abs(other.comparison.estimate.mean))
     return (
         f" Remedy tried: {changed}={getattr(best.recipe, changed)} instead, {difference(best.comparison)}, "
-        f"{HOW[best.outcome(settings)]}."
+        f"score {best.score:.3f} against {best.counterpart_score:.3f}, {HOW[best.outcome(settings)]}."
     )
 
 

@@ -1,6 +1,7 @@
 """Records sorted into recipes: which runs are seeds of one thing, which are reruns, which failed."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,10 +36,16 @@ class Settings:
     memory_weight: float = 1.0  # how much memory counts in the cost
 
     def __post_init__(self) -> None:
-        if self.margin <= 0 or not 0 < self.alpha < 0.5 or not 0 < self.power < 1:
-            raise InputError(f"margin > 0, 0 < alpha < 0.5 and 0 < power < 1 are needed, given {self}")
+        wrong = {name: value for name, value in vars(self).items() if not math.isfinite(value)}
+        if wrong or self.margin <= 0 or not 0 < self.alpha < 0.5 or not 0 < self.power < 1:
+            given = wrong or {"margin": self.margin, "alpha": self.alpha, "power": self.power}
+            text = ", ".join(f"{name} {value:g}" for name, value in given.items())
+            raise InputError(f"finite numbers are needed, margin > 0, 0 < alpha < 0.5 and 0 < power < 1; given: {text}")
         if min(self.speed_weight, self.memory_weight) < 0 or self.speed_weight + self.memory_weight == 0:
-            raise InputError(f"cost weights must not be negative, nor both 0, given {self}")
+            raise InputError(
+                "cost weights must not be negative, nor both 0; given: "
+                f"speed {self.speed_weight:g}, memory {self.memory_weight:g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,11 @@ class Recipe:
     def seeds(self) -> tuple[int, ...]:
         """Seeds of the finished runs."""
         return tuple(seed_of(run) for run in self.runs)
+
+    @property
+    def trained(self) -> bool:
+        """Whether its runs took any step, not only scored a base."""
+        return any(((run.get("config") or {}).get("trainer") or {}).get("steps") != 0 for run in self.runs)
 
     def broke_down(self) -> tuple[Record, ...]:
         """Runs whose training ended in numbers that are not finite."""

@@ -39,7 +39,7 @@ def gaps(evidence: Evidence, outstanding: Sequence[Outstanding] = ()) -> list[Ga
     """Every seed that some recipe of a setting has and another lacks, in the order of the recipes; then what else the
     study plans."""
     found = _uneven(evidence)
-    known = {(gap.recipe.name, gap.seed) for gap in found}
+    known = {(*gap.recipe.setting, gap.recipe.label, gap.seed) for gap in found}
     by_run = {
         str(run["id"]): place
         for place, recipe in enumerate(evidence.recipes if outstanding else ())
@@ -50,10 +50,15 @@ def gaps(evidence: Evidence, outstanding: Sequence[Outstanding] = ()) -> list[Ga
         recipe = evidence.recipes[min(places)] if places else _unknown(planned)
         if planned.rerun:
             found.append(Gap(recipe, planned.seed, NO_RERUN))
-        elif (recipe.name, planned.seed) not in known:
+        elif (*recipe.setting, recipe.label, planned.seed) not in known:
             found.append(Gap(recipe, planned.seed, NOT_RUN))
-    order = {recipe.name: place for place, recipe in enumerate(evidence.recipes)}
-    return sorted(found, key=lambda gap: (order.get(gap.recipe.name, len(order)), gap.recipe.name, gap.why, gap.seed))
+    order = {(recipe.setting, recipe.label): place for place, recipe in enumerate(evidence.recipes)}
+
+    def place(gap: Gap) -> tuple[int, tuple[str, str, str], str, str, int]:
+        setting, label = gap.recipe.setting, gap.recipe.label
+        return order.get((setting, label), len(order)), setting, label, gap.why, gap.seed
+
+    return sorted(found, key=place)
 
 
 def _unknown(planned: Outstanding) -> Recipe:
@@ -74,7 +79,11 @@ def _uneven(evidence: Evidence) -> list[Gap]:
 def _gaps(recipe: Recipe, seeds: list[int]) -> list[Gap]:
     failed = {seed_of(run): run for run in recipe.failed if not run.get("replicate")}
     finished = {seed_of(run): run for run in recipe.runs}
-    found = []
+    found = [
+        Gap(recipe, seed_of(run), f"rerun {run['status']}", str((run.get("error") or {}).get("message", "")))
+        for run in recipe.failed
+        if run.get("replicate")
+    ]
     for seed in seeds:
         if seed in finished:
             if not _comparable(finished[seed]):

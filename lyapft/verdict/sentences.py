@@ -12,7 +12,7 @@ from lyapft.verdict.floors import KINDS, Floor
 from lyapft.verdict.gaps import Gap
 from lyapft.verdict.recipes import Cost, Row, ScoreRow
 from lyapft.verdict.recommendation import Recommendation
-from lyapft.verdict.words import difference, interval, joined, margin, needed, p_value, ratio, seeds, signed, size
+from lyapft.verdict.words import difference, interval, joined, margin, needed, p_value, ratio, seeds, size
 
 REFERENCE = "full-precision fine-tuning of all weights"
 AGAINST = {PAPER: REFERENCE, PRECISION_ONLY: "full precision with the same peft"}
@@ -25,8 +25,8 @@ def recommendations(found: Sequence[Recommendation], settings: Settings) -> list
     for one in found:
         lines.append(_recommended(one, settings) if one.chosen else _not_recommended(one, settings))
         lines += [
-            f"Not equivalent but better: {row.recipe.name}, at {ratio(row.cost.index.mean)} the cost, "
-            f"{difference(row.comparison)}."
+            f"Not equivalent but better: {row.recipe.name}, {_at_cost(row)}, {difference(row.comparison)}; "
+            f"{_scores(row)}."
             for row in one.better
         ]
         lines += [_open(row, settings) for row in one.open[:MOST_LISTED]]
@@ -40,8 +40,30 @@ def recommendations(found: Sequence[Recommendation], settings: Settings) -> list
     return lines or [f"No recipe has a counterpart to be compared with ({REFERENCE}): nothing can be recommended."]
 
 
+def _reference(one: Recommendation) -> str:
+    return REFERENCE if one.trained else "the full-precision base (nothing was trained)"
+
+
+def _at_cost(row: Row) -> str:
+    cost = row.cost.index.mean
+    return "its cost not measured" if math.isnan(cost) else f"at {ratio(cost)} the cost"
+
+
+def _scores(row: Row) -> str:
+    return f"score {row.score:.3f} against {row.counterpart_score:.3f}"
+
+
 def _where(one: Recommendation) -> str:
-    model, data, task = one.setting
+    return where_of(one.setting)
+
+
+def where_of(setting: tuple[str, str, str]) -> str:
+    """Model, data and task.
+
+    >>> where_of(("m", "alpaca", "mmlu")), where_of(("m", "skills", "skills"))
+    ('m on alpaca, scored on mmlu', 'm on skills')
+    """
+    model, data, task = setting
     return f"{model} on {data}, scored on {task}" if data != task else f"{model} on {data}"
 
 
@@ -50,10 +72,10 @@ def _recommended(one: Recommendation, settings: Settings) -> str:
     assert row is not None
     family = row.comparison.family
     return (
-        f"{_where(one)}: use {row.recipe.label}, the cheapest recipe that is equivalent to {REFERENCE} within "
+        f"{_where(one)}: use {row.recipe.label}, the cheapest recipe that is equivalent to {_reference(one)} within "
         f"{margin(settings)}: {difference(row.comparison)}; TOST {p_value(row.comparison.p_equivalent)}"
-        f"{f', adjusted for {family} recipes' if family > 1 else ''}; score {row.score:.3f} against "
-        f"{row.counterpart_score:.3f}. {_savings(row.cost)}"
+        f"{f', adjusted for {family} recipes' if family > 1 else ''}; {_scores(row)}. "
+        f"{_savings(row.cost)}{_troubled(row)}"
     )
 
 
@@ -73,22 +95,34 @@ def _savings(cost: Cost) -> str:
     return f"{text[0].upper()}{text[1:]}.{note}"
 
 
+def _troubled(row: Row) -> str:
+    """Seeds of a recipe that did not finish, whatever the reason."""
+    failed = len(row.recipe.failed)
+    return f" {failed} of {failed + len(row.recipe.runs)} of its runs did not finish." if failed else ""
+
+
 def _not_recommended(one: Recommendation, settings: Settings) -> str:
     where = _where(one)
     if one.dear:
-        names = joined([row.recipe.label for row in one.dear])
+        shown = [
+            f"{row.recipe.label} ({_at_cost(row)}, {difference(row.comparison)}, {_scores(row)})" for row in one.dear
+        ]
         return (
-            f"{where}: stay with {REFERENCE}. Equivalent to it within {margin(settings)}, but not shown to cost less: "
-            f"{names}."
+            f"{where}: stay with {_reference(one)}. Equivalent to it within {margin(settings)}, but not shown to cost "
+            f"less: {joined(shown)}."
         )
     if one.open:
-        return f"{where}: undecided. No recipe is shown to be equivalent to {REFERENCE} within {margin(settings)}."
-    return f"{where}: stay with {REFERENCE}. No cheaper recipe is equivalent to it within {margin(settings)}."
+        return (
+            f"{where}: undecided. No recipe is shown to be equivalent to {_reference(one)} within {margin(settings)}."
+        )
+    if one.unsound or one.better:
+        return f"{where}: no recipe that trained soundly is equivalent to {_reference(one)} within {margin(settings)}."
+    return f"{where}: stay with {_reference(one)}. Every other recipe is shown to lie outside {margin(settings)}."
 
 
 def _open(row: Row, settings: Settings) -> str:
     return (
-        f"Undecided: {row.recipe.name}, at {ratio(row.cost.index.mean)} the cost, {difference(row.comparison)}; "
+        f"Undecided: {row.recipe.name}, {_at_cost(row)}, {difference(row.comparison)}; {_scores(row)}; "
         f"{needed(row.comparison, settings)}."
     )
 
@@ -117,7 +151,7 @@ def _failure(evidence: Evidence, row: Row, found: Sequence[Row], settings: Setti
     return (
         f"{row.recipe.name} is {row.outcome(settings)} than {REFERENCE} by more than {settings.margin:g} "
         f"point{'s' * (settings.margin != 1)}: {difference(row.comparison)}, {p_value(row.comparison.p_outside)}; "
-        f"score {row.score:.3f} against {row.counterpart_score:.3f}.{blame(evidence, row.recipe)}{tried}"
+        f"{_scores(row)}.{blame(evidence, row.recipe)}{tried}"
     )
 
 
@@ -126,7 +160,8 @@ def _spikes(found: Sequence[Row], spikes: int, total: int, settings: Settings) -
     grain = 100.0 / fewest
     note = f"; one answer is worth {grain:.2f} points there, so few answers make one" if is_spike(grain, 0.2) else ""
     return (
-        f"Spikes: {spikes} of {total} single scores lie over {settings.spike:g} point from their counterpart's{note}."
+        f"Spikes: {spikes} of {total} single scores lie over {settings.spike:g} point{'s' * (settings.spike != 1)} "
+        f"from their counterpart's{note}."
     )
 
 
@@ -138,12 +173,16 @@ def _scores_outside(scores: Sequence[ScoreRow], settings: Settings) -> list[tupl
 def _outside(row: Row, own: Sequence[ScoreRow], settings: Settings) -> str:
     worst = sorted(own, key=lambda score: -abs(score.comparison.estimate.mean))
     shown = [
-        f"{s.task} {s.shots}-shot {signed(s.comparison.estimate.mean)} "
-        f"({s.score:.3f} against {s.counterpart_score:.3f})"
+        f"{s.task} {s.shots}-shot{_beyond(s)} {difference(s.comparison)}, {s.score:.3f} against "
+        f"{s.counterpart_score:.3f}"
         for s in worst[:MOST_LISTED]
     ]
     more = f" and {len(worst) - len(shown)} more" if len(worst) > len(shown) else ""
     return f"{row.recipe.name}: single scores outside {margin(settings)}, {seeds(row.n)}: {'; '.join(shown)}{more}."
+
+
+def _beyond(score: ScoreRow) -> str:
+    return " (beyond the trained length)" if score.beyond_trained_length else ""
 
 
 def architectures(
@@ -159,7 +198,8 @@ def architectures(
 
 def _floors_of(contrast: Contrast, floors: Sequence[Floor]) -> str:
     """What another seed alone does to both, beside a comparison of sizes, which hold that noise too."""
-    by_model = {f.setting[0]: f.mean_abs for f in floors if f.kind == "seeds" and f.setting[1] == contrast.data}
+    place = (contrast.data, contrast.task)
+    by_model = {f.setting[0]: f.mean_abs for f in floors if f.kind == "seeds" and f.setting[1:] == place}
     ours, theirs = by_model.get(contrast.model), by_model.get(contrast.twin)
     if ours is None or theirs is None:
         return ""
@@ -207,7 +247,7 @@ def noise(found: Sequence[Floor], settings: Settings) -> list[str]:
     lines = []
     for setting, own in groupby(found, key=lambda floor: floor.setting):
         parts = [f"{KINDS[f.kind]} {f.mean_abs:.2f} points ({f.n} pair{'s' * (f.n != 1)})" for f in own]
-        lines.append(f"Noise floor of {setting[0]}, mean size of a difference: {'; '.join(parts)}.")
+        lines.append(f"Noise floor of {where_of(setting)}, mean size of a difference: {'; '.join(parts)}.")
     measured = {floor.kind for floor in found}
     if absent := [name for kind, name in KINDS.items() if kind not in measured]:
         lines.append(f"Not measured: {joined(absent)}.")
@@ -221,7 +261,10 @@ def noise(found: Sequence[Floor], settings: Settings) -> list[str]:
 def missing(found: Sequence[Gap]) -> list[str]:
     """Runs that the tables lack."""
     lines = []
-    for name, group in groupby(found, key=lambda gap: gap.recipe.name):
+    several = len({gap.recipe.setting[1:] for gap in found}) > 1
+    for (*setting, label), group in groupby(found, key=lambda gap: (*gap.recipe.setting, gap.recipe.label)):
+        model, data, task = setting
+        name = f"{where_of((model, data, task))}, {label}" if several else f"{model} · {label}"
         parts = [
             f"{why} for seed{'s' * (len(own) > 1)} {', '.join(str(gap.seed) for gap in own)}"
             for why, rows in groupby(group, key=lambda gap: gap.why)

@@ -62,7 +62,8 @@ def contrast_table(found: Sequence[Contrast]) -> pd.DataFrame:
     """Mean absolute divergence of each recurrent model beside its Transformer twin's, and their difference."""
     return pd.DataFrame(
         [
-            {"model": c.model, "twin": c.twin, "data": c.data, "recipe": c.recipe, "counterpart": c.counterpart}
+            {"model": c.model, "twin": c.twin, "data": c.data, "scored_on": c.task, "recipe": c.recipe}
+            | {"counterpart": c.counterpart}
             | {"seeds": c.comparison.estimate.n}
             | _estimated("mean_abs_points", c.size)
             | _estimated("twin_mean_abs_points", c.twin_size)
@@ -91,7 +92,8 @@ def floor_table(found: Sequence[Floor]) -> pd.DataFrame:
     """Noise floors."""
     return pd.DataFrame(
         [
-            {"model": f.setting[0], "data": f.setting[1], "floor": f.kind, "pairs": f.n}
+            dict(zip(("model", "data", "scored_on"), f.setting, strict=True))
+            | {"floor": f.kind, "pairs": f.n}
             | {"mean_abs_points": f.mean_abs, "largest_points": f.largest}
             for f in found
         ]
@@ -110,7 +112,7 @@ def _bootstrapped(row: Row) -> dict[str, float]:
 
 
 def _named(recipe: Recipe) -> dict[str, Any]:
-    return {"model": recipe.model, "data": recipe.data, "recipe": recipe.label}
+    return {"model": recipe.model, "data": recipe.data, "scored_on": recipe.task, "recipe": recipe.label}
 
 
 def _estimated(name: str, found: Estimate | None) -> dict[str, float | None]:
