@@ -1,6 +1,7 @@
 """What a command will run, what it will cost, and what of it is there: found without running it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ PUBLISHED = {  # parameters of the checkpoints, as their model cards and files h
     "smollm2_135m": 134_515_008,
     "olmo_1b": 1_176_764_416,
 }
+
+
+HOURS = (r"([\d,]+) GPU hours", r"On 1 of them: ([\d,.]+) hours", r"On 2 of them: ([\d,.]+) hours")
 
 
 def planned(*overrides: str) -> list[cells.Planned]:
@@ -198,8 +202,15 @@ def test_the_command_says_what_fits(capsys):
     assert "NO, not even 1 row of 32" in page  # 2.8 billion parameters take 44 GB before the first token
     assert "GPU hours" in page
     assert "not measured on any" in page
-    assert main([*paper, "--fits", "500GB"]) == 0
-    assert "NO" not in capsys.readouterr().out
+    assert "On disk" not in page
+    assert main([*paper, "--fits", "500GB", "--gpus", "1,2"]) == 0
+    page = capsys.readouterr().out
+    assert "NO" not in page
+    total, one, two = (float(re.search(pattern, page)[1].replace(",", "")) for pattern in HOURS)
+    assert one == pytest.approx(total, abs=0.5)
+    assert total / 2 - 0.5 <= two < one
+    trained = 3 * 4 * (PUBLISHED["mamba_130m"] + PUBLISHED["pythia_2.8b"])  # the cell, its reference and its rerun
+    assert f"{trained / 1e9:,.0f} GB of trained tensors" in page
     with pytest.raises(SystemExit):
         main([*paper, "--fits", "much"])
     assert main(["study=nothing"]) == 2

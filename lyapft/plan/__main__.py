@@ -44,7 +44,7 @@ def _plan(given: argparse.Namespace) -> tuple[str, bool]:
         states |= file.states([file.entry(one) for one in planned], file.records_in(folder))
     memory = given.fits
     limits = page.Limits(
-        memory or psutil.virtual_memory().total, memory or card.memory, jobs_of(command.hydra.launcher)
+        memory or psutil.virtual_memory().total, memory or card.memory, jobs_of(command.hydra.launcher), given.gpus
     )
     fits = all(limits.fits(one) is not False for one in found.values())
     return page.text(planned, states, found, limits, card), fits
@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", help="as behind train.py -m: study=matrix model=a,b 'seed=range(3)'")
     parser.add_argument("--fits", type=_size, metavar="24GB", help="memory to fit in, instead of what there is")
     parser.add_argument("--gpu", action="store_true", help="model every cell for a GPU, calibrate none")
+    help_ = "when the study would end on so many of the GPUs, and what it leaves on disk"
+    parser.add_argument("--gpus", type=_counts, default=(), metavar="8,64", help=help_)
     for name, peak, what in (
         ("tflops", card.half, "in bf16 and fp16"),
         ("tflops-tf32", card.tf32, "in tf32"),
@@ -73,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     help_ = "share of the peak that training reaches: an assumption (default: %(default)g)"
     parser.add_argument("--utilisation", type=float, default=card.utilisation, help=help_)
     return parser
+
+
+def _counts(given: str) -> tuple[int, ...]:
+    counts = given.split(",")
+    if not all(one.isdecimal() and int(one) for one in counts):
+        raise argparse.ArgumentTypeError(f"{given!r} are no numbers of GPUs: write 8 or 8,64,512")
+    return tuple(map(int, counts))
 
 
 def _size(given: str) -> int:

@@ -75,8 +75,8 @@ def settings_of(science: Mapping[str, Any]) -> dict[str, Any]:
 
 def key_of(record: Mapping[str, Any]) -> str:
     """By which a planned cell finds its record: the settings and the threads."""
-    science = record["config"]
-    return _hash(settings_of(science), science["runs_as"]["threads"])
+    science = record["config"]  # has been through JSON already
+    return config.identity({"settings": settings_of(science), "threads": science["runs_as"]["threads"]})
 
 
 def recipe_of(settings: Mapping[str, Any]) -> str:

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
+from operator import add
 
+from lyapft.plan import fleet
 from lyapft.plan.cells import Planned
 from lyapft.plan.file import NOT_RUN
 from lyapft.plan.gpu import Card
@@ -16,11 +19,13 @@ Predictions = Mapping[tuple[str, int], Prediction]
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes that a cell may take, where it is measured here and where it is modelled; and cells run at a time."""
+    """Bytes that a cell may take, where it is measured here and where it is modelled; cells run at a time, and on
+    how many GPUs."""
 
     here: int
     card: int
     jobs: int = 1
+    gpus: tuple[int, ...] = ()
 
     def of(self, found: Prediction) -> int:
         """Bytes that a cell with this prediction may take."""
@@ -86,6 +91,16 @@ def _total(cells: Sequence[Planned], states: Mapping[str, str], found: Predictio
         lines.append(f"On this machine: {duration(here)} of work{beside}, the start of Python and the report besides.")
     if card:
         lines.append(f"On the modelled GPU: {card / 3600:,.0f} GPU hours.")
+        modelled = [p.seconds for p in own if p.source == MODELLED and p.seconds is not None]
+        lines += [f"On {gpus} of them: {fleet.wall(modelled, gpus) / 3600:,.1f} hours." for gpus in limits.gpus]
+        if limits.gpus:
+            lines.append(f"The longest cell takes {duration(max(modelled))}.")
+    if limits.gpus:
+        left_ = reduce(add, (found[one.recipe, one.threads].left for one in cells))
+        lines.append(
+            f"On disk: {left_.records / 1e9:,.1f} GB of records, series and answers, {left_.weights / 1e9:,.0f} GB of "
+            f"trained tensors. To W&B: {left_.sent / 1e9:,.1f} GB."
+        )
     if unknown := sum(p.seconds is None for p in own):
         lines.append(f"Of {unknown} the time is not known.")
     if too_large := sum(limits.fits(p) is False for p in own):

@@ -8,8 +8,9 @@ import psutil
 from lyapft import cell
 from lyapft.environment import resolve_device
 from lyapft.errors import InputError
-from lyapft.plan import calibration, gpu, sizes
+from lyapft.plan import calibration, fleet, gpu, sizes
 from lyapft.plan.cells import Planned
+from lyapft.plan.fleet import NOTHING, Bytes
 from lyapft.plan.gpu import Card
 from lyapft.plan.sizes import Memory
 
@@ -24,12 +25,14 @@ class Prediction:
     Attributes:
         seconds: wall time; None where it is not known. memory: None where the model's sizes are not known.
         source: MEASURED or MODELLED. note: why it is not the one or neither.
+        left: bytes that it leaves on disk and sends.
     """
 
     seconds: float | None
     memory: Memory | None
     source: str
     note: str = ""
+    left: Bytes = NOTHING
 
 
 def predict(
@@ -79,7 +82,7 @@ def _measured(one: Planned, counted: sizes.Sizes) -> Prediction:
     if short.peak_bytes is not None:  # what is not accounted for otherwise is held for the backward pass, or for work
         rest = memory.training - memory.activations
         memory = counted.memory(cfg.precision.name, gpu.tokens_in_flight(cfg), max(0, short.peak_bytes - rest), process)
-    return Prediction(seconds, memory, MEASURED)
+    return Prediction(seconds, memory, MEASURED, left=fleet.left(cfg, counted))
 
 
 def _modelled(one: Planned, counted: sizes.Sizes, card: Card, note: str) -> Prediction:
@@ -87,7 +90,8 @@ def _modelled(one: Planned, counted: sizes.Sizes, card: Card, note: str) -> Pred
     seconds = gpu.seconds(cfg, counted, card)
     if seconds is None:
         note = note or f"task {cfg.task.name} has no published size here"
-    return Prediction(seconds, counted.memory(cfg.precision.name, gpu.tokens_in_flight(cfg)), MODELLED, note)
+    memory = counted.memory(cfg.precision.name, gpu.tokens_in_flight(cfg))
+    return Prediction(seconds, memory, MODELLED, note, fleet.left(cfg, counted))
 
 
 def _first_fault(error: Exception) -> str:

@@ -62,6 +62,7 @@ class Sizes:
         kept: bytes per token that autograd keeps of the blocks.
         scan: operations per token of the recurrences, forward.
         attention: operations per token and token before it, forward.
+        recurrent: layers with a recurrence.
     """
 
     base: int
@@ -72,6 +73,7 @@ class Sizes:
     kept: int
     scan: int
     attention: int
+    recurrent: int = 0
 
     def training_operations(self, length: int) -> float:
         """Floating-point operations per token of a training step on rows of `length` tokens.
@@ -123,6 +125,7 @@ def count(cfg: DictConfig) -> Sizes:
     operand = HALF if cfg.precision.name in MIXED | TRUE_HALF else FULL
     trains = cfg.trainer.steps > 0
     kept = sum(_kept(model, operand)) if trains else 0
+    layers = sum(recurrence.forward.family_of(module) is not None for module in model.modules())
     _attach(cfg, model)
     total = {id(p): p for p in model.parameters()}
     return Sizes(
@@ -134,6 +137,7 @@ def count(cfg: DictConfig) -> Sizes:
         kept=kept,
         scan=scan,
         attention=attention,
+        recurrent=layers,
     )
 
 

@@ -13,6 +13,7 @@ from lyapft.verdict import Verdict
 from lyapft.verdict.words import margin
 
 Cells = Mapping[str, Any]
+MOST_ROWS = 1000  # of a table that is read as text
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,14 @@ CAPTIONS = {
 
 
 def text_columns(verdict: Verdict, name: str) -> list[Column]:
-    """One of the verdict's tables as columns of text; columns that are empty throughout are left out."""
-    rows = verdict.tables[name].to_dict("records")
+    """One of the verdict's tables as columns of text; columns that are empty throughout are left out.
+
+    Of more than MOST_ROWS rows those with the largest differences are kept, or the first where there are none.
+    """
+    table = verdict.tables[name]
+    if len(table) > MOST_ROWS and "difference_points" in table:
+        table = table.loc[table["difference_points"].abs().nlargest(MOST_ROWS).index.sort_values()]
+    rows = table.head(MOST_ROWS).to_dict("records")
     made = [Column(spec.group, spec.title, [spec.text(row) for row in rows], spec.numeric) for spec in SPECS[name]]
     return [column for column in made if any(cell not in (ABSENT, "") for cell in column.cells)]
 
@@ -152,4 +159,7 @@ def text_columns(verdict: Verdict, name: str) -> list[Column]:
 def caption(verdict: Verdict, name: str) -> str:
     """What a table shows."""
     text = CAPTIONS[name]
+    if (rows := len(verdict.tables[name])) > MOST_ROWS:
+        largest = " with the largest differences" * ("difference_points" in verdict.tables[name])
+        text += f" {MOST_ROWS:,} of {rows:,} rows{largest}; tables/{name}.parquet and .csv have all."
     return f"{text} Margin {margin(verdict.settings)}, α = {verdict.settings.alpha:g}." if name == "recipes" else text
