@@ -31,7 +31,7 @@ def test_two_sweeps_share_the_cells_of_a_study(tmp_path, monkeypatch):
     both = [child(lambda output=output: sweep(output)) for output in outputs]
     assert [ended(pid, 120) for pid in both] == [0, 0], [output.read_text() for output in outputs]
     printed = "".join(output.read_text() for output in outputs)
-    assert printed.count("INFO lyapft.cell: training ") == 2
+    assert printed.count(": training mamba_tiny") == 2
     assert [record["status"] for _, record in records.load_study(tmp_path / "runs" / "default")] == ["ok"] * 2
 
 
