@@ -136,9 +136,13 @@ class Theirs:
 
     def fit(self) -> float:
         """Train; returns the mean loss."""
-        trainer = Trainer(self.model, self.arguments, data_collator=self.data.collate, train_dataset=self.data)
+        trainer = Trainer(self.model, self.arguments, data_collator=self._collate, train_dataset=self.data)
         with contextlib.redirect_stdout(io.StringIO()):
             return float(trainer.train().training_loss)
+
+    def _collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = self.data.collate([{"row": torch.tensor([0]), **row} for row in rows])  # the Trainer drops it
+        return {name: tensor for name, tensor in batch.items() if name != "rows"}
 
 
 def lora_vs_trainer_peft(options: Any) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """The one exception that means: the user's input is wrong, and the message says what to do."""
 
+NOT_JSON = (ValueError, RecursionError)  # of json.loads: no JSON, no UTF-8, nested too deep
+
 
 class InputError(ValueError):
     """Bad input: the message names what is wrong, where, what was given and what to do; shown without a traceback."""

@@ -84,17 +84,17 @@ class SummedDDP(DDPStrategy):
         cast(DistributedDataParallel, self.model).register_comm_hook(None, _summed)
 
 
+def _summed(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return cast("torch.futures.Future[Tensor]", work.get_future().then(lambda done: done.value()[0]))
+
+
 class Sharded(DDPStrategy):
     """Lightning's DDP with the weights in parts instead of in copies; gradients are summed as in `SummedDDP`."""
 
     def configure_ddp(self) -> None:
         """Share the backbone out where it would be wrapped."""
         sharding.share_out(cast("FineTuner", self.lightning_module).model)
-
-
-def _summed(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return cast("torch.futures.Future[Tensor]", work.get_future().then(lambda done: done.value()[0]))
 
 
 def _environment(here: launch.Launch) -> ClusterEnvironment:
@@ -124,12 +124,12 @@ def trainer_arguments(strategy: str) -> dict[str, Any]:
 
 
 def from_first(value: T) -> T:
-    """The first process's value, small and not secret, on every process."""
+    """The first process's value, on every process."""
     return _from(value, 0)
 
 
 def from_last(value: T) -> T:
-    """The last process's value: it has the last micro-batch of a step."""
+    """The last process's value, on every process: it has the last micro-batch of a step."""
     return _from(value, count() - 1)
 
 

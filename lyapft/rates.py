@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from lyapft import records
-from lyapft.errors import InputError
+from lyapft.errors import NOT_JSON, InputError
 from lyapft.records import Record, write_atomically
 
 FILE = "learning_rates.yaml"
@@ -73,7 +73,7 @@ def applied(cfg: DictConfig) -> DictConfig:
         own = {str(peft): float(rate) for peft, rate in (known or {}).get(cfg.model.name, {}).items()}  # type: ignore[union-attr]
     except OSError as error:
         raise InputError(f"rates={path}: {error.strerror}; python -m lyapft.rates runs/lr writes {FILE}") from None
-    except (YAMLError, OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
+    except (YAMLError, OmegaConfBaseException, AttributeError, TypeError, *NOT_JSON) as error:
         raise InputError(f"rates={path} is no file of learning rates, model: {{peft: rate}}: {error}") from None
     settled = cfg.copy()
     settled.model.learning_rate = {**cfg.model.learning_rate, **own}

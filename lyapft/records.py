@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lyapft.errors import InputError
+from lyapft.errors import NOT_JSON, InputError
 
 SCHEMA_VERSION = 1
 RECORD, STEPS, ITEMS, LOG = "record.json", "steps.parquet", "items.parquet", "cell.log"
@@ -30,6 +30,14 @@ EXPERIMENTS = "experiments"  # folder of a study with the records of its experim
 STATUSES = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard", "oom", "interrupted", "failed", "running")
 # outcomes of the cell itself: running it again would say the same
 FINAL = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard")
+KINDS: dict[type, tuple[str, ...]] = {  # of a record's parts, for whoever reads it without asking
+    str: ("id", "name", "study", "status", "role", "created"),
+    dict: (
+        "config", "choices", "environment", "files", "error", "model", "data", "peft", "precision", "training", "cost",
+        "stability", "shadow", "validation", "kernels", "resumed",
+    ),
+    list: ("scores", "divergence", "oom", "alerts"),
+}  # fmt: skip
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}")  # names that `write_atomically` gives to what is not whole yet
 
 Record = dict[str, Any]
@@ -109,14 +117,32 @@ def load(folder: Path) -> Record:
         record = json.loads(path.read_bytes().decode("utf-8"))  # a study has many: text mode takes twice as long
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {RECORD}: give the folder of a run, runs/STUDY/CELL") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except NOT_JSON as error:
         raise InputError(
             f"{path} is not a readable record ({error}): delete the folder and run the cell again"
         ) from None
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(f"{path} has schema version {version!r}; this lyapft reads {SCHEMA_VERSION}")
+    if wrong := _misfit(record):
+        raise InputError(f"{path} is not a whole record: {wrong}. Delete the folder and run the cell again")
     return cast(Record, record)
+
+
+def _misfit(record: Record) -> str | None:
+    """The first part of a record that is there, but of another kind than every reader expects."""
+    for kind, names in KINDS.items():
+        for name in names:
+            if not isinstance(record.get(name), kind | None):
+                return f"{name} is a {type(record[name]).__name__}, expected a {kind.__name__}"
+    for name in (name for name in KINDS[list] if record.get(name)):
+        if not all(isinstance(entry, dict) for entry in record[name]):
+            return f"{name} has an entry that is no object"
+    for score in record.get("scores") or ():
+        text, shots, value = score.get("task"), score.get("shots"), score.get("value", "none")
+        if not (isinstance(text, str) and isinstance(shots, int) and isinstance(value, int | float | None)):
+            return f"a score of {text!r} is not task, shots and value"
+    return None
 
 
 def load_study(study: Path) -> list[tuple[Path, Record]]:

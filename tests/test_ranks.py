@@ -15,8 +15,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from lyapft import cell, launch, records, study
+from lyapft import admission, cell, launch, records, study
 from lyapft.data.batches import Order
 from lyapft.probes import StepRecorder
 from tests.test_cell import SMALL, prepared, same_weights
@@ -56,6 +57,14 @@ def test_how_many_processes_is_part_of_the_identity_and_one_is_not(tmp_path, mon
     both = prepared(tmp_path, *TWO)
     assert both.science["runs_as"] == alone.science["runs_as"] | {"ranks": 2}
     assert both.id != alone.id
+
+
+def test_an_evaluation_is_one_process(monkeypatch):
+    evaluation, one_cell = OmegaConf.create({"run": "r"}), OmegaConf.create({"trainer": {}})
+    assert not admission.lone_faults(evaluation)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "python evaluate.py" in admission.lone_faults(evaluation)[0]
+    assert not admission.lone_faults(one_cell)
 
 
 # -- rows

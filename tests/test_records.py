@@ -14,7 +14,7 @@ def a_record(status: str = "running", **more) -> dict:
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path):
-    record = a_record("ok", scores=[{"task": "t", "value": 1 / 3}], text="λ ≤ 0")
+    record = a_record("ok", scores=[{"task": "t", "shots": 0, "value": 1 / 3}], text="λ ≤ 0")
     records.save(tmp_path / "cell", record)
     assert records.load(tmp_path / "cell") == record
     assert [path.name for path in (tmp_path / "cell").iterdir()] == ["record.json"]  # no temporary file stays
@@ -41,9 +41,10 @@ def test_numbers_that_json_cannot_hold_become_null(tmp_path):
 
 
 def test_a_finished_record_can_only_be_completed(tmp_path):
-    records.save(tmp_path, a_record("ok", divergence=[], scores=[1]))
+    scores = [{"task": "t", "shots": 0, "value": 0.5}]
+    records.save(tmp_path, a_record("ok", divergence=[], scores=scores))
     completed = records.save_divergence(tmp_path, [{"counterpart": "paper"}])
-    assert completed == records.load(tmp_path) == a_record("ok", divergence=[{"counterpart": "paper"}], scores=[1])
+    assert completed == records.load(tmp_path) == a_record("ok", divergence=[{"counterpart": "paper"}], scores=scores)
 
 
 def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path):

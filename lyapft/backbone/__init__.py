@@ -108,10 +108,7 @@ def skeleton(cfg: ModelConfig) -> Backbone:
         elif found.layout == STATE_SPACES:
             model = AutoModelForCausalLM.from_config(state_spaces.to_config(found.config))
         else:
-            config = AutoConfig.from_pretrained(
-                found.folder, trust_remote_code=cfg.trust_remote_code, local_files_only=True
-            )
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+            model = _from_config(found, cfg)
     model.tie_weights()
     return _described(found, cfg, model, tokenizer)
 
@@ -161,6 +158,16 @@ def _from_scratch(found: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def _from_config(found: Source, cfg: ModelConfig) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(
+            found.folder, trust_remote_code=cfg.trust_remote_code, local_files_only=True
+        )
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+    except Exception as error:  # each config class validates in its own way
+        raise InputError(f"{found.folder}/config.json makes no model: {error}") from error
+
+
 def _from_transformers(found: Source, cfg: ModelConfig) -> PreTrainedModel:
     try:
         with no_progress_bars():
@@ -173,7 +180,7 @@ def _from_transformers(found: Source, cfg: ModelConfig) -> PreTrainedModel:
                 weights_only=True,  # a .bin file is a pickle: only tensors are taken from it
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged weights or settings fail in as many ways as there are model classes
         raise InputError(f"the weights in {found.folder} cannot be loaded: {error}") from error
     _check_names(found, sorted(info["missing_keys"]), sorted(info["unexpected_keys"]))
     return model

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from lyapft.backbone import state_spaces
 from lyapft.config import ModelConfig
-from lyapft.errors import InputError
+from lyapft.errors import NOT_JSON, InputError
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -221,7 +221,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{folder} holds no config.json: it is not a checkpoint folder (it holds: {_listing(folder)})"]
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except NOT_JSON as error:
         return {}, [f"{file} is not valid JSON: {error}. Fetch the checkpoint again"]
     if not isinstance(config, dict):
         return {}, [f"{file} must hold a JSON object, not a {type(config).__name__}. Fetch the checkpoint again"]
@@ -268,7 +268,7 @@ def _weights(folder: Path) -> tuple[tuple[Path, ...], list[str]]:
             files = tuple(
                 folder / name for name in sorted(set(json.loads(found.read_text("utf-8"))["weight_map"].values()))
             )
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        except (*NOT_JSON, KeyError, AttributeError, TypeError) as error:
             return (), [f"{found} is not an index of weight files ({error}). Fetch the checkpoint again"]
     return files, [fault for file in files if (fault := _weight_fault(file))]
 

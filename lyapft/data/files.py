@@ -76,6 +76,8 @@ def _parse(path: Path, text: str, first_line: int) -> Any:
             f"{path}, line {first_line + error.lineno - 1}, column {error.colno}: invalid JSON ({error.msg}); "
             f"expected one JSON list of objects, or one object per line"
         ) from None
+    except RecursionError:
+        raise InputError(f"{path}, line {first_line}: JSON that is nested too deep to be rows") from None
 
 
 def check_columns(where: str, rows: list[Row], expected: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lyapft.backbone import Backbone
-from lyapft.errors import InputError
+from lyapft.errors import NOT_JSON, InputError
 from lyapft.peft.liveness import listed
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Strategy(ABC):
         try:
             saved = dict(json.loads((where / IDENTITY).read_text(encoding="utf-8")))
             tensors = load_file(where / TENSORS)
-        except (SafetensorError, TypeError, ValueError) as error:
+        except (SafetensorError, TypeError, *NOT_JSON) as error:
             raise InputError(
                 f"the adapter in {where} cannot be read: {TENSORS} or {IDENTITY} is damaged, or no file of its kind "
                 f"({error}). Only safetensors are read; run the cell again, or restore the folder"

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from lyapft.errors import InputError
+from lyapft.errors import NOT_JSON, InputError
 from lyapft.plan.cells import CELL, RERUN, Planned, key_of, recipe_of, settings_of
 from lyapft.records import RECORD, Record, load_study, save_json
 from lyapft.verdict import Outstanding
@@ -65,11 +66,20 @@ def load(folder: Path) -> list[Entry]:
     """
     path = folder / FILE
     try:
-        return [Entry(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+        return [_entry(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         return []
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    except (*NOT_JSON, TypeError) as error:
         raise InputError(f"{path} is not a plan ({error}): delete it; the next command writes it anew") from None
+
+
+def _entry(**kept: Any) -> Entry:
+    made = Entry(**kept)
+    texts, counts = (made.key, made.recipe, made.role), (made.seed, made.replicate, made.threads)
+    whole = all(isinstance(text, str) for text in texts) and all(isinstance(count, int) for count in counts)
+    if not whole or not isinstance(made.choices, dict):
+        raise TypeError(f"{made!r:.80} is no planned cell")
+    return made
 
 
 def records_in(folder: Path) -> list[Record]:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lyapft import records
 from lyapft.divergence import Flips, item_flips
-from lyapft.errors import InputError
+from lyapft.errors import NOT_JSON, InputError
 from lyapft.records import Record, divergence_entry
 from lyapft.report.compact import Pool
 
@@ -236,7 +236,7 @@ def _experiments(folder: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
     for path in sorted((folder / records.EXPERIMENTS).glob("*.json")):
         try:
             found.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except (OSError, *NOT_JSON) as error:
             notes.append(f"{path.parent.name}/{path.name} cannot be read ({str(error).splitlines()[0]}): left out")
     return tuple(found)
 

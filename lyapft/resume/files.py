@@ -11,7 +11,7 @@ from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lyapft.errors import InputError
+from lyapft.errors import NOT_JSON, InputError
 from lyapft.records import write_atomically
 from lyapft.resume import tree
 
@@ -65,7 +65,7 @@ class CheckpointFiles(CheckpointIO):
             if tree.digest(text, tensors) != metadata[CHECKSUM]:
                 raise CorruptCheckpoint(f"{path} is damaged: its checksum differs")
             return tree.unpack(text, tensors)
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+        except (SafetensorError, LookupError, TypeError, *NOT_JSON, OSError) as error:
             if isinstance(error, CorruptCheckpoint):
                 raise
             raise CorruptCheckpoint(f"{path} cannot be read: {error}") from None

@@ -63,6 +63,8 @@ def read_jsonl(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str
             raise InputError(
                 f"{path}, line {number}: invalid JSON ({error.msg}, column {error.colno}). One JSON object per line."
             ) from None
+        except RecursionError:
+            raise InputError(f"{path}, line {number}: nested too deep. One JSON object per line.") from None
         if not isinstance(row, dict):
             raise InputError(
                 f"{path}, line {number}: expected a JSON object, found {type(row).__name__}. One JSON object per line."
