@@ -129,7 +129,7 @@ def test_too_little_power_is_undecided_with_the_seeds_that_would_decide() -> Non
     wild = next(row for row in found.rows if row.recipe.label == "bf16 · lora")
     needed = seeds_to_decide(0.0, wild.comparison.sd, 1.0, 0.05 / 2)
     assert needed is not None
-    assert f"about {needed} seeds would decide" in text(found, "Recommendation")
+    assert f"about {needed} seeds would show that it is equivalent, with 80% chance" in text(found, "Recommendation")
     assert "undecided. No recipe is shown to be equivalent" in text(found, "Recommendation")
 
 
@@ -212,7 +212,10 @@ def test_a_failure_names_its_parts_which_add_up() -> None:
     line = next(line for line in said.splitlines() if line.startswith("mamba_tiny · fp16 · lora is worse"))
     part, form = sum(peft) / 8, (sum(whole) - sum(peft)) / 8
     assert f"Of it {part:.2f}".replace("-", "−") in line
-    assert f"and {form:.2f} the format's (fp16)".replace("-", "−") in line
+    assert f"and {form:.2f} (95% ".replace("-", "−") in line
+    assert " is the peft's (lora" in line
+    assert " the format's (fp16)" in line
+    assert "may be nothing" not in line  # both intervals lie on one side of 0
     assert "single scores outside ±1 point" in said
 
 

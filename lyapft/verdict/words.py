@@ -68,8 +68,8 @@ def needed(found: Comparison, settings: Settings) -> str:
         return "its mean lies so near the margin that no number of seeds can be named"
     how = "that it is equivalent" if abs(found.estimate.mean) < found.margin else "that it is not"
     text = (
-        f"about {max(count, found.estimate.n + 1)} seeds would show {how}, with {settings.power:.0%} chance, if mean and "
-        "spread stay"
+        f"about {max(count, found.estimate.n + 1)} seeds would show {how}, with {settings.power:.0%} chance, if mean "
+        "and spread stay"
     )
     return f"{text}, a rough guess from {found.estimate.n}" if found.estimate.few else text
 
