@@ -116,3 +116,47 @@ def test_studies_that_share_nothing_are_refused(
     synthetic.study(tmp_path, [synthetic.record("llama_tiny")])
     assert main(["compare", str(old[0]), str(tmp_path)]) == 2
     assert "share no recipe" in capsys.readouterr().err
+
+
+def without(folder: Path, records: Records, drop: str) -> None:
+    """The study again without one recipe, a seed of it, its status `ok`, or some of its scores."""
+    for record in changed(folder, records):
+        if (record["choices"]["precision"], record["choices"]["peft"]) != ("bf16", "lora"):
+            continue
+        path = folder / record["name"] / "record.json"
+        if drop == "recipe" or (drop == "seed" and record["seed"] == 1):
+            path.unlink()
+        if drop == "interrupted":
+            path.write_text(json.dumps(record | {"status": "interrupted"}), encoding="utf-8")
+        if drop == "scores":
+            kept = [score for score in record["scores"] if score["shots"] == 0]
+            path.write_text(json.dumps(record | {"scores": kept}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("drop", "named"),
+    [
+        ("recipe", "mamba_tiny · bf16 · lora: not in the new study"),
+        ("seed", "mamba_tiny · bf16 · lora: no finished run of seed 1"),
+        ("interrupted", "mamba_tiny · bf16 · lora: no finished run of seeds 0, 1, 2, 3, 4"),
+        ("scores", "mamba_tiny · bf16 · lora: not scored on skills_new 1-shot"),
+    ],
+)
+def test_what_the_new_study_lacks_is_named_and_no_success(
+    old: tuple[Path, Records], tmp_path: Path, capsys: pytest.CaptureFixture[str], drop: str, named: str
+) -> None:
+    without(tmp_path, old[1], drop)
+    command = ["compare", str(old[0]), str(tmp_path)]
+    assert main(command) == 1
+    printed = capsys.readouterr().out
+    assert f"✗ {named}" in printed
+    assert "0 of" in printed  # fewer scores of the same model are no worse ones
+    assert main([*command, "--allow-missing"]) == 0
+
+
+def test_numbers_without_a_value_are_left_out(old: tuple[Path, Records], tmp_path: Path) -> None:
+    new = changed(tmp_path, old[1])
+    for record in new:
+        record["cost"]["tokens_per_s"] = 0.0
+        record["training"]["loss_mean_last_10pct"] = float("nan")
+    assert changes(gather(old[1]), gather(new), ["tokens_per_s", "loss"]) == []

@@ -201,6 +201,65 @@ def test_settings_that_mean_nothing_are_refused(wrong: dict[str, float]) -> None
         Settings(**wrong)
 
 
+@pytest.mark.parametrize("speed", [0.0, 500.0])
+def test_what_is_undecided_is_said_so_whatever_it_costs(speed: float) -> None:
+    cells = {("bf16", "none"): WILD}
+    records = study(cells, costs={("bf16", "none"): (0.5, 2.0)})
+    for record in records:
+        record["cost"] = {"tokens_per_s": speed} if not speed else record["cost"]
+    said = text(judge(records), "Recommendation")
+    assert "undecided. No recipe is shown to be equivalent" in said
+    assert (
+        "Undecided: mamba_tiny · bf16 · none, " + ("its cost not measured" if not speed else "at 2 × the cost") in said
+    )
+    assert "seeds would show that it is" in said
+    assert "stay with" not in said
+
+
+def test_a_base_that_nobody_trained_is_no_fine_tuning() -> None:
+    records = study({("bf16", "none"): WILD})
+    for record in records:
+        record["config"]["trainer"] = {**record["config"].get("trainer", {}), "steps": 0}
+    assert "equivalent to the full-precision base (nothing was trained)" in text(judge(records), "Recommendation")
+
+
+def test_recipes_on_two_data_sets_are_told_apart() -> None:
+    both = [study({("bf16", "none"): points}) for points in (STEADY, WORSE)]
+    for record in both[1]:
+        record["choices"] = record["choices"] | {"data": "other"}
+        record["id"] = f"{record['id']}o"
+        for entry in record["divergence"]:
+            entry["reference_id"] = f"{entry['reference_id']}o" if entry.get("reference_id") else None
+    found = judge([*both[0], *both[1]])
+    assert set(found.tables["recipes"]["data"]) == {"skills", "other"}
+    assert {one.setting[1] for one in found.recommendations} == {"skills", "other"}
+
+
+def test_a_rerun_that_failed_is_missing() -> None:
+    records = study({("bf16", "none"): STEADY})
+    again = run("mamba_tiny", "bf16", "none", 0, {0: 0.25, 5: 0.5}, status="failed") | {"replicate": 1}
+    again["error"] = {"type": "RuntimeError", "message": "broke"}
+    assert "rerun failed for seed 0" in text(judge([*records, again]), "What is missing")
+
+
+def test_models_of_very_different_size_have_no_twin() -> None:
+    cells = {("bf16", "none"): STEADY}
+    large = study(cells, model="llama_large", parameters=2_800_000_000)
+    for record in large:
+        record["kernels"] = {}
+    found = judge([*study(cells), *large])
+    assert "architectures" not in found.tables
+    assert "of about its size" in text(found, "Mamba against Transformer")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"margin": math.nan}, {"margin": math.inf}, {"margin": 0.0}, {"speed_weight": math.nan}]
+)
+def test_what_is_wrong_with_the_settings_is_named(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=f"given: {next(iter(wrong)).partition('_')[0]}"):
+        Settings(**wrong)
+
+
 # --- failures --------------------------------------------------------------------------------------------------------
 
 

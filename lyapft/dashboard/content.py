@@ -50,7 +50,9 @@ def tables(record: Record, items: pd.DataFrame | None) -> dict[str, pd.DataFrame
     ]
     found = {
         "items": pd.DataFrame() if items is None else items[[name for name in ITEM_COLUMNS if name in items]],
-        "scores": _columns(scores, ("series", "task", "shots", "metric", "value", "stderr", "n")),
+        "scores": _columns(
+            scores, ("series", "task", "shots", "metric", "value", "stderr", "n", "beyond_trained_length")
+        ),
         "divergence": pd.DataFrame(points),
         "layers": _columns(layers, ("layer", "lambda_max", "margin", "norm_bound")),
     }

@@ -33,6 +33,15 @@ class Quantity:
     higher_is_better: bool
     ratio: bool = False
 
+    def pair(self, old: Record, new: Record) -> tuple[float, float] | None:
+        """The number of both, where both have it: finite, and of a ratio positive."""
+        if self.value is _score:
+            return _common_scores(old, new)
+        before, after = self.value(old), self.value(new)
+        if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
+            return None
+        return None if self.ratio and min(before, after) <= 0 else (before, after)
+
 
 def _field(*keys: str) -> Callable[[Record], float | None]:
     def value(record: Record) -> float | None:
@@ -49,6 +58,16 @@ def _cost(key: str) -> Callable[[Record], float | None]:
 def _score(record: Record) -> float | None:
     found = values_of(record)
     return 100 * math.fsum(found.values()) / len(found) if found else None
+
+
+def _common_scores(old: Record, new: Record) -> tuple[float, float] | None:
+    """Mean scores over the tasks and shots that both were asked, so that an easier set is no progress."""
+    before, after = values_of(old), values_of(new)
+    both = before.keys() & after.keys()
+    if not both:
+        return None
+    first, second = (100 * math.fsum(side[key] for key in both) / len(both) for side in (before, after))
+    return first, second
 
 
 def _divergence(record: Record) -> float | None:
@@ -104,13 +123,11 @@ def changes(old: Evidence, new: Evidence, quantities: Sequence[str]) -> list[Cha
 
 def _change(name: str, old: Recipe, new: Recipe) -> Change | None:
     quantity = QUANTITIES[name]
-    sides = [
-        {seed_of(run): value for run in side.runs if (value := quantity.value(run)) is not None} for side in (old, new)
-    ]
-    seeds = sorted(sides[0].keys() & sides[1].keys())
-    if not seeds:
+    before_by_seed = {seed_of(run): run for run in old.runs}
+    both = [(before_by_seed[seed_of(run)], run) for run in new.runs if seed_of(run) in before_by_seed]
+    pairs = [pair for one, other in both if (pair := quantity.pair(one, other)) is not None]
+    if not pairs:
         return None
-    pairs = [(sides[0][seed], sides[1][seed]) for seed in seeds]
     differences = [math.log(b / a) if quantity.ratio else b - a for a, b in pairs]
     before, after = (math.fsum(side) / len(pairs) for side in zip(*pairs, strict=True))
     comparison = compare(differences, resolution=_resolution(name, new))
@@ -132,6 +149,29 @@ def broken(old: Evidence, new: Evidence) -> list[str]:
         for run in recipe.failed
         if seed_of(run) in before.get((recipe.setting, recipe.label), set()) and run["status"] in FAILED
     ]
+
+
+def lost(old: Evidence, new: Evidence) -> list[str]:
+    """What finished before and the new study has no word of, so that nobody can say that it did not get worse."""
+    after = {(recipe.setting, recipe.label): recipe for recipe in new.recipes}
+    lines = []
+    for recipe in old.recipes:
+        other = after.get((recipe.setting, recipe.label))
+        if other is None and recipe.runs:
+            lines.append(f"{recipe.name}: not in the new study")
+        if other is None:
+            continue
+        tried = {
+            seed_of(run) for run in (*other.runs, *other.failed) if run["status"] == "ok" or run["status"] in FAILED
+        }
+        if missing := sorted(set(recipe.seeds) - tried):
+            lines.append(
+                f"{recipe.name}: no finished run of seed{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+            )
+        asked, again = (set[tuple[str, int]]().union(*map(values_of, side.runs)) for side in (recipe, other))
+        if other.runs and (gone := sorted(asked - again)):
+            lines.append(f"{recipe.name}: not scored on {', '.join(f'{task} {shots}-shot' for task, shots in gone)}")
+    return lines
 
 
 def table(found: Sequence[Change]) -> list[Column]:
@@ -158,20 +198,26 @@ def table(found: Sequence[Change]) -> list[Column]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compare two studies; 0 when nothing got worse, 1 when a chosen number did or a run now fails, 2 for bad input."""
+    """Compare two studies.
+
+    Returns 0 when nothing got worse; 1 when a chosen number did, a run now fails, or the new study lacks what the old
+    one has; 2 for bad input.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m lyapft.report compare",
         description="Did a number get worse beyond its noise? Paired over the seeds that both studies have; with one "
-        "seed there is no noise to compare with, so nothing is called worse.",
+        "seed there is no noise to compare with, so nothing is called worse. What the new study lacks is named, and "
+        "counts as worse unless --allow-missing is given.",
     )
     parser.add_argument("old", type=Path, help="folder of the study before the change")
     parser.add_argument("new", type=Path, help="folder of the study after it")
     parser.add_argument(
         "--fail-on", default="score", help=f"numbers, with commas between, of {', '.join(QUANTITIES)} (default: score)"
     )
+    parser.add_argument("--allow-missing", action="store_true", help="let the new study have fewer recipes or seeds")
     options = parser.parse_args(arguments)
     try:
-        return _report(options.old, options.new, _chosen(options.fail_on))
+        return _report(options.old, options.new, _chosen(options.fail_on), options.allow_missing)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -185,10 +231,10 @@ def _chosen(text: str) -> list[str]:
     return names
 
 
-def _report(old: Path, new: Path, quantities: Sequence[str]) -> int:
+def _report(old: Path, new: Path, quantities: Sequence[str], allow_missing: bool) -> int:
     sides = [gather([record for _, record in records.load_study(folder)]) for folder in (old, new)]
     found = changes(sides[0], sides[1], quantities)
-    failed = broken(*sides)
+    failed, missing = broken(*sides), lost(*sides)
     if not found and not failed:
         raise InputError(
             f"{old} and {new} share no recipe with a common seed and {' or '.join(quantities)}: nothing to compare"
@@ -200,6 +246,8 @@ def _report(old: Path, new: Path, quantities: Sequence[str]) -> int:
     print(f"{len(worse)} of {len(found)} numbers got worse.")
     for line in failed:
         print(f"✗ {line}")
+    for line in missing:
+        print(f"{'·' if allow_missing else '✗'} {line}")
     if one_seed:
         print(f"{one_seed} changed on their only common seed: run more seeds to tell that from noise.")
-    return WORSE if worse or failed else 0
+    return WORSE if worse or failed or (missing and not allow_missing) else 0

@@ -10,6 +10,7 @@ from lyapft.verdict.evidence import Evidence, Recipe, Settings, is_own_counterpa
 from lyapft.verdict.recipes import Row
 
 ALL_RECIPES = "all shared recipes"
+ALIKE = 3.0  # times as many parameters, beyond which two models are not of one size
 Sizes = dict[int, float]  # mean absolute divergence in points, by seed
 
 
@@ -45,20 +46,26 @@ class Gain:
 
 
 def twins(evidence: Evidence) -> dict[str, str]:
-    """For each model with a recurrent state, the study's Transformer that is nearest to it in parameters."""
+    """For each model with a recurrent state, the study's Transformer that is nearest to it in parameters.
+
+    One without a Transformer of about its size, and one with a recurrence that nothing here watches, have no twin.
+    """
     recurrent: dict[str, int] = {}
     transformers: dict[str, int] = {}
     for recipe in evidence.recipes:
         for run in recipe.runs:
+            if run.get("recurrences_unknown"):
+                continue
             if count := (run.get("model") or {}).get("parameters_total"):
                 (recurrent if run.get("kernels") else transformers)[recipe.model] = int(count)
     if not transformers:
         return {}
 
-    def nearest(size: int) -> str:
-        return min(transformers, key=lambda name: abs(math.log(transformers[name] / size)))
+    def off(name: str, size: int) -> float:
+        return abs(math.log(transformers[name] / size))
 
-    return {model: nearest(size) for model, size in recurrent.items()}
+    nearest = {model: min(transformers, key=lambda name: off(name, size)) for model, size in recurrent.items()}
+    return {model: name for model, name in nearest.items() if off(name, recurrent[model]) <= math.log(ALIKE)}
 
 
 def contrasts(evidence: Evidence, found: Sequence[Row], settings: Settings) -> list[Contrast]:

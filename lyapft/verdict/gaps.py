@@ -82,7 +82,7 @@ def _gaps(recipe: Recipe, seeds: list[int]) -> list[Gap]:
     found = [
         Gap(recipe, seed_of(run), f"rerun {run['status']}", str((run.get("error") or {}).get("message", "")))
         for run in recipe.failed
-        if run.get("replicate")
+        if run.get("replicate") or seed_of(run) in finished  # on another number of threads
     ]
     for seed in seeds:
         if seed in finished:

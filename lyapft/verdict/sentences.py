@@ -12,7 +12,7 @@ from lyapft.verdict.floors import KINDS, Floor
 from lyapft.verdict.gaps import Gap
 from lyapft.verdict.recipes import Cost, Row, ScoreRow
 from lyapft.verdict.recommendation import Recommendation
-from lyapft.verdict.words import difference, interval, joined, margin, needed, p_value, ratio, seeds, size
+from lyapft.verdict.words import difference, interval, joined, margin, needed, p_value, ratio, seeds, signed, size
 
 REFERENCE = "full-precision fine-tuning of all weights"
 AGAINST = {PAPER: REFERENCE, PRECISION_ONLY: "full precision with the same peft"}
@@ -191,7 +191,10 @@ def architectures(
     """Whether models with a recurrent state diverge less than the Transformer of their size."""
     if not found:
         beside = f" beside {joined(list(recurrent))}" if recurrent else ""
-        return [f"The study has no recipe of both a Mamba and a Transformer{beside}: nothing can be compared."]
+        return [
+            f"No recipe that a Mamba and a Transformer of about its size share has a counterpart{beside}: nothing can "
+            "be compared."
+        ]
     lines = [_contrast(contrast, settings) + _floors_of(contrast, floors) for contrast in found if contrast.overall]
     return [*lines, "Each line is about these checkpoints on this data, not about the architectures as such."]
 
@@ -232,12 +235,14 @@ def learning(found: Sequence[Gain]) -> list[str]:
             share = gain.relative
             relative = (
                 f"{100 * share.mean:.0f}% of {gain.twin}'s ({interval(share, '.0%')})"
-                if math.isfinite(share.mean)
+                if share.n > 1 and math.isfinite(share.mean)
+                else "one seed gives no ratio to its twin's"
+                if share.n < 2
                 else f"{gain.twin} gains too little there for a ratio"
             )
             lines.append(
-                f"In-context learning of {gain.recipe.name} on {gain.task}: gain {gain.gain.mean:.2f} of the 0-shot "
-                f"score ({interval(gain.gain, '.2f')}); {relative}."
+                f"In-context learning of {gain.recipe.name} on {gain.task}: gain {signed(gain.gain.mean)} of the "
+                f"0-shot score ({interval(gain.gain, '.2f')}); {relative}."
             )
     return lines
 
