@@ -42,9 +42,13 @@ def command(*arguments: str) -> int:
 
 
 def own_mounts() -> None:
-    """From here on mounts are this process's own."""
+    """From here on mounts are this process's own; whoever is not root becomes it in a namespace of users."""
     user, group = os.getuid(), os.getgid()
-    if ctypes.CDLL(None, use_errno=True).unshare(NEW_USER | NEW_MOUNTS):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if user == 0 and not libc.unshare(NEW_MOUNTS):
+        mount("--make-rprivate", "/")
+        return
+    if libc.unshare(NEW_USER | NEW_MOUNTS):  # not where a library has started threads in the fork
         os._exit(NOT_ALLOWED)
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {user} 1")

@@ -37,6 +37,7 @@ def test_a_run_leaves_no_credential_anywhere(tmp_path):
     """Everything that a run writes, prints and shows in the process list, with W&B offline and all probes."""
     environment = os.environ | {"WANDB_API_KEY": CANARY * 2, "HF_TOKEN": f"hf_{CANARY}", "WANDB_MODE": "offline"}
     environment |= {key: str(tmp_path / "caches") for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
+    environment.pop("WANDB_SERVICE", None)  # of this process: the command's files must be whole when the command ends
     output, titles = tmp_path / "printed", set()
     with output.open("wb") as file:
         process = subprocess.Popen(

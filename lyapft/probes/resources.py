@@ -11,6 +11,7 @@ import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lyapft import ranks
 from lyapft.environment import STATUS
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class ResourceProbe(Callback):
         module.observed["memory_bytes"] = now
         if peak is not None:
             module.observed["memory_peak_bytes"] = peak
-            parts = self._micro_batches * trainer.world_size * module.parts
+            parts = self._micro_batches * ranks.count() * module.parts
             tokens = module.observed["tokens"] / parts
             module.observed["memory_bytes_per_token"] = peak / tokens
         if wall > before[0]:
