@@ -23,6 +23,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from lyapft import recurrence
 from lyapft.config import TrainerConfig
 from lyapft.lyapunov import steps
+from lyapft.module import FineTuner
 from lyapft.probes import LyapunovProbe, ResourceProbe
 
 # model -> (vocabulary, hidden size, layers, states, batch, length); the second is what `python train.py` trains
@@ -41,8 +42,8 @@ def training(probe: Callback, size: tuple[int, ...]) -> tuple[Callable[[bool], f
     if isinstance(probe, LyapunovProbe):
         probe.bind(seam)
     trainer = types.SimpleNamespace(global_step=0, max_steps=99)
-    settings = OmegaConf.structured(TrainerConfig(steps=1))
-    module = types.SimpleNamespace(observed={"tokens": batch * length}, settings=settings, device=torch.device("cpu"))
+    module = FineTuner(model, OmegaConf.structured(TrainerConfig(steps=1)), 1e-4, seam=seam)
+    module.observed = {"tokens": batch * length}
     ids = torch.randint(1, vocabulary, (batch, length))
     data = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     clock = [0.0]
