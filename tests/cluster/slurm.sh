@@ -8,10 +8,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 folder=$1
 python=${PYTHON:-$root/.venv/bin/python}
 export OMP_NUM_THREADS=1
-study() {
-  (cd "$root" && exec "$python" train.py -m seed=0,1,2,3 trainer.steps="${STEPS:-600}" trainer.checkpoint_every_s=2 trainer.progress=false threads=1 \
-    reference=off "runs=$folder" hydra/launcher=slurm hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=2 \
-    hydra.launcher.array_parallelism=2 "$@")
+study() { # ends the shell that calls it: the process in the background is the command itself
+  cd "$root"
+  exec "$python" train.py -m seed=0,1,2,3 trainer.steps="${STEPS:-600}" trainer.checkpoint_every_s=2 \
+    trainer.progress=false threads=1 reference=off "runs=$folder" hydra/launcher=slurm \
+    hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=2 hydra.launcher.array_parallelism=2 "$@"
 }
 jobs_in() { squeue --noheader --array --format=%i --states="$1"; }
 wait_for() { # until there are $2 jobs of the state $1
@@ -51,7 +52,7 @@ cancelled=${running[0]##*_} # the array index is the seed
 echo "after the first command: $(finished) of 4 cells done, $(jobs_in all | wc -l) jobs left in the queue"
 echo "cancelled: seed $cancelled; requeued: seed ${running[1]##*_}; seed, status, taken up at steps:"
 states
-study >"$folder.second.log" 2>&1 || { tail -20 "$folder.second.log" >&2; exit 1; }
+(study) >"$folder.second.log" 2>&1 || { tail -20 "$folder.second.log" >&2; exit 1; }
 done_now=$(finished)
 echo "after the same command again: $done_now of 4 cells done"
 test "$done_now" -eq 4
