@@ -76,6 +76,8 @@ def _run(cfg: DictConfig, wait: bool) -> Record | None:
     log.info("checking the model, the data and the tasks")
     original = cfg
     cfg = config.settled(rates.applied(cfg))
+    if cfg.seed != original.seed:
+        log.info("nothing is trained: the base is one cell whatever the seed, kept as seed %d", cfg.seed)
     cell = prepare(cfg)
     if not wait and study.can_postpone() and is_elsewhere(cell):
         log.info("%s is run by another process: going on, and coming back to it", cell.folder.name)

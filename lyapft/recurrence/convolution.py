@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lyapft.recurrence.operations import Operations
 from lyapft.scan import mamba_ssm, packing
-
-if TYPE_CHECKING:
-    pass
 
 OPERATION = "causal_conv1d"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -12,6 +12,21 @@ from lyapft.scan import mamba_ssm
 
 if TYPE_CHECKING:
     from lyapft.recurrence.forward import Forward
+
+
+class Token(NamedTuple):
+    """What a one-token update is given; names and order are transformers' and mamba-ssm's alike."""
+
+    state: Tensor  # changed in place
+    hidden_states: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    dt_bias: Tensor | None = None
+    dt_softplus: bool = False
+    z: Tensor | None = None
 
 
 class Operations:

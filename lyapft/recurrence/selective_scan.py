@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lyapft import scan
-from lyapft.recurrence.operations import Operations
+from lyapft.recurrence.operations import Operations, Token
 from lyapft.recurrence.seam import INITIAL_STATE, STATE_OFFSET
 from lyapft.scan import mamba_ssm, packing
 
@@ -180,24 +180,13 @@ def _ours(kernel, x, dt, A, B, C, skip, z, bias, softplus, start, sequence):  # 
     return y.to(dtype).transpose(1, 2), last.to(dtype), delta
 
 
-def _token_in_float64(
-    state: Tensor,
-    hidden_states: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    z: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    """One token as a scan of length one, by the reference."""
-    x, dt, B, C = (t[..., None] for t in (hidden_states, dt, B, C))
-    z = None if z is None else z[..., None]
-    y, last, _delta = _ours("reference", x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, None)
-    state.copy_(last)
+def _token_in_float64(*arguments: Any, **options: Any) -> Tensor:
+    """One token as a scan of length one, by the reference; (B,D) out."""
+    t = Token(*arguments, **options)
+    x, dt, B, C = (one[..., None] for one in (t.hidden_states, t.dt, t.B, t.C))
+    z = None if t.z is None else t.z[..., None]
+    y, last, _ = _ours("reference", x, dt, t.A, B, C, t.D, z, t.dt_bias, t.dt_softplus, t.state, None)
+    t.state.copy_(last)
     return y[..., 0]
 
 

@@ -5,19 +5,16 @@ Letters: B batch, L tokens, H heads, P head dim, G groups, N states.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lyapft import scan
-from lyapft.recurrence.operations import Operations
+from lyapft.recurrence.operations import Operations, Token
 from lyapft.recurrence.seam import INITIAL_STATE, STATE_OFFSET
 from lyapft.recurrence.selective_scan import step_sizes
 from lyapft.scan import mamba_ssm
-
-if TYPE_CHECKING:
-    pass
 
 FAMILY = "ssd"
 CHUNKED = "torch-chunked"  # matrix products of chunks: kernel=cpu and kernel=torch alike
@@ -154,22 +151,13 @@ class SSD(Operations):
                 self.call.seam.show(self.call.layer, step_sizes(dt, bias, softplus).clamp(*limit), A)
 
 
-def _token_in_float64(
-    state: Tensor,
-    hidden_states: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    z: Tensor | None = None,
-) -> Tensor:
-    """One token as a scan of length one, by the reference; dt, its bias, A and D come repeated for each dimension."""
-    delta = step_sizes(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus)
-    x, delta, B, C = (t[:, None] for t in (hidden_states, delta, B, C))
-    y, last = scan.ssd(x, delta, A[:, 0, 0], B, C, state, kernel="reference")
-    state.copy_(last)
-    y = y[:, 0] if D is None else y[:, 0] + hidden_states * D
-    return y if z is None else y * torch.nn.functional.silu(z)
+def _token_in_float64(*arguments: Any, **options: Any) -> Tensor:
+    """One token as a scan of length one, by the reference, (B,H,P) out; dt, its bias, A and D come repeated for each
+    dimension of a head."""
+    t = Token(*arguments, **options)
+    delta = step_sizes(t.dt[..., 0], None if t.dt_bias is None else t.dt_bias[:, 0], t.dt_softplus)
+    x, delta, B, C = (one[:, None] for one in (t.hidden_states, delta, t.B, t.C))
+    y, last = scan.ssd(x, delta, t.A[:, 0, 0], B, C, t.state, kernel="reference")
+    t.state.copy_(last)
+    y = y[:, 0] if t.D is None else y[:, 0] + t.hidden_states * t.D
+    return y if t.z is None else y * torch.nn.functional.silu(t.z)
