@@ -87,7 +87,7 @@ def test_a_recipe_that_lost_a_seed_is_undecided_with_the_reason(status: str, rea
     assert (advice.chosen, [row.recipe.label for row in advice.unsound]) == (None, ["bf16 · lora"])
     said = text(found, "Recommendation")
     assert "undecided. No recipe with all of its seeds is shown to be equivalent" in said
-    assert f"Undecided: mamba_tiny · bf16 · lora is equivalent on the 7 seeds that could be compared, " in said
+    assert "Undecided: mamba_tiny · bf16 · lora is equivalent on the 7 seeds that could be compared, " in said
     assert f"but {reason}: the seeds that are left may flatter it." in said
     assert found.tables["recipes"].doubts.tolist() == [reason]
 

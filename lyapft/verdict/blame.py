@@ -5,12 +5,12 @@ which block the format's rounding enters, by the shadow probe. Where they cannot
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from lyapft.divergence import Estimate, estimate
-from lyapft.records import Record
 from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, Settings, mean_scores
 from lyapft.verdict.recipes import Row, shares
+from lyapft.verdict.rounding import origin_of
 from lyapft.verdict.words import beyond, difference, interval, joined, raw, signed
 
 HOW = {
@@ -68,7 +68,7 @@ def _layers(row: Row, found: Sequence[Row], keys: Sequence[ScoreKey], settings: 
     told = [text for other, more in others if (text := _told(row, other, more, keys, confidence))]
     if not told:
         return " Which of these layers, the records cannot tell: no other peft.targets were tried beside them."
-    return f" {' '.join(told)} Of the layers that stay, the records cannot tell: no other peft.targets were tried."
+    return f" {'; '.join(told)}; its other layers were not varied."
 
 
 def _more_layers(recipe: Recipe, other: Recipe) -> frozenset[str]:
@@ -96,10 +96,10 @@ def _told(row: Row, other: Row, more: frozenset[str], keys: Sequence[ScoreKey], 
         f"({interval(estimate(gain))}; {raw(score, other_score)})"
     )
     if tested.low > 0:
-        return f"{doing[0].upper()}{doing[1:]} is to blame for part of it: {beside}."
+        return f"{doing[0].upper()}{doing[1:]} is to blame for part of it: {beside}"
     if tested.high < 0:
-        return f"{doing[0].upper()}{doing[1:]} is not to blame: {beside}."
-    return f"Whether {doing} is to blame, the seeds do not tell: {beside}."
+        return f"{doing[0].upper()}{doing[1:]} is not to blame: {beside}"
+    return f"Whether {doing} is to blame, the seeds do not tell: {beside}"
 
 
 # --- which block -----------------------------------------------------------------------------------------------------
@@ -107,45 +107,21 @@ def _told(row: Row, other: Row, more: frozenset[str], keys: Sequence[ScoreKey], 
 
 def _block(recipe: Recipe) -> str:
     """The residual block in which most of the format's deviation arises, by the shadow probe of the runs."""
-    found = [one for run in recipe.runs if (one := _origin(run))]
+    found = [one for run in recipe.runs if (one := origin_of(run))]
     if not found:
         return " In which block, the records cannot tell: no shadow probe ran (probe=shadow)."
-    block, count = Counter(name for name, *_ in found).most_common(1)[0]
+    block, count = Counter(one.block for one in found).most_common(1)[0]
     if 2 * count <= len(found) and len(found) > 1:
         return f" In which block, the {len(found)} runs with a shadow probe do not agree."
-    own = [numbers for name, *numbers in found if name == block]
-    if any(new is None for new, _ in own):
+    own = [one for one in found if one.block == block]
+    if any(one.overflowed for one in own):
         return f" The shadow probe saw {recipe.precision} leave its range in {block}, in {count} of {len(found)} runs."
-    new, last = (sum(one[place] or 0.0 for one in own) / len(own) for place in (0, 1))
+    new, last = (sum(values) / len(own) for values in ([o.added for o in own], [o.largest for o in own]))
     return (
         f" The shadow probe saw most of the format's deviation from float32 arise in {block}, in {count} of "
         f"{len(found)} runs: {new:.1e} of {last:.1e} (relative, of the hidden states); that is where rounding enters, "
         "which does not prove that the score is lost there."
     )
-
-
-def _origin(run: Record) -> tuple[str, float | None, float] | None:
-    """The block after which the deviation has grown most, by how much, and the largest deviation of any block.
-
-    A deviation that is not finite is None in a record: the first block that has it is where the format overflowed.
-    """
-    blocks: dict[str, float | None] = (run.get("shadow") or {}).get("deviation_max_by_block") or {}
-    if not blocks:
-        return None
-    known = [value for value in blocks.values() if value is not None]
-    if overflowed := next((name for name, value in blocks.items() if value is None), None):
-        return overflowed, None, max(known, default=0.0)
-    grown = dict(zip(blocks, _increases(known), strict=True))
-    name = max(grown, key=lambda block: grown[block])
-    return name, grown[name], max(known)
-
-
-def _increases(values: Sequence[float]) -> Iterator[float]:
-    """What each block adds to the deviation of the one before it; the first one all that it has."""
-    before = 0.0
-    for value in values:
-        yield value - before
-        before = value
 
 
 # --- remedies --------------------------------------------------------------------------------------------------------

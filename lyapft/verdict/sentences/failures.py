@@ -11,6 +11,7 @@ from lyapft.verdict.sentences.advice import scores_of
 from lyapft.verdict.spikes import Spikes
 from lyapft.verdict.words import AGAINST, MOST_LISTED, difference, joined, margin, p_value, raw, scored, seeds, where_of
 
+MOST_SPIKES = 2
 NOISE = {"seeds": "another seed", "threads": "other thread count", "replicate": "same again"}
 Siblings = Mapping[tuple[str, str, str], Sequence[Row]]  # rows by setting
 
@@ -95,8 +96,8 @@ def _spikes(found: Sequence[Row], spikes: Sequence[Spikes], settings: Settings) 
     for setting, group in groupby(spikes, key=lambda one: one.setting):
         worst = sorted((one for one in group if one.spikes), key=lambda one: (-one.spikes / one.scores, -one.mean_abs))
         if worst:
-            shown = "; ".join(map(_spike, worst[:MOST_LISTED]))
-            more = f" and {len(worst) - MOST_LISTED} more" if len(worst) > MOST_LISTED else ""
+            shown = "; ".join(map(_spike, worst[:MOST_SPIKES]))
+            more = f"; and {len(worst) - MOST_SPIKES} more" if len(worst) > MOST_SPIKES else ""
             lines.append(f"Spikes of {where_of(setting)}, most often at {shown}{more}.")
     return lines
 
