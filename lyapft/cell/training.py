@@ -2,6 +2,7 @@
 
 import logging
 import signal
+from collections.abc import Iterable
 from functools import partial
 
 import lightning as L
@@ -10,11 +11,11 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from lyapft import config, data, precision, ranks, records
+from lyapft import config, precision, ranks, records
 from lyapft.cell import summary
 from lyapft.cell.assembly import Assembly
 from lyapft.cell.preparation import Cell
-from lyapft.data import TokenDataset
+from lyapft.data import Stream, TokenDataset
 from lyapft.environment import PeakMemory, warm_up
 from lyapft.halving import Halvings, out_of_memory
 from lyapft.module import FineTuner
@@ -30,7 +31,7 @@ def train(
     cell: Cell,
     record: Record,
     parts: Assembly,
-    rows: TokenDataset,
+    rows: TokenDataset | Stream,
     loggers: list[Logger],
     signals: Signals,
     halvings: Halvings,
@@ -81,13 +82,13 @@ class Training:
         self.files = CheckpointFiles(cell.folder)
         self.resume = Resume(self.files, self.settings.checkpoint_every_s, signals, parts.seam, self.memory)
 
-    def fit(self, rows: TokenDataset, loggers: list[Logger]) -> None:
+    def fit(self, rows: TokenDataset | Stream, loggers: list[Logger]) -> None:
         """Train from the start, or from where an earlier attempt was."""
         checkpoint = ranks.from_first(self.files.latest() if ranks.leads() else None)
         trainer = self._trainer(loggers)
         self.module.model.train()
         cfg = self.cell.config
-        loader = data.batches(rows, cfg.trainer.batch_size, cfg.trainer.steps * cfg.trainer.accumulate, cfg.seed)
+        loader = rows.batches(cfg.trainer.batch_size, cfg.trainer.steps * cfg.trainer.accumulate, cfg.seed)
         own = loader.share(ranks.rank(), ranks.count())
         self.module.to(self.cell.device)
         self._warm_up(loader)
@@ -145,7 +146,7 @@ class Training:
         with self.parts.precision.autocast():
             return self.module.loss(batch)
 
-    def _warm_up(self, loader: data.Batches) -> None:
+    def _warm_up(self, loader: Iterable[dict[str, torch.Tensor]]) -> None:
         try:
             warm_up(self.module, self._loss, loader)
         except Exception as error:
