@@ -95,6 +95,7 @@ def test_the_processes_together_draw_what_one_would(rows, batch_size, steps, ran
 
 # -- trainings
 
+ALPACA = ROOT / "tests" / "fixtures" / "alpaca.jsonl"
 ALIKE = {  # a sum of two is the same in either order, so nothing is lost to rounding
     "watched": ["precision=fp32", "probe=[lyapunov,shadow]", "guard=rollback"],
     "scaled": ["precision=fp16"],
@@ -102,6 +103,13 @@ ALIKE = {  # a sum of two is the same in either order, so nothing is lost to rou
     "sdt": ["precision=fp32", "peft=sdt", "peft.warmup_steps=2"],
     "full": ["precision=bf16", "peft=none"],
     "four": ["precision=fp32", "trainer.accumulate=4"],  # each process adds up two: another order
+    "streamed": [
+        "precision=fp32",
+        "data=alpaca",
+        f"data.path={ALPACA}",
+        "data.streaming=true",
+        "data.shuffle_buffer=5",
+    ],
     "sharded": ["precision=bf16", "peft=none"],  # the norm of the gradient is a sum of parts
     "sharded lora": ["precision=fp32", "peft=lora"],
 }
