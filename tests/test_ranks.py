@@ -96,6 +96,7 @@ def test_the_processes_together_draw_what_one_would(rows, batch_size, steps, ran
 # -- trainings
 
 ALPACA = ROOT / "tests" / "fixtures" / "alpaca.jsonl"
+STREAMED = ["data=alpaca", f"data.path={ALPACA}", "data.streaming=true", "data.shuffle_buffer=5"]
 ALIKE = {  # a sum of two is the same in either order, so nothing is lost to rounding
     "watched": ["precision=fp32", "probe=[lyapunov,shadow]", "guard=rollback"],
     "scaled": ["precision=fp16"],

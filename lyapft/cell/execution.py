@@ -14,7 +14,7 @@ from lyapft.cell.state import clean_state
 from lyapft.cell.training import train
 from lyapft.cell.validation import validation
 from lyapft.data import Stream, Table, TokenDataset
-from lyapft.halving import EVALUATION, Halvings
+from lyapft.halving import EVALUATION, VALIDATION, Halvings
 from lyapft.records import Record
 from lyapft.resume import Signals
 
@@ -40,10 +40,10 @@ def execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals,
                     parts = gathered(cell, parts)
         if not ranks.leads():
             return
-        halvings.doing = EVALUATION
         if held_out is not None:
-            model = parts.backbone.model.to(cell.device)
-            record["validation"] = validation(model, held_out, cell, precision.autocast)
+            model, halvings.doing = parts.backbone.model.to(cell.device), VALIDATION
+            record["validation"] = validation(model, held_out, cell, precision.autocast, halvings.rows)
+        halvings.doing = EVALUATION
         evaluation = time.perf_counter()
         _score(cell, record, parts, halvings)
         signals.heed()

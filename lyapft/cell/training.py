@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import lightning as L
@@ -17,14 +17,15 @@ from lyapft.cell.assembly import Assembly
 from lyapft.cell.preparation import Cell
 from lyapft.data import Stream, TokenDataset
 from lyapft.environment import PeakMemory, warm_up
-from lyapft.halving import Halvings, out_of_memory
-from lyapft.module import FineTuner
+from lyapft.halving import SELECTION, Halvings, out_of_memory
+from lyapft.module import IGNORED, FineTuner
 from lyapft.peft import Liveness
 from lyapft.probes import AdapterLiveness, AlertProbe, LyapunovProbe, ProgressBar, ShadowProbe, StepRecorder
 from lyapft.records import Record
 from lyapft.resume import CheckpointFiles, Resume, Signals
 
 log = logging.getLogger(__name__)
+Batch = dict[str, torch.Tensor]
 
 
 def train(
@@ -94,7 +95,7 @@ class Training:
         self._warm_up(loader)
         self.memory.start()
         if checkpoint is None:
-            self.parts.peft.prepare(self._loss, loader)
+            self._prepare(loader)
         ranks.part_random_numbers(cfg.seed)
         continued = ", continued" if checkpoint else ""
         log.info("training %s: %d steps%s", _title(self.cell), self.settings.steps, continued)
@@ -142,11 +143,25 @@ class Training:
             self.resume,
         ]
 
-    def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _loss(self, batch: Mapping[str, torch.Tensor], of: int | None = None) -> torch.Tensor:
         with self.parts.precision.autocast():
-            return self.module.loss(batch)
+            return self.module.loss(batch, of)
 
-    def _warm_up(self, loader: Iterable[dict[str, torch.Tensor]]) -> None:
+    def _prepare(self, loader: Iterable[Batch]) -> None:
+        """Let the peft learn what it needs to, of batches in the parts that fit."""
+        halvings = self.module.halvings
+
+        def gradients(batch: Batch) -> None:
+            whole = int((batch["labels"][:, 1:] != IGNORED).sum())
+            parts = halvings.parts(batch)
+            for part in parts:
+                self._loss(part, whole if len(parts) > 1 else None).backward()
+
+        halvings.doing = SELECTION
+        self.parts.peft.prepare(gradients, loader)
+        halvings.doing = None
+
+    def _warm_up(self, loader: Iterable[Batch]) -> None:
         try:
             warm_up(self.module, self._loss, loader)
         except Exception as error:
