@@ -134,7 +134,7 @@ def test_an_evaluation_is_scored_with_less_at_once_and_costs_no_training(tmp_pat
 
 
 def test_a_validation_is_done_again_with_less_at_once(tmp_path, monkeypatch):
-    asked = [*HALVE, "trainer.validation_rows=6", "trainer.batch_size=8", "task.limit=1", "task.shots=[0]"]
+    asked = [*HALVE, "probe=lyapunov", "trainer.validation_rows=6", "trainer.batch_size=8", "task.batch_tokens=128"]
     whole, halved = (prepared(tmp_path / name, *asked) for name in ("whole", "halved"))
     expected = cell.ensure(whole)
     device = Device(monkeypatch, tokens=128)

@@ -36,7 +36,7 @@ def execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals,
             with together():
                 train(cell, record, parts, rows, loggers, signals, halvings)
                 record["data"] = rows.record()  # of a stream it is known now
-                if settings.strategy == "fsdp":
+                if settings.strategy != "ddp":
                     parts = gathered(cell, parts)
         if not ranks.leads():
             return

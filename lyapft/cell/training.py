@@ -90,13 +90,14 @@ class Training:
         self.module.model.train()
         cfg = self.cell.config
         loader = rows.batches(cfg.trainer.batch_size, cfg.trainer.steps * cfg.trainer.accumulate, cfg.seed)
-        own = loader.share(ranks.rank(), ranks.count())
+        place = ranks.place(self.settings)
+        own = loader.share(place, self.module.copies)
         self.module.to(self.cell.device)
         self._warm_up(loader)
         self.memory.start()
         if checkpoint is None:
             self._prepare(loader)
-        ranks.part_random_numbers(cfg.seed)
+        ranks.part_random_numbers(cfg.seed, place)
         continued = ", continued" if checkpoint else ""
         log.info("training %s: %d steps%s", _title(self.cell), self.settings.steps, continued)
         try:
@@ -115,7 +116,7 @@ class Training:
         return {"resumed": resumed} | summary.events(self.module, self.probes, self.guards)
 
     def _trainer(self, loggers: list[Logger]) -> L.Trainer:
-        launched = ranks.trainer_arguments(self.settings.strategy)
+        launched = ranks.trainer_arguments(self.settings)
         return L.Trainer(
             accelerator=self.cell.device,
             plugins=[self.parts.precision.plugin, self.files, *launched.pop("plugins")],

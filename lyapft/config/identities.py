@@ -52,6 +52,8 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
         kept["guard"] |= {"probes": settings} if settings else {}  # they say at which steps it sees a number
     if not kept["trainer"]["validation_rows"]:
         kept["trainer"].pop("validation_rows")
+    if kept["trainer"]["strategy"] != "tensor":
+        kept["trainer"].pop("tensor_parallel_size")
     if kept["trainer"]["strategy"] == "ddp":
         kept["trainer"].pop("strategy")
     if kept["trainer"]["oom"] == "stop":  # can stop a cell, not change it
