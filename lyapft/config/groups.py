@@ -153,6 +153,7 @@ class GuardConfig:
     name: str = MISSING
     action: str | None = None  # skip | rollback | stop
     rules: dict[str, Any] = field(default_factory=dict)  # by name, each as RuleConfig
+    nonfinite: bool = True
     skip_steps: int = 0
     every: int = 10
     limit: int = 10
