@@ -38,7 +38,12 @@ HOW = {
     "sdt": ["precision=fp32", "peft=sdt", "peft.warmup_steps=2"],
     "lora_plus": ["precision=fp32", "peft=lora_plus"],
     "state": ["precision=fp32", "peft=initial_state"],
-    "rolled back": ["precision=fp32", "guard=rollback", "guard.every=1", "+guard.rules.high={metric: loss, above: 8.0}"],
+    "rolled back": [
+        "precision=fp32",
+        "guard=rollback",
+        "guard.every=1",
+        "+guard.rules.high={metric: loss, above: 8.0}",
+    ],
     "skipped": ["precision=bf16", "guard=skip", "guard.skip_steps=1", "+guard.rules.high={metric: loss, above: 10.0}"],
     "pissa": ["precision=bf16_true_unpinned", "peft=pissa"],  # whose base weights depend on the seed's adapters
 }
