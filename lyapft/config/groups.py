@@ -190,6 +190,7 @@ class EvaluateConfig:
     run: str = MISSING  # runs/STUDY/CELL
     task: TaskConfig | None = None  # null = the tasks of the run
     experiment: Any = None  # instead of scoring a run
+    trust_remote_code: bool = False  # of a run whose model brought code of its own
     threads: int | None = None
     device: str = "auto"
     progress: bool = True
