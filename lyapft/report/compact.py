@@ -39,11 +39,8 @@ class Reader:
             made = self._object(text.rstrip(), 0, COMMON)
         except ValueError:  # not as lyapft lays it out, or no JSON at all
             made = json.loads(text)
-        stability = made.get("stability") if isinstance(made, dict) else None
-        layers = stability.get("layers") if isinstance(stability, dict) else None
-        if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers):
-            worst = [{key: one.get(key) for key in ("layer", "margin")} for one in _worst(layers)]
-            made["stability"] = {**stability, "layers": worst}
+        if isinstance(made, dict) and isinstance(stability := made.get("stability"), dict):
+            made["stability"] = _worst_only(stability)
         return made
 
     def _object(self, text: str, depth: int, common: frozenset[str] | None = None) -> Any:
@@ -103,6 +100,11 @@ def _named(part: Any) -> Any:
     return {sys.intern(key): value for key, value in part.items()} if isinstance(part, dict) else part
 
 
-def _worst(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _worst_only(stability: dict[str, Any]) -> dict[str, Any]:
+    """Without the layers but the one with the smallest margin."""
+    layers = stability.get("layers")
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+        return stability
     measured = [layer for layer in layers if isinstance(layer.get("margin"), int | float)]
-    return [min(measured, key=lambda layer: float(layer["margin"]))] if measured else layers[:1]
+    worst = [min(measured, key=lambda layer: float(layer["margin"]))] if measured else layers[:1]
+    return stability | {"layers": [{key: layer.get(key) for key in ("layer", "margin")} for layer in worst]}
