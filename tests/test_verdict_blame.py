@@ -49,8 +49,8 @@ def test_layers_that_were_left_alone_are_blamed_where_adapting_them_too_gains() 
     assert "lora on in_proj" in line
     assert (
         "Leaving dt_proj alone is to blame for part of it: lora_all, which adapts it too, lies "
-        f"+{apart:.2f} points from it (95% +{interval.low:.2f} to +{interval.high:.2f}, n = 8 seeds; {scores}); its other layers were not varied."
-        in line
+        f"+{apart:.2f} points from it (95% +{interval.low:.2f} to +{interval.high:.2f}, n = 8 seeds; {scores}); "
+        "its other layers were not varied." in line in line
     )
 
 

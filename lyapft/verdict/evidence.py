@@ -226,8 +226,8 @@ def beyond_trained_length(record: Record) -> dict[ScoreKey, int]:
 
 def settings_of(recipe: Recipe) -> dict[str, str]:
     """The config of a recipe as flat names and JSON values, without what may differ between its runs."""
-    flat = _flat(recipe.runs[0].get("config") or {}) if recipe.runs else {}
-    return {key: value for key, value in flat.items() if key not in NOT_THE_RECIPE}
+    found = flat(recipe.runs[0].get("config") or {}) if recipe.runs else {}
+    return {key: value for key, value in found.items() if key not in NOT_THE_RECIPE}
 
 
 def is_own_counterpart(recipe: Recipe) -> bool:
