@@ -5,19 +5,8 @@ from dataclasses import dataclass, replace
 
 from lyapft.divergence import Comparison, adjusted, compare, paired_divergence
 from lyapft.records import accuracies
-from lyapft.verdict.evidence import (
-    Evidence,
-    Pair,
-    Recipe,
-    ScoreKey,
-    Settings,
-    beyond_trained_length,
-    mean_scores_of,
-    resolution,
-    seed_of,
-    settings_of,
-    shared_keys,
-)
+from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, Settings, beyond_trained_length, seed_of, settings_of
+from lyapft.verdict.pairing import Pair, mean_scores_of, resolution, shared_keys
 
 # What a study may vary to be told its effect: the setting's name, the value that is asked about, and the one beside it.
 ASKED = (("peft.memory_buffer", "tied", "untied"),)

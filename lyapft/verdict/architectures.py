@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lyapft.divergence import Comparison, Estimate, adjusted, compare, estimate
-from lyapft.verdict.evidence import Evidence, Settings, mean_scores, resolution
+from lyapft.verdict.evidence import Evidence, Settings
+from lyapft.verdict.pairing import mean_scores, resolution
 from lyapft.verdict.recipes import Row
 
 ALL_RECIPES = "all shared recipes"

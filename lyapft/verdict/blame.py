@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lyapft.divergence import Estimate, estimate
-from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, Settings, mean_scores_of
+from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, Settings
+from lyapft.verdict.pairing import mean_scores_of
 from lyapft.verdict.recipes import Row, shares
 from lyapft.verdict.rounding import origin_of
 from lyapft.verdict.words import beyond, difference, interval, joined, raw, signed

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from lyapft.divergence import Estimate, estimate
 from lyapft.records import costs
-from lyapft.verdict.evidence import Pair, Settings
+from lyapft.verdict.evidence import Settings
+from lyapft.verdict.pairing import Pair
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
@@ -132,46 +132,6 @@ class Evidence:
     items: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A run beside its counterpart: signed differences in points by (task, shots).
-
-    `unpaired` are the scores that only one of the two has.
-    """
-
-    run: Record
-    counterpart: Record
-    signed: Mapping[ScoreKey, float]
-    fewest_items: int  # behind any score of the run
-    unpaired: tuple[ScoreKey, ...] = ()
-
-    @property
-    def seed(self) -> int:
-        """Seed of both."""
-        return seed_of(self.run)
-
-    @property
-    def mean_signed(self) -> float:
-        """Mean difference over tasks and shots."""
-        return self.mean_over(self.signed)
-
-    @property
-    def mean_abs(self) -> float:
-        """Mean size of the difference over tasks and shots: the paper's mean full-precision divergence."""
-        return sum(map(abs, self.signed.values())) / len(self.signed)
-
-    @cached_property
-    def score(self) -> float:
-        """Mean score of the run over what is compared, as a fraction; the counterpart's lies `mean_signed` below it."""
-        values = values_of(self.run)
-        return math.fsum(values[key] for key in self.signed) / len(self.signed)
-
-    def mean_over(self, keys: Iterable[ScoreKey]) -> float:
-        """Mean difference over some of its scores; NaN where it has none of them."""
-        own = [self.signed[key] for key in keys if key in self.signed]
-        return sum(own) / len(own) if own else math.nan
-
-
 def gather(records: Sequence[Record], items: Mapping[str, pd.DataFrame] | None = None) -> Evidence:
     """Sort the records of one study into recipes, in the order in which they are given."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
@@ -182,43 +142,6 @@ def gather(records: Sequence[Record], items: Mapping[str, pd.DataFrame] | None =
     recipes = [_recipe(key, name, runs) for (key, runs), name in zip(groups.items(), names, strict=True)]
     study = next((str(record["study"]) for record in records if record.get("study")), "")
     return Evidence(study, tuple(recipes), {str(record["id"]): record for record in records}, items or {})
-
-
-def pairs(evidence: Evidence, recipe: Recipe, counterpart: str) -> list[Pair]:
-    """The recipe's runs with their counterparts, by seed; those that have none are left out (see `missing`)."""
-    found = []
-    for run in recipe.runs:
-        entry = divergence_entry(run, counterpart)
-        other = evidence.by_id.get(str(entry.get("reference_id"))) if entry else None
-        if entry and entry.get("status") == "ok" and other is not None and entry["per_score"]:
-            signed = {score_key(s): float(s["signed_points"]) for s in entry["per_score"]}
-            fewest = min(int(score["n"]) for score in accuracies(run))
-            found.append(Pair(run, other, signed, fewest, _unpaired(run, other, len(signed))))
-    return sorted(found, key=lambda pair: pair.seed)
-
-
-def _unpaired(run: Record, other: Record, paired: int) -> tuple[ScoreKey, ...]:
-    if len(accuracies(run)) == len(accuracies(other)) == paired:  # nearly always
-        return ()
-    return tuple(sorted(values_of(run).keys() ^ values_of(other).keys()))
-
-
-def shared_keys(own: Sequence[Pair]) -> list[ScoreKey]:
-    """Every (task, shots) that any of the pairs has, in the order of their first appearance."""
-    return list(dict.fromkeys(key for pair in own for key in pair.signed))
-
-
-def mean_scores(own: Sequence[Pair]) -> tuple[float, float]:
-    """Means over pairs and their scores: of the runs, and of their counterparts; fractions."""
-    n = sum(len(pair.signed) for pair in own)
-    score = math.fsum(pair.score * len(pair.signed) for pair in own) / n
-    return score, score - math.fsum(math.fsum(pair.signed.values()) for pair in own) / n / 100.0
-
-
-def mean_scores_of(own: Sequence[Pair], keys: Iterable[ScoreKey]) -> tuple[float, float]:
-    """The same over some of the scores, which every pair has."""
-    wanted = set(keys)
-    return mean_scores([replace(p, signed={k: v for k, v in p.signed.items() if k in wanted}) for p in own])
 
 
 def beyond_trained_length(record: Record) -> dict[ScoreKey, int]:
@@ -240,11 +163,6 @@ def settings_of(recipe: Recipe) -> dict[str, str]:
 def is_own_counterpart(recipe: Recipe) -> bool:
     """Whether the recipe is full precision with every weight trained: what the others are measured against."""
     return any((divergence_entry(run, PAPER) or {}).get("status") == "self" for run in recipe.runs)
-
-
-def resolution(pair: Pair) -> float:
-    """Points by which one changed answer moves the mean over tasks and shots; the largest, where scores differ in n."""
-    return 100.0 / (pair.fewest_items * len(pair.signed))
 
 
 def items_of(record: Record) -> dict[ScoreKey, int]:

@@ -25,19 +25,14 @@ from lyapft.verdict.evidence import (
     PAPER,
     PRECISION_ONLY,
     Evidence,
-    Pair,
     Recipe,
     ScoreKey,
     Settings,
     beyond_trained_length,
     items_of,
-    mean_scores,
-    mean_scores_of,
-    pairs,
-    resolution,
-    shared_keys,
     values_of,
 )
+from lyapft.verdict.pairing import Pair, mean_scores, mean_scores_of, pairs, resolution, shared_keys
 
 
 @dataclass(frozen=True)
