@@ -137,7 +137,7 @@ def _parquet(path: Path, position: Position) -> Iterator[tuple[Row, Position]]:
             for row in rows_left:
                 done += 1
                 yield row, (done, done)
-    except ArrowException as error:
+    except (ArrowException, OSError, ValueError) as error:  # what Arrow says of other bytes than it expects
         raise InputError(f"{path} is no Parquet file, or a damaged one: {error}") from None
 
 
