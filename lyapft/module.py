@@ -85,7 +85,7 @@ class FineTuner(L.LightningModule):
         skipped_steps: optimizer steps whose update was withheld: not finite, by the loss scaler, or by `withhold`.
         nonfinite: of each step with a non-finite loss or gradient: step (as in the step series, from 1), loss, layers,
             rows; without those that a loss scaler is there for, which are in `scaler_skips`.
-        withhold: None, or asked before each update whether to withhold it.
+        withhold: None, or asked before each update whether to withhold it; one that is not finite is withheld anyway.
         parts: in which the present micro-batch goes through the model: one, unless memory ran out for the whole.
         watchers: told of each part before its forward pass, where there are several.
     """
@@ -201,7 +201,8 @@ class FineTuner(L.LightningModule):
         for own in sharding.kin(trainable):
             nn.utils.clip_grads_with_norm_(own, self.settings.grad_clip, total)
         self.observed["grad_norm"] = norm
-        self._step_skipped = not self._finite or (self.withhold is not None and self.withhold())
+        withheld = self.withhold is not None and self.withhold()
+        self._step_skipped = withheld or not self._finite
         if self._step_skipped:
             optimizer.zero_grad(set_to_none=True)
 

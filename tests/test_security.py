@@ -15,11 +15,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lyapft import admission, backbone, config, data, records, recurrence, report, secrets
+from lyapft import admission, backbone, cell, config, data, evaluation, records, recurrence, report, secrets
 from lyapft.config import ModelConfig
 from lyapft.errors import InputError
 from lyapft.peft import Lora
+from lyapft.peft import __main__ as peft_command
 from lyapft.peft.base import ADAPTER_FOLDER, TENSORS
+from tests.test_cell import prepared
 from tests.test_cli import ROOT, SMALL, typed  # noqa: F401 - a fixture
 
 CANARY = "canary0f81c6d2e7b94a5a9d3c"
@@ -260,6 +262,54 @@ def test_code_that_comes_with_a_model_runs_only_by_its_own_key_and_is_recorded(t
 
     science = config.science(composed("model=hf", "model.trust_remote_code=true"), FINGERPRINTS, {})
     assert science["model"]["trust_remote_code"] is True
+
+
+# -- records from elsewhere
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    one = prepared(tmp_path_factory.mktemp("runs"), "reference=off")
+    assert cell.ensure(one)["status"] == "ok"
+    return one.folder
+
+
+TARGETS = {
+    "a function": ("peft", {"_target_": "os.system", "command": "touch touched"}),
+    "a class": ("task", {"_target_": "subprocess.Popen", "args": ["touch", "touched"]}),
+    "an argument": ("peft", {"targets": {"_target_": "os.system", "command": "touch touched"}}),
+    "an interpolation": ("model", {"name": "${oc.env:HOME}"}),
+    "a model's code": ("model", {"trust_remote_code": True}),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+@pytest.mark.parametrize("name", ["evaluate", "merge", "experiment"])
+def test_a_record_from_elsewhere_runs_no_code(finished, typed, tmp_path, case, name):  # noqa: F811
+    run, (group, values) = tmp_path / "run", TARGETS[case]
+    shutil.copytree(finished, run)
+    record = json.loads((run / records.RECORD).read_text())
+    record["config"][group] |= values
+    (run / records.RECORD).write_text(json.dumps(record))
+    if name == "merge":
+        with pytest.raises(InputError, match=r"nothing was run|Read that code"):
+            peft_command.merge(run, tmp_path / "merged")
+    else:
+        wanted = ["experiment=growth", f"experiment.models=[{run}]"] if name == "experiment" else [f"run={run}"]
+        code, printed = typed(*wanted, "progress=false", name="evaluate")
+        assert code == 1
+        assert "nothing was run" in printed or "Read that code" in printed
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "runs"}
+    assert not (run / "evaluations").exists()
+
+
+def test_code_of_a_model_is_allowed_by_the_command_not_by_the_record(finished):
+    record = records.load(finished)
+    record["config"]["model"]["trust_remote_code"] = True
+    with pytest.raises(InputError, match=r"evaluate\.py trust_remote_code=true"):
+        evaluation.rebuild_config(record)
+    assert evaluation.rebuild_config(record, trust_remote_code=True).model.trust_remote_code is True
 
 
 # -- markup

@@ -156,6 +156,7 @@ class GuardConfig:
     name: str = MISSING
     action: str | None = None  # skip | rollback | stop
     rules: dict[str, Any] = field(default_factory=dict)  # by name, each as RuleConfig
+    nonfinite: bool = True
     skip_steps: int = 0
     every: int = 10
     limit: int = 10
@@ -192,6 +193,7 @@ class EvaluateConfig:
     run: str = MISSING  # runs/STUDY/CELL
     task: TaskConfig | None = None  # null = the tasks of the run
     experiment: Any = None  # instead of scoring a run
+    trust_remote_code: bool = False  # of a run whose model brought code of its own
     threads: int | None = None
     device: str = "auto"
     progress: bool = True

@@ -112,7 +112,7 @@ def _guard_faults(cfg: DictConfig) -> list[str]:
         return found
     if guard.action not in GUARD_ACTIONS:
         found.append(f"guard.action={guard.action} is unknown: use one of {', '.join(GUARD_ACTIONS)}")
-    if not guard.rules:
+    if not guard.rules and not guard.nonfinite:
         found.append(f"guard={guard.name} has no rules: it would never act")
     for name, rule in guard.rules.items():
         try:

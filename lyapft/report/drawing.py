@@ -75,7 +75,7 @@ def thin(x: Sequence[float], y: pd.Series, points: int = CURVE_POINTS) -> tuple[
     """Means of at most `points` bins of neighbouring steps; a bin without a finite number is a gap."""
     frame = pd.DataFrame({"x": list(x), "y": y.astype(float).to_list()})
     frame["y"] = frame["y"].where(frame["y"].abs() < math.inf)
-    bins = frame.groupby(frame.index // max(math.ceil(len(frame) / points), 1)).mean()
+    bins = frame if len(frame) <= points else frame.groupby(frame.index // math.ceil(len(frame) / points)).mean()
     return bins["x"].tolist(), [None if math.isnan(value) else value for value in bins["y"]]
 
 

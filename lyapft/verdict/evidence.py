@@ -129,9 +129,9 @@ class Pair:
 def gather(records: Sequence[Record], items: Mapping[str, pd.DataFrame] | None = None) -> Evidence:
     """Sort the records of one study into recipes, in the order in which they are given."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
-    flat: dict[tuple[str, int], Part] = {}  # by identity: records of a study share equal parts
+    known: dict[tuple[str, int], Part] = {}  # by identity: records of a study share equal parts
     for record in records:
-        groups.setdefault((*_choices(record), _science(record, flat)), []).append(record)
+        groups.setdefault((*_choices(record), _science(record, known)), []).append(record)
     names = _labels(groups)
     recipes = [_recipe(key, name, runs) for (key, runs), name in zip(groups.items(), names, strict=True)]
     study = next((str(record["study"]) for record in records if record.get("study")), "")
@@ -185,14 +185,15 @@ def _choices(record: Record) -> tuple[str, ...]:
     return tuple(str(chosen.get(group, "?")) for group in ("model", "data", "task", "precision", "peft"))
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings by their dotted names, values as JSON."""
+    found: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, default=str)
-    return flat
+            found[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, default=str)
+    return found
 
 
 def _science(record: Record, known: dict[tuple[str, int], Part]) -> frozenset[Part]:
@@ -201,7 +202,7 @@ def _science(record: Record, known: dict[tuple[str, int], Part]) -> frozenset[Pa
     for key, value in (record.get("config") or {}).items():
         place = key, id(value)
         if place not in known:
-            known[place] = frozenset((k, v) for k, v in _flat({key: value}).items() if k not in NOT_THE_RECIPE)
+            known[place] = frozenset((k, v) for k, v in flat({key: value}).items() if k not in NOT_THE_RECIPE)
         parts.append(known[place])
     return frozenset(parts)
 
