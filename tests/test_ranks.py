@@ -141,7 +141,7 @@ ALIKE = {  # a sum of two is the same in either order, so nothing is lost to rou
     ],
     "sharded": ["precision=bf16", "peft=none"],  # the norm of the gradient is a sum of parts
     "sharded lora": ["precision=fp32", "peft=lora"],
-    "tensor": ["model=pythia_tiny", "precision=fp32", "peft=none"],
+    "tensor": ["model=pythia_tiny", "precision=fp32", "peft=none", "trainer.learning_rate=1e-4"],
     "tensor lora": ["model=llama_tiny", "precision=fp32", "peft=lora"],
 }
 SHARDED = ("sharded lora", "sharded torn", "sharded resumed")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lyapft import cell, records
+from lyapft import cell, records, tasks
 from lyapft.data import Alpaca, Sharegpt, Stream, Table, TextFile, build, hub, pack, readers
 from lyapft.data.readers import Files, read_rows
 from lyapft.errors import InputError
@@ -222,7 +222,7 @@ def test_text_is_read_in_pieces_and_its_tokens_are_those_of_the_whole(tmp_path, 
     assert found == whole.ids.tolist()
     assert found.count(tokenizer.eos_token_id) == 2
     one = table("text", str(tmp_path), limit=1)
-    assert [row["ends"] for row in one.reader()].count(True) == 1
+    assert [row[readers.ENDS] for row in one.reader()].count(True) == 1
 
 
 # errors
@@ -324,6 +324,10 @@ def overrides(path: str, *more: str) -> list[str]:
     return ["reference=off", "precision=fp32", "trainer.checkpoint_every_s=0", *how, *more]
 
 
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("how", [[], ["data.packing=true", "trainer.accumulate=2"], ["data.workers=2"]])
 def test_a_streamed_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path, folders, monkeypatch, how):
     asked = overrides(folders["alpaca"], "data.streaming=true", "trainer.steps=9", "trainer.validation_rows=3", *how)
@@ -335,6 +339,10 @@ def test_a_streamed_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_pat
     assert record["validation"]["rows"] == 3
     for step in (1, 6):
         assert cut(monkeypatch, torn, step, signal.SIGTERM) == 128 + signal.SIGTERM
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cell.ensure(torn)
     assert cell.ensure(torn)["resumed"]["at_steps"] == [2, 7]
     same(whole, torn)
     assert records.load(torn.folder)["data"] == record["data"]

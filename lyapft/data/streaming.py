@@ -20,7 +20,7 @@ from lyapft.data.batches import TokenDataset, nothing_left, pad_id, shuffled, to
 from lyapft.data.examples import Example
 from lyapft.data.files import Row
 from lyapft.data.packing import pack
-from lyapft.data.readers import Reader
+from lyapft.data.readers import BEGINS, Reader
 from lyapft.data.sources import ENOUGH, Table
 from lyapft.errors import InputError
 
@@ -103,13 +103,13 @@ class Stream:
         """
         while True:
             reader, rows = self._opened(place)
-            found, last = 0, False
+            last = False
             while not last:
                 window = self._next(reader, rows, place, self.table.shuffle_buffer)
-                found, place, last = found + len(window.rows), window.behind, window.last
+                place, last = window.behind, window.last
                 if len(window.rows):
                     yield window
-            if not (found or place.rows > self.start.rows):
+            if place.rows == self.start.rows:
                 counts = place.counts
                 raise nothing_left(self.table.name, self.max_length, counts["rows_dropped"], counts["rows_bad"])
             place = replace(self.start, passes=place.passes + 1, counts=place.counts)
@@ -168,7 +168,7 @@ def good_examples(table: Table, rows: Iterator[Row], wanted: int, before: int = 
     while len(good) < wanted and (row := next(rows, None)) is not None:
         read += 1
         if table.fault(row) is None:
-            good.append(Example(f"row {before + read}", table.segments(row), bool(row.get("begins", True))))
+            good.append(Example(f"row {before + read}", table.segments(row), bool(row.get(BEGINS, True))))
     return good, read
 
 
