@@ -19,7 +19,6 @@ MODELS = {
     "causal_conv1d": "the convolution of all of them",
 }
 WORDS = {"cpu": "compiled for this CPU by numba", "torch": "plain torch", "mamba_ssm": "mamba-ssm's CUDA kernels"}
-CHUNKED = "chunked matrix products in torch"  # of the SSD, by kernel=cpu as by kernel=torch
 
 
 @dataclass
@@ -103,8 +102,7 @@ def text(found: Findings) -> str:
     for device, operations in found.paths.items():
         lines += ["", f"what kernel=auto runs on {device}"]
         for name, (kernel, _) in operations.items():
-            words = CHUNKED if name == "ssd" and kernel != "mamba_ssm" else WORDS[kernel]
-            lines.append(f"  {name:14s} {words:32s} ({MODELS[name]})")
+            lines.append(f"  {name:14s} {WORDS[kernel]:32s} ({MODELS[name]})")
     lines += ["", "to do"] + [f"  {line}" for line in found.advice or ["nothing: every path is the preferred one"]]
     return "\n".join(lines)
 

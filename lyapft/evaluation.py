@@ -11,7 +11,7 @@ from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lyapft import backbone, config, precision, records, recurrence, tasks
+from lyapft import backbone, config, containment, precision, records, recurrence, tasks, trust
 from lyapft.cell import CellFailed, disk_message
 from lyapft.environment import describe, resolve_device, resolve_threads
 from lyapft.errors import InputError
@@ -42,7 +42,7 @@ def _run(cfg: DictConfig) -> None:
     record = records.load(folder)
     if record["status"] != "ok":
         raise InputError(f"{folder} has status {record['status']}: only a finished run can be scored")
-    cell = rebuild_config(record)
+    cell = rebuild_config(record, cfg.trust_remote_code)
     task_node = cfg.task if cfg.task is not None else cell.task
     device, found = resolve_device(cfg.device)
     found += backbone.faults(cell.model) + precision.faults(cell.precision, device) + tasks.faults(task_node)
@@ -69,6 +69,7 @@ def _score(cfg: DictConfig, folder: Path, record: Record, cell: DictConfig, task
     torch.set_num_threads(science["threads"])
     identity = config.identity(science)
     target = folder / FOLDER / f"{identity}.json"
+    containment.check(folder, [target.parent])
     target.parent.mkdir(exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         _score_once(cfg, target, record, cell, task, task_node, science, device)
@@ -127,14 +128,19 @@ def _score_once(
     print(f"scores: {target}")
 
 
-def rebuild_config(record: Record) -> DictConfig:
-    """The typed config that a record was made from, with the paths it had then."""
+def rebuild_config(record: Record, trust_remote_code: bool = False) -> DictConfig:
+    """The typed config that a record was made from, with the paths it had then.
+
+    Raises:
+        InputError: it would run code that is not lyapft's; `trust_remote_code` allows the one that came with a model.
+    """
     science = json.loads(json.dumps(record["config"]))
     nodes: dict[str, Any] = {}
     for group in ("model", "task", "peft", "precision"):
         values = science[group]
         values.pop("content", None)
-        nodes[group] = OmegaConf.merge(values, record["paths"].get(group, {}))
+        nodes[group] = OmegaConf.to_container(OmegaConf.merge(values, record["paths"].get(group, {})))
+    trust.check(record, nodes, trust_remote_code)
     nodes["kernel"] = asdict(config.KernelConfig(**science["kernel"]))
     return OmegaConf.create(nodes)
 

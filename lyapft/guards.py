@@ -1,12 +1,14 @@
 """Guards: what a training does about a number that goes where it should not. They change it, so they are science.
 
-An update that is not finite is never taken, guard or no guard: that is the module's own.
+An update that is not finite is never taken, guard or no guard: that is the module's own. A guard may do more about it.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Guard(Callback):
-    """Skips updates, rolls back, or stops, where a number breaks a rule.
+    """Skips updates, rolls back, or stops, where a number breaks a rule, or the loss or a gradient is not finite.
 
     `skip`: this update and the next `skip_steps` are withheld; the schedule waits. `rollback`: weights, optimizer and
     schedule go back to the copy of the last `every`th good step, the data go on, so that other rows come. `stop`: the
@@ -43,6 +45,7 @@ class Guard(Callback):
         skip_steps: int = 0,
         every: int = 10,
         limit: int = 10,
+        nonfinite: bool = True,
     ) -> None:
         """
         Args:
@@ -52,11 +55,13 @@ class Guard(Callback):
             skip_steps: further updates to withhold after one that was skipped.
             every: good steps between two copies.
             limit: actions after which the training ends.
+            nonfinite: act also on steps that the module withholds; not on those that a loss scaler is there to find.
         Raises:
             InputError: a rule that cannot speak.
         """
         self.name, self.action, self.rules = name, action, watch.rules(rules)
         self.skip_steps, self.every, self.limit = skip_steps, every, limit
+        self.nonfinite = nonfinite
         self.actions: list[dict[str, Any]] = []
         self._left_to_skip = 0
         self._copy: dict[str, Any] | None = None
@@ -72,9 +77,10 @@ class Guard(Callback):
 
     def _withhold(self, trainer: L.Trainer, module: FineTuner) -> bool:
         """Whether to withhold the update that comes next."""
-        events = watch.look(self.rules, module.observed)
-        if events:
-            self._act(trainer.global_step + 1, events[0])  # the step that is not over yet
+        step = trainer.global_step + 1  # it is not over yet
+        event = self._event(module, step)
+        if event is not None:
+            self._act(step, event)
             self._left_to_skip = self.skip_steps
             return True
         if self._left_to_skip:
@@ -89,15 +95,23 @@ class Guard(Callback):
         module = cast("FineTuner", pl_module)
         if self.action == "skip" or (batch_idx + 1) % module.settings.accumulate:
             return
-        events = watch.look(self.rules, module.observed)
-        if events:
-            self._act(trainer.global_step, events[0])
+        event = self._event(module, trainer.global_step)
+        if event is not None:
+            self._act(trainer.global_step, event)
             if self.action == "rollback":
                 self._go_back(trainer, module)
         elif self.action == "rollback" and not module.observed.get("skipped"):
             self._good += 1
             if self._good % self.every == 0:
                 self._keep(trainer, module)
+
+    def _event(self, module: FineTuner, step: int) -> watch.Event | None:
+        """What this step deserves an action for: it was not finite, or broke a rule."""
+        events = watch.look(self.rules, module.observed)  # they remember every step
+        if self.nonfinite and module.nonfinite and module.nonfinite[-1]["step"] == step:
+            metric = "grad_norm" if math.isfinite(module.observed["loss"]) else "loss"
+            return watch.Event("nonfinite", metric, float(module.observed[metric]), sys.float_info.max)
+        return events[0] if events else None
 
     def _act(self, step: int, event: watch.Event) -> None:
         self.actions.append({"step": step, "action": self.action, **vars(event)})

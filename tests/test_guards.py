@@ -36,12 +36,12 @@ class Watcher(Callback):
         self.moments.append({key: value.clone() for key, value in state.items()})
 
 
-def run(guard, steps: int = 8, high: tuple[int, ...] = (4,), **more):
+def run(guard, steps: int = 8, high: tuple[int, ...] = (4,), factor: float = 1000, **more):
     """Train on batches of which some have a loss a thousand times too high; returns what was seen, and the module."""
     torch.manual_seed(0)
     module = FineTuner(Bigram(), trainer_settings(steps=steps), learning_rate=0.1)
     plain, count = module.loss, iter(range(steps))
-    module.loss = lambda given: plain(given) * (1000 if next(count) in high else 1)
+    module.loss = lambda given: plain(given) * (factor if next(count) in high else 1)
     watcher = Watcher()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -102,6 +102,31 @@ def test_stop_and_a_guard_that_acts_too_often_end_the_training():
         run(guard("skip", limit=1), high=(2, 4, 6))
 
 
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize("action", ["skip", "rollback", "stop"])
+def test_guards_act_on_what_is_not_finite(action, factor):
+    nan = guard(action, skip_steps=1, every=1)
+    if action == "stop":
+        with pytest.raises(TrainingStopped, match="guard=stop stopped the training: nonfinite: loss is") as caught:
+            run(nan, factor=factor)
+        assert caught.value.status == "stopped_by_guard"
+    else:
+        seen, module = run(nan, factor=factor)
+        assert [entry["step"] for entry in module.nonfinite] == [5]
+        assert torch.equal(seen.weights[3], seen.weights[4])
+        assert torch.equal(seen.weights[4], seen.weights[5]) == (action == "skip")  # the next one too
+        assert all(weight.isfinite().all() for weight in seen.weights)
+    (entry,) = nan.actions
+    assert {"step": 5, "action": action, "rule": "nonfinite", "metric": "loss"}.items() <= entry.items()
+    assert not math.isfinite(entry["value"])
+
+
+def test_a_guard_may_leave_what_is_not_finite_to_the_module():
+    calm = guard("stop", nonfinite=False)
+    _, module = run(calm, factor=math.nan)
+    assert (calm.actions, [entry["step"] for entry in module.nonfinite]) == ([], [5])
+
+
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_a_guard_that_never_acts_changes_no_bit(action):
     seen, _ = run(guard(action, every=1), high=())
@@ -133,7 +158,7 @@ def test_a_guard_is_part_of_the_cell_and_none_is_the_cell_of_before():
         (["guard=skip", "guard.rules.spike.metric=margin"], "only loss and grad_norm are known before an update"),
         (["guard=rollback", "peft=adalora"], "adalora"),
         (["guard=skip", "guard.action=jump"], "guard.action=jump is unknown"),
-        (["guard=skip", "~guard.rules.spike"], "no rules"),
+        (["guard=skip", "~guard.rules.spike", "guard.nonfinite=false"], "no rules"),
         (["guard=rollback", "guard.every=0"], "guard.every=0"),
         (["guard=skip", "+guard.rules.odd={metric: loss}"], "rule odd has none of below, above, sigma and fall"),
         (["guard=skip", "+guard.rules.odd={metric: loss, abov: 3}"], "guard.rules.odd: Key 'abov' not in 'RuleConfig'"),

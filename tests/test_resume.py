@@ -24,6 +24,7 @@ from tests.test_cell import prepared, same_weights
 
 numbers_of_machines = count()
 OF_THE_MACHINE = r"step_s|tokens_per_s|shadow_s|cpu_percent|memory_.*"  # columns that say nothing of the training
+EVENTS = ("guard_actions", "nonfinite", "scaler_skips", "alerts")  # of a record
 NEVER = ["reference=off", "trainer.steps=6", "trainer.checkpoint_every_s=0"]
 HOW = {
     "fp32": ["precision=fp32"],
@@ -37,9 +38,16 @@ HOW = {
     "sdt": ["precision=fp32", "peft=sdt", "peft.warmup_steps=2"],
     "lora_plus": ["precision=fp32", "peft=lora_plus"],
     "state": ["precision=fp32", "peft=initial_state"],
-    "rollback": ["precision=fp32", "guard=rollback"],
+    "rolled back": [
+        "precision=fp32",
+        "guard=rollback",
+        "guard.every=1",
+        "+guard.rules.high={metric: loss, above: 8.0}",
+    ],
+    "skipped": ["precision=bf16", "guard=skip", "guard.skip_steps=1", "+guard.rules.high={metric: loss, above: 10.0}"],
     "pissa": ["precision=bf16_true_unpinned", "peft=pissa"],  # whose base weights depend on the seed's adapters
 }
+GUARDED = ("rolled back", "skipped")  # before and between the cuts
 MORE_HOW = {  # with HOW every peft and every precision that a CPU has; the campaign of kills runs them all
     "scaled in half": ["precision=fp16_true", "peft=dora", "precision.growth_interval=2"],
     "dora": ["precision=fp16", "peft=dora"],
@@ -56,6 +64,7 @@ MORE_HOW = {  # with HOW every peft and every precision that a CPU has; the camp
     "full unpinned": ["precision=bf16_true_unpinned", "peft=none"],
     "packed": ["precision=bf16", "data.packing=true", "trainer.accumulate=2"],
     "all probes": ["precision=bf16", "probe=all", "guard=skip"],
+    "rollback that waits": ["precision=fp16", "guard=rollback"],
 }
 
 
@@ -88,7 +97,7 @@ def same(a: cell.Cell, b: cell.Cell) -> None:
     pd.testing.assert_frame_equal(steps(a), steps(b), check_exact=True)
     pd.testing.assert_frame_equal(*[pd.read_parquet(c.folder / records.ITEMS) for c in (a, b)], check_exact=True)
     first, second = (records.load(c.folder) for c in (a, b))
-    for part in ("scores", "training", "stability", "peft", "kernels", "precision"):
+    for part in ("scores", "training", "stability", "peft", "kernels", "precision", *EVENTS):
         assert first.get(part) == second.get(part), part
 
 
@@ -110,6 +119,7 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path, monkey
     assert record["status"] == "ok", record["error"]
     assert record["resumed"]["at_steps"] == [2, 5]
     same(whole, torn)
+    assert bool(record.get("guard_actions")) == (how in GUARDED)
     assert not list(torn.folder.glob("checkpoint*"))
 
 

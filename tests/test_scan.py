@@ -74,6 +74,10 @@ def assert_equals_reference(function, reference, inputs, rtol=RTOL) -> None:
     assert max(errors.values()) <= rtol, errors
 
 
+def ssd(kernel, **options):
+    return lambda *inputs: scan.ssd(*inputs, kernel=kernel, **options)
+
+
 def selective(kernel):
     return lambda *inputs: scan.selective_scan(*inputs, kernel=kernel)
 
@@ -240,32 +244,84 @@ def test_causal_convolution_equals_torch_in_float64(B, L, D, K, silu, has_bias):
     assert_equals_reference(compiled, stock, [x, weight, bias])
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize(
+    ("kernel", "chunk"), [("torch", 1), ("torch", 7), ("torch", 64), pytest.param("cpu", 64, marks=CPU.marks)]
+)
 @given(
     B=st.integers(1, 2),
-    L=extents,
+    L=st.integers(1, 150),
     heads=st.integers(1, 3),
-    P=st.integers(1, 6),
+    P=st.integers(1, 40),
     G=st.integers(1, 3),
-    N=st.integers(1, 6),
+    N=st.integers(1, 40),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=15, deadline=None)
-def test_chunked_ssd_equals_the_float64_loop(chunk, B, L, heads, P, G, N, seed):
+def test_chunked_ssd_equals_the_float64_loop(kernel, chunk, B, L, heads, P, G, N, seed):
     inputs = random_ssd(B, L, heads * G, P, G, N, seed)
-    assert_equals_reference(
-        lambda *given: scan.ssd(*given, kernel="torch", chunk=chunk),
-        lambda *given: scan.ssd(*given, kernel="reference"),
-        inputs,
-    )
+    assert_equals_reference(ssd(kernel, chunk=chunk), ssd("reference"), inputs)
 
 
-@pytest.mark.parametrize("length", [200, 3000])
-def test_ssd_keeps_five_digits_on_long_sequences(length):
+def test_the_twin_of_ssd_in_float64_is_the_float64_loop():
+    inputs = [t.double() for t in random_ssd(2, 150, 2, 3, 1, 2, seed=3)]
+    assert_equals_reference(ssd("torch"), ssd("reference"), inputs, rtol=TOL[torch.float64]["rtol"])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "length"),
+    [("torch", 200), ("torch", 3000), *[pytest.param("cpu", n, marks=CPU.marks) for n in (3000, 65536)]],
+)
+def test_ssd_keeps_five_digits_on_long_sequences(kernel, length):
     inputs = random_ssd(1, length, 2, 3, 1, 2)
-    assert_equals_reference(
-        lambda *given: scan.ssd(*given, kernel="torch"), lambda *given: scan.ssd(*given, kernel="reference"), inputs
-    )
+    assert_equals_reference(ssd(kernel), ssd("torch"), inputs)  # the twin is given float64: see above
+
+
+@pytest.mark.skipif(bool(scan.available()["cpu"]), reason="numba is not installed")
+@pytest.mark.parametrize("step", [1e-8, 1e-4, 1e-2, 1e3])
+def test_a_constant_step_of_ssd_does_not_accumulate_the_rounding_of_its_decay(step):
+    x, _, _, b, c, state = random_ssd(1, 8192, 2, 3, 1, 2)
+    delta, A = torch.full((1, 8192, 2), step), -torch.tensor([1.0, 3.0])
+    assert_equals_reference(ssd("cpu"), ssd("torch"), [x, delta, A, b, c, state])
+
+
+@pytest.mark.skipif(bool(scan.available()["cpu"]), reason="numba is not installed")
+@pytest.mark.parametrize("missing", [None, "skip", "state"])
+def test_the_compiled_ssd_takes_rows_with_gaps_a_skip_and_no_state(missing):
+    """As a model hands them over: x, B and C are parts of one tensor."""
+    from lyapft.scan.ssd_cpu import FusedSSD
+
+    together = torch.randn(2, 100, 3 * 20 + 2 * 2 * 7)
+    _, delta, A, _, _, state = random_ssd(2, 100, 3 * 2, 10, 2, 7)
+    skip = torch.randn(6)
+
+    def parts(given):
+        x, b, c = given.split([60, 14, 14], dim=-1)
+        return x.unflatten(-1, (6, 10)), b.unflatten(-1, (2, 7)), c.unflatten(-1, (2, 7))
+
+    def fused(given, delta, A, skip, state):
+        x, b, c = parts(given)
+        return FusedSSD.apply(x, delta, A, b, c, skip, state)
+
+    def plain(given, delta, A, skip, state):
+        x, b, c = parts(given)
+        y, last = scan.ssd(x, delta, A, b, c, state, kernel="reference")
+        return (y if skip is None else y + x * skip[:, None]), last
+
+    given = [together, delta, A, None if missing == "skip" else skip, None if missing == "state" else state]
+    assert_equals_reference(fused, plain, given)
+
+
+@pytest.mark.skipif(bool(scan.available()["cpu"]), reason="numba is not installed")
+def test_the_compiled_ssd_does_not_depend_on_the_number_of_threads():
+    inputs, threads = random_ssd(3, 130, 8, 5, 2, 4), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(outputs_and_gradients(ssd("cpu"), inputs))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_ssd_is_the_selective_scan_of_a_scalar_decay():

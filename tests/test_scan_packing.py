@@ -73,8 +73,10 @@ def test_selective_scan_of_packed_sequences_equals_each_alone(kernel, B, L, seed
     )
 
 
-@pytest.mark.parametrize("kernel", ["torch", "reference"])
-@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize(
+    ("kernel", "chunk"),
+    [("torch", 1), ("torch", 7), ("torch", 64), ("reference", 64), pytest.param("cpu", 64, marks=CPU.marks)],
+)
 @given(**packed_sizes, heads=st.integers(1, 2), P=st.integers(1, 4), G=st.integers(1, 2), N=st.integers(1, 5))
 @settings(max_examples=10, deadline=None)
 def test_ssd_of_packed_sequences_equals_each_alone(kernel, chunk, B, L, seed, heads, P, G, N):

@@ -92,7 +92,10 @@ class TrainerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     grad_clip: float = 1.0  # largest gradient norm
     max_nonfinite: int = 10  # steps in a row without a finite gradient before the cell ends; fp16: see the loss scale
-    strategy: str = "ddp"  # ddp | fsdp: over several processes, copies of the weights or a part of each for each
+    strategy: str = (
+        "ddp"  # ddp | fsdp | tensor: over several processes, copies of the weights, or parts; see conf/trainer
+    )
+    tensor_parallel_size: int = 1  # strategy=tensor: processes that compute each layer together
     oom: str = "stop"  # stop | halve: where memory runs out, go on with half the rows at once; recorded
     progress: bool = True
     record_every_s: float = 30.0  # how often the step series is written while training
@@ -153,6 +156,7 @@ class GuardConfig:
     name: str = MISSING
     action: str | None = None  # skip | rollback | stop
     rules: dict[str, Any] = field(default_factory=dict)  # by name, each as RuleConfig
+    nonfinite: bool = True
     skip_steps: int = 0
     every: int = 10
     limit: int = 10
@@ -189,6 +193,7 @@ class EvaluateConfig:
     run: str = MISSING  # runs/STUDY/CELL
     task: TaskConfig | None = None  # null = the tasks of the run
     experiment: Any = None  # instead of scoring a run
+    trust_remote_code: bool = False  # of a run whose model brought code of its own
     threads: int | None = None
     device: str = "auto"
     progress: bool = True

@@ -49,7 +49,7 @@ def faults(cfg: DictConfig) -> list[str]:
         "reference": (cfg.reference, ("auto", "off")),
         "device": (cfg.device, ("auto", "cpu", "cuda")),
         "model.init": (cfg.model.init, ("pretrained", "scratch")),
-        "trainer.strategy": (cfg.trainer.strategy, ("ddp", "fsdp")),
+        "trainer.strategy": (cfg.trainer.strategy, ("ddp", "fsdp", "tensor")),
         "trainer.oom": (cfg.trainer.oom, ("stop", "halve")),
     }
     found += [
@@ -112,7 +112,7 @@ def _guard_faults(cfg: DictConfig) -> list[str]:
         return found
     if guard.action not in GUARD_ACTIONS:
         found.append(f"guard.action={guard.action} is unknown: use one of {', '.join(GUARD_ACTIONS)}")
-    if not guard.rules:
+    if not guard.rules and not guard.nonfinite:
         found.append(f"guard={guard.name} has no rules: it would never act")
     for name, rule in guard.rules.items():
         try:

@@ -21,9 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     merging = commands.add_parser("merge", help="write base and adapter as one model, which transformers loads")
     merging.add_argument("run", type=Path, help="folder of a finished run, runs/STUDY/CELL")
     merging.add_argument("folder", type=Path, help="folder to write: model and tokenizer; must not exist yet")
+    merging.add_argument("--trust-remote-code", action="store_true", help="run the code that came with its model")
     options = parser.parse_args(arguments)
     try:
-        merge(options.run, options.folder)
+        merge(options.run, options.folder, options.trust_remote_code)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def merge(run: Path, folder: Path) -> None:
+def merge(run: Path, folder: Path, trust_remote_code: bool = False) -> None:
     """Write the model of a finished run, its adapter merged, and its tokenizer, in float32.
 
     Raises:
@@ -43,7 +44,7 @@ def merge(run: Path, folder: Path) -> None:
     record = records.load(run)
     if record["status"] != "ok":
         raise InputError(f"{run} has status {record['status']}: only a finished run can be merged")
-    cfg = rebuild_config(record)
+    cfg = rebuild_config(record, trust_remote_code)
     found = backbone.faults(cfg.model)
     if found:
         raise InputError("\n".join(found))

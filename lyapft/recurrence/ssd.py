@@ -17,7 +17,6 @@ from lyapft.recurrence.selective_scan import step_sizes
 from lyapft.scan import mamba_ssm
 
 FAMILY = "ssd"
-CHUNKED = "torch-chunked"  # matrix products of chunks: kernel=cpu and kernel=torch alike
 UNLIMITED = (0.0, float("inf"))
 
 
@@ -46,9 +45,7 @@ class SSD(Operations):
     ) -> Any:
         """(B,L,H,P) in and out; float32 whatever autocast says, as the stock function, and like it returns float32."""
         seam = self.call.seam
-        kernel = seam.choose(FAMILY, hidden_states.device)
-        if kernel == "stock" and seam.sequence is not None:
-            kernel = seam.instead(FAMILY, "torch", "transformers' own scan cannot keep packed sequences apart")
+        kernel = self._kernel(hidden_states)
         if initial_states is None and (start := self._tuned(INITIAL_STATE)) is not None:
             initial_states = start.expand(hidden_states.shape[0], -1, -1, -1)
             if self.call.mask is not None:  # padding must not wear the first state down
@@ -57,7 +54,7 @@ class SSD(Operations):
         if seam.input_tap is not None:
             delta = step_sizes(dt, dt_bias, dt_softplus).clamp(*dt_limit)
             seam.input_tap(self.call.layer, hidden_states, delta, A, B)
-        seam.record(FAMILY, CHUNKED if kernel in ("cpu", "torch") else kernel)
+        seam.record(FAMILY, kernel)
         if kernel in ("mamba_ssm", "stock"):
             self._show(dt, dt_bias, dt_softplus, dt_limit, A)
             options: dict[str, Any] = {
@@ -72,9 +69,7 @@ class SSD(Operations):
             with torch.autocast(hidden_states.device.type, enabled=False):
                 delta = step_sizes(dt, dt_bias, dt_softplus).clamp(*dt_limit)
                 seam.show(self.call.layer, delta, A)
-                x = hidden_states.to(delta.dtype)
-                y, last = scan.ssd(x, delta, A, B, C, initial_states, sequence_BL=seam.sequence, kernel=kernel)
-                result = (y if D is None else torch.addcmul(y, x, D[:, None])), last
+                result = _ours(kernel, hidden_states, delta, A, B, C, D, initial_states, seam.sequence)
         y, last = result
         y = self._offset(y, C)
         return (y, last) if return_final_states else y
@@ -126,6 +121,15 @@ class SSD(Operations):
         y = self._offset(y[:, None], arguments[5][:, None])[:, 0]
         return y if gate is None else y * torch.nn.functional.silu(gate)
 
+    def _kernel(self, x: Tensor) -> str:
+        seam = self.call.seam
+        kernel = seam.choose(FAMILY, x.device)
+        if kernel == "cpu" and x.dtype == torch.float64:
+            return seam.instead(FAMILY, "torch", "that kernel is float32 and the model is float64")
+        if kernel == "stock" and seam.sequence is not None:
+            return seam.instead(FAMILY, "torch", "transformers' own scan cannot keep packed sequences apart")
+        return kernel
+
     def _theirs(self, kernel: str) -> Any:
         if kernel == "stock":
             return self._stock[self.SCAN]
@@ -149,6 +153,17 @@ class SSD(Operations):
         if self.call.seam.watched():
             with torch.no_grad(), torch.autocast(dt.device.type, enabled=False):
                 self.call.seam.show(self.call.layer, step_sizes(dt, bias, softplus).clamp(*limit), A)
+
+
+def _ours(kernel, x, delta, A, B, C, skip, start, sequence):  # type: ignore[no-untyped-def]
+    """(y, last state) by a kernel of lyapft.scan, in the format of Δ."""
+    if kernel == "cpu":
+        from lyapft.scan.ssd_cpu import FusedSSD  # needs numba
+
+        return FusedSSD.apply(*(None if t is None else t.float() for t in (x, delta, A, B, C, skip, start)), sequence)
+    x = x.to(delta.dtype)
+    y, last = scan.ssd(x, delta, A, B, C, start, sequence_BL=sequence, kernel=kernel)
+    return (y if skip is None else torch.addcmul(y, x, skip[:, None])), last
 
 
 def _token_in_float64(*arguments: Any, **options: Any) -> Tensor:

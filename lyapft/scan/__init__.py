@@ -123,8 +123,8 @@ def ssd(
         x_BLHP: inputs. delta_BLH: step sizes after softplus and clamp, >= 0. A_H: <= 0. B_BLGN, C_BLGN: maps, shared by
             the H/G heads of a group. initial_state_BHPN: state before the first token, zero if None.
         sequence_BL: as in `selective_scan`.
-        kernel: "reference" (float64 loop); "cpu" and "torch" both are the chunked matrix products.
-        chunk: tokens per chunk; changes rounding and speed only.
+        kernel: "reference" (float64 loop), "cpu" (numba) or "torch" (matrix products of chunks).
+        chunk: tokens per chunk of "torch"; changes rounding and speed only.
     Returns:
         y_BLHP and the state after the last token, in the dtype of x; computed in float32, by "reference" in float64.
     Raises:
@@ -142,7 +142,7 @@ def ssd(
     if initial_state_BHPN is not None:
         want["initial_state"] = (initial_state_BHPN, (batch, heads, dim, states))
     _check_sequence(sequence_BL, batch, length)
-    _check("torch" if kernel == "cpu" else kernel, want, x_BLHP.device)
+    _check(kernel, want, x_BLHP.device)
     if heads % groups:
         raise InputError(f"{heads} heads cannot share {groups} groups of B and C: heads must be a multiple of groups")
     if chunk < 1:
@@ -150,9 +150,14 @@ def ssd(
     inputs = (x_BLHP, delta_BLH, A_H, B_BLGN, C_BLGN, initial_state_BHPN)
     if kernel == "reference":
         y, last = reference.ssd(*inputs, sequence_BL)
-    else:
+    elif kernel == "torch":
         anew = None if sequence_BL is None else begins(sequence_BL)
         y, last = _without_autocast(partial(chunked_ssd, chunk=chunk, begins_BL=anew), x_BLHP.device, *inputs)
+    else:
+        from lyapft.scan.ssd_cpu import FusedSSD  # needs numba
+
+        x, delta, A, B, C, start = (None if t is None else t.float() for t in inputs)
+        y, last = FusedSSD.apply(x, delta, A, B, C, None, start, sequence_BL)
     return y.to(x_BLHP.dtype), last.to(x_BLHP.dtype)
 
 

@@ -19,12 +19,15 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 WIDTH = 16
-_SOURCES = [Path(__file__).with_name(name) for name in ("simd.py", "tiles.py", "selective_scan_forward.py")]
+_SOURCES = [
+    Path(__file__).with_name(name)
+    for name in ("simd.py", "tiles.py", "selective_scan_forward.py", "products.py", "ssd_forward.py")
+]
 DIGEST = int(hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:15], 16)
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
-_VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
+VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
 _INTEGERS = ir.VectorType(ir.IntType(32), WIDTH)
 _FLOAT = ir.FloatType()
 
@@ -40,20 +43,22 @@ lanes = _Lanes()
 @register_model(_Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type) -> None:
-        super().__init__(dmm, fe_type, _VECTOR)
+        super().__init__(dmm, fe_type, VECTOR)
 
 
 def _constant(value: float) -> ir.Constant:
-    return ir.Constant(_VECTOR, [value] * WIDTH)
+    return ir.Constant(VECTOR, [value] * WIDTH)
 
 
-def _fma(builder, a, b, c):
-    function_type = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+def multiply_add(builder, a, b, c):
+    """LLVM: a·b + c of three vectors, with one rounding where the processor can."""
+    function_type = ir.FunctionType(VECTOR, [VECTOR] * 3)
     function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.fmuladd.v{WIDTH}f32")
     return builder.call(function, [a, b, c])
 
 
-def _address(context, builder, array_type, array, index, vector_type=_VECTOR):
+def address(context, builder, array_type, array, index, vector_type=VECTOR):
+    """LLVM: where array[index] of a flat float32 array begins, as a pointer to that type."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), vector_type.as_pointer())
 
@@ -63,7 +68,7 @@ def load(typingctx, array, index):
     """The lanes at array[index : index + 16] of a flat contiguous float32 array (no bounds check)."""
 
     def generate(context, builder, signature, args):
-        return builder.load(_address(context, builder, signature.args[0], *args), align=4)
+        return builder.load(address(context, builder, signature.args[0], *args), align=4)
 
     return lanes(array, types.intp), generate
 
@@ -73,7 +78,7 @@ def store(typingctx, array, index, value):
     """array[index : index + 16] = value (no bounds check)."""
 
     def generate(context, builder, signature, args):
-        builder.store(args[2], _address(context, builder, signature.args[0], args[0], args[1]), align=4)
+        builder.store(args[2], address(context, builder, signature.args[0], args[0], args[1]), align=4)
         return context.get_dummy_value()
 
     return types.none(array, types.intp, lanes), generate
@@ -82,12 +87,13 @@ def store(typingctx, array, index, value):
 @intrinsic
 def splat(typingctx, scalar):
     """All lanes equal to one float32."""
-    return lanes(types.float32), lambda context, builder, signature, args: _splat(builder, args[0])
+    return lanes(types.float32), lambda context, builder, signature, args: splatted(builder, args[0])
 
 
-def _splat(builder, scalar):
-    single = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(single, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_INTEGERS, [0] * WIDTH))
+def splatted(builder, scalar):
+    """LLVM: a vector of 16 times the same float32."""
+    single = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(single, ir.Constant(VECTOR, ir.Undefined), ir.Constant(_INTEGERS, [0] * WIDTH))
 
 
 @intrinsic
@@ -95,7 +101,7 @@ def broadcast(typingctx, array, index):
     """All lanes equal to array[index] of a flat contiguous float32 array (no bounds check, no index from the end)."""
 
     def generate(context, builder, signature, args):
-        return _splat(builder, builder.load(_address(context, builder, signature.args[0], *args, _FLOAT), align=4))
+        return splatted(builder, builder.load(address(context, builder, signature.args[0], *args, _FLOAT), align=4))
 
     return lanes(array, types.intp), generate
 
@@ -123,10 +129,10 @@ def copy_transposed(typingctx, target, at, target_step, source, base, source_ste
         target, at, target_step, source, base, source_step = args
         rows = []
         for _ in range(WIDTH):
-            rows.append(builder.load(_address(context, builder, signature.args[3], source, base), align=4))
+            rows.append(builder.load(address(context, builder, signature.args[3], source, base), align=4))
             base = builder.add(base, source_step)
         for row in _transposed(builder, rows):
-            builder.store(row, _address(context, builder, signature.args[0], target, at), align=4)
+            builder.store(row, address(context, builder, signature.args[0], target, at), align=4)
             at = builder.add(at, target_step)
         return context.get_dummy_value()
 
@@ -152,7 +158,7 @@ def fma(typingctx, a, b, c):
     """a·b + c, with one rounding where the processor can."""
 
     def generate(context, builder, signature, args):
-        return _fma(builder, *args)
+        return multiply_add(builder, *args)
 
     return lanes(lanes, lanes, lanes), generate
 
@@ -176,7 +182,7 @@ def totals(typingctx, array, at):
         rows = []
         for j in range(WIDTH):
             index = builder.add(args[1], ir.Constant(args[1].type, j * WIDTH))
-            rows.append(builder.load(_address(context, builder, signature.args[0], args[0], index), align=4))
+            rows.append(builder.load(address(context, builder, signature.args[0], args[0], index), align=4))
         for step in (1, 2, 4, 8):
             pairs = zip(rows[::2], rows[1::2], strict=True)
             rows = [builder.fadd(*_exchanged(builder, a, b, step)) for a, b in pairs]
@@ -187,13 +193,13 @@ def totals(typingctx, array, at):
 
 def _magnitude(builder, value):
     bits = builder.and_(builder.bitcast(value, _INTEGERS), ir.Constant(_INTEGERS, [0x7FFFFFFF] * WIDTH))
-    return builder.bitcast(bits, _VECTOR)
+    return builder.bitcast(bits, VECTOR)
 
 
 def _horner(builder, x, coefficients):
     result = _constant(coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
-        result = _fma(builder, result, x, _constant(coefficient))
+        result = multiply_add(builder, result, x, _constant(coefficient))
     return result
 
 
@@ -220,7 +226,7 @@ def _exp2_parts(builder, x):
     bits, highest = builder.bitcast(shifted, _INTEGERS), ir.Constant(_INTEGERS, [_MAGIC_BITS + 127] * WIDTH)
     bits = builder.select(builder.icmp_signed("<", bits, highest), bits, highest)
     scale = builder.shl(bits, ir.Constant(_INTEGERS, [23] * WIDTH))
-    return builder.bitcast(scale, _VECTOR), builder.fmul(fraction, _horner(builder, fraction, _EXP2))
+    return builder.bitcast(scale, VECTOR), builder.fmul(fraction, _horner(builder, fraction, _EXP2))
 
 
 @intrinsic

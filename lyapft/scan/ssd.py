@@ -69,7 +69,7 @@ def _prepare(
     decay = _differences(s.transpose(3, 4).contiguous(), dtype).exp_().tril_()
     weights = (C @ B.transpose(-1, -2)).unsqueeze(3) * decay
     end = s[:, :, :, -1:]
-    to_token, to_end, through = (distance.to(dtype).exp_()[..., None] for distance in (s, end - s, end))
+    to_token, to_end, through = (distance.to(dtype).exp()[..., None] for distance in (s, end - s, end))
     lasting, written = delta[..., None] * to_end, _by_head(x, delta)
     return _Chunks(x, delta, written, B, C, decay, weights, to_token, to_end, lasting, through)
 

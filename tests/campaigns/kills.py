@@ -1,35 +1,45 @@
 """Kill trainings and studies at random moments, continue them, and compare with what was never killed.
 
-    python -m tests.campaigns.kills resume 50     # kills of single cells, over precisions, adapters and signals
+    python -m tests.campaigns.kills resume 50     # attempts that go on from a checkpoint, over precisions and adapters
     python -m tests.campaigns.kills sweep 100     # kills of two processes that share one study
 
-Children are forked from a process that has everything imported, so that a kill costs a second. Says on standard error
-what is done so far, prints one JSON line at the end; exits with 1 if anything differs.
+A cell tells how far it is, so that it is hit between two chosen steps or in its evaluation, not in its start-up.
+
+Children are forked from a process that has everything imported and compiled, so that a kill costs a second or two. Says
+on standard error what is done so far, prints one JSON line at the end; exits with 1 if anything differs.
 """
 
 import json
 import logging
 import os
 import random
+import select
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import torch
 
-from lyapft import cell, records
+from lyapft import cell, records, tasks
+from lyapft.probes import StepRecorder
 from tests.test_cell import prepared
 from tests.test_resume import HOW, MORE_HOW, same
 
-STEPS = ["reference=off", "trainer.steps=12", "trainer.checkpoint_every_s=0.05"]
+STEPS = 12
+EVALUATION, NOWHERE = STEPS + 1, STEPS + 2  # places after the last step: one that is reached, one that never is
+CHECKPOINTS_S = (0.0, 0.2)  # after every step; or now and then, so that steps are done again
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+WAYS = (*(number.name for number in SIGNALS), "time limit")
 MATRIX = [
     [f"precision={p}", f"peft={m}", f"seed={s}"] for p in ("bf16", "fp32") for m in ("lora", "none") for s in (0, 1)
 ]
-KILLS_OF_A_CELL, KILLS_OF_A_STUDY = 4, 30  # then it may finish
+OFTEN = [f"trainer.steps={STEPS}", "trainer.checkpoint_every_s=0.05"]
+KILLS_OF_A_STUDY = 30  # then it may finish
 
 
 def say(text: str) -> None:
@@ -76,31 +86,102 @@ def kill_and_wait(pid: int, number: int, seconds: float) -> bool:
     return code != 0
 
 
-def resume(kills: int, folder: Path, draw: random.Random) -> dict:
-    """Cells killed at random until they are done, each compared with its twin; every precision and adapter once."""
-    ended(child(lambda: cell.ensure(prepared(folder / "warm", *STEPS))), 300)  # kernels are compiled from here on
+def strike(pid: int, way: str, draw: random.Random) -> None:
+    """End a process by a signal, or as a scheduler does at its time limit: asked first, killed soon after."""
+    if way == "time limit":
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(draw.uniform(0.0, 0.1))
+        os.kill(pid, signal.SIGKILL)
+    else:
+        os.kill(pid, signal.Signals[way])
+
+
+def telling(one: cell.Cell, pipe: int) -> None:
+    """Run a cell that writes each place that it reaches, as one byte: its steps by number, and the evaluation."""
+    record_step, evaluate = StepRecorder.on_train_batch_end, tasks.evaluate
+
+    def step(self, trainer, *rest):
+        record_step(self, trainer, *rest)
+        os.write(pipe, bytes([trainer.global_step]))
+
+    def score(*args, **settings):
+        os.write(pipe, bytes([EVALUATION]))
+        return evaluate(*args, **settings)
+
+    StepRecorder.on_train_batch_end, tasks.evaluate = step, score
+    record = cell.ensure(one)
+    assert record["status"] == "ok", record["error"]
+
+
+def attempt(one: cell.Cell, place: int, hit: Callable[[int], None]) -> tuple[list[int], bool]:
+    """Run a cell in a process of its own until it has reached a place, then hit it.
+
+    Returns:
+        The places it was at, and whether it was cut off.
+    """
+    reading, writing = os.pipe()
+    pid = child(lambda: telling(one, writing))
+    os.close(writing)
+    places: list[int] = []
+    while True:
+        if not select.select([reading], [], [], 300)[0]:
+            raise RuntimeError(f"{one.folder} did nothing for 300 s after {places}")
+        told = os.read(reading, 1)
+        if not told:  # it has ended
+            break
+        places += told
+        if places[-1] >= place:
+            hit(pid)
+            place = NOWHERE
+    os.close(reading)
+    code = ended(pid, 60)
+    assert code is not None, "a process did not end within 60 s"
+    return places, code != 0
+
+
+def torn(whole: cell.Cell, one: cell.Cell, hits: list[tuple[int, str]], draw: random.Random) -> Counter[str]:
+    """Run a cell that is hit at places of its training and evaluation, and compare it with its undisturbed twin.
+
+    Returns:
+        How often it was cut off in each way, and how often it went on from a checkpoint.
+    """
+    step_s = float(pd.read_parquet(whole.folder / records.STEPS)["step_s"].median())
+    evaluation_s = records.load(whole.folder)["cost"]["eval_wall_s"]
     counts: Counter[str] = Counter()
+    for place, way in [*hits, (NOWHERE, "")]:
+
+        def hit(pid: int, place: int = place, way: str = way) -> None:
+            time.sleep(draw.uniform(0.0, evaluation_s if place == EVALUATION else step_s))
+            strike(pid, way, draw)
+
+        places, cut = attempt(one, place, hit)
+        assert cut or place >= EVALUATION, (place, way, places)
+        if cut:
+            counts[way] += 1
+            counts["in the evaluation" if EVALUATION in places else "in the training"] += 1
+        if places and places[0] > 1:  # there are none where the hit came after the record
+            counts["went on from a checkpoint"] += 1
+    same(whole, one)
+    return counts
+
+
+def resume(goal: int, folder: Path, draw: random.Random) -> dict:
+    """Cells hit at random until so many attempts went on from a checkpoint; every precision and adapter once."""
+    settings = ["reference=off", f"trainer.steps={STEPS}"]
     hows = HOW | MORE_HOW
-    names, cells, continued = list(hows), 0, 0
-    while sum(counts.values()) < kills or cells < len(names):
+    names, cells, counts = list(hows), 0, Counter()
+    while counts["went on from a checkpoint"] < goal or cells < len(names):
         how = names[cells % len(names)]
-        whole = prepared(folder / "whole", *STEPS, *hows[how])
-        torn = prepared(folder / f"torn{cells}", *STEPS, *hows[how])
-        started = time.monotonic()
-        pid = child(lambda one=whole: cell.ensure(one))
-        code = ended(pid, 300)
-        assert code == 0, (how, code)
-        seconds = max(1.0, time.monotonic() - started)
-        for _ in range(KILLS_OF_A_CELL):
-            number = draw.choice(SIGNALS)
-            if kill_and_wait(child(lambda one=torn: cell.ensure(one)), number, draw.uniform(0.1, 1.1 * seconds)):
-                counts[signal.Signals(number).name] += 1
-        assert ended(child(lambda one=torn: cell.ensure(one)), 300) == 0, how
-        same(whole, torn)
-        continued += len(records.load(torn.folder)["resumed"]["at_steps"])
+        seed = f"seed={cells // len(names)}"
+        whole = prepared(folder / "whole", *settings, *hows[how], seed)
+        every = f"trainer.checkpoint_every_s={draw.choice(CHECKPOINTS_S)}"
+        one = prepared(folder / f"torn{cells}", *settings, *hows[how], seed, every)
+        assert cell.ensure(whole)["status"] == "ok"  # here: forks have its kernels ready
+        places = [*sorted(draw.sample(range(2, STEPS), 2)), EVALUATION]
+        counts += torn(whole, one, [(place, draw.choice(WAYS)) for place in places], draw)
         cells += 1
-        say(f"{how}: the same after {sum(counts.values())} kills in {cells} cells")
-    return {"cells": cells, "kills": dict(counts), "taken up from a checkpoint": continued, "different": 0}
+        say(f"{how}: the same; {cells} cells, {dict(counts)}")
+    return {"cells": cells, "different": 0} | counts
 
 
 def alive(pid: int) -> bool:
@@ -127,7 +208,7 @@ def work(runs: Path, order: list[list[str]]) -> None:
 
     cell.execute = execute
     for overrides in order:
-        record = cell.ensure(prepared(runs, "reference=auto", *STEPS[1:], *overrides))
+        record = cell.ensure(prepared(runs, "reference=auto", *OFTEN, *overrides))
         assert record["status"] == "ok", record["error"]
 
 

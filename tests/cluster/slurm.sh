@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A study on a real SLURM controller, end to end: submit the matrix, cancel one job, requeue one, let one reach its time
 # limit; the same command again must end with every cell of the matrix done once, and the cancelled one taken up where
-# it was, not begun anew. Needs a controller (sbatch, srun).
+# it was, not begun anew. Then one cell over two tasks of srun, cancelled and run again: its record is that of one
+# process, to the bit. Needs a controller (sbatch, srun).
 # usage: tests/cluster/slurm.sh FOLDER
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -60,4 +61,38 @@ test "$(find "$folder/default" -name record.json | wc -l)" -eq 4
 states
 states | grep -E "^$cancelled ok [1-9]" >/dev/null || { echo "the cancelled cell was begun anew" >&2; exit 1; }
 test -s "$folder/default/report.html"
+
+cell() { # one cell, of as many tasks as $1 says; srun makes a job of its own
+  cd "$root"
+  local launch=() tasks=$1
+  if ((tasks > 1)); then
+    launch=(srun --job-name=one-cell --ntasks="$tasks" --cpus-per-task=1 --mem-per-cpu=2G --kill-on-bad-exit=1)
+  fi
+  "${launch[@]}" "$python" train.py trainer.steps="${STEPS:-600}" trainer.accumulate=2 trainer.batch_size=4 \
+    trainer.checkpoint_every_s=1 trainer.progress=false task.limit=40 threads=1 reference=off "runs=$folder/tasks-$tasks"
+}
+cell 2 >"$folder.cell.first.log" 2>&1 &
+for _ in $(seq 240); do
+  if compgen -G "$folder/tasks-2/default/*/checkpoint.safetensors" >/dev/null; then break; fi
+  sleep 0.5
+done
+scancel --name=one-cell
+wait
+cell 2 >"$folder.cell.second.log" 2>&1
+cell 1 >"$folder.cell.alone.log" 2>&1
+cd "$root"
+"$python" - "$folder" <<'PY'
+import sys
+from pathlib import Path
+
+from lyapft import records
+from tests.test_ranks import folder_of, same
+
+alone, together = (folder_of(Path(sys.argv[1]) / f"tasks-{tasks}") for tasks in (1, 2))
+record = records.load(together)
+assert record["config"]["runs_as"]["ranks"] == 2
+assert record["resumed"]["at_steps"], "it was begun anew"
+same(alone, together)
+print(f"one cell over two tasks, cancelled, taken up at step {record['resumed']['at_steps']}: the record of one process")
+PY
 echo "complete"
