@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lyapft import launch
+from lyapft import containment, launch
 from lyapft.config import register
 from lyapft.errors import InputError
 
@@ -61,9 +61,13 @@ def _folder(config: DictConfig) -> Path | None:
         return None
     folder = Path(runs) / name
     try:
+        containment.check(Path(runs), [folder])
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):  # asks also whether its file system is read-only
             raise OSError(errno.EACCES, "no right to write, or a read-only file system")
+    except InputError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
     except OSError as error:
         print(
             f"runs={runs} cannot be made or written ({error.strerror}): set runs=FOLDER to a folder of your own",

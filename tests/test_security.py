@@ -6,11 +6,12 @@ import io
 import json
 import os
 import pickle
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -21,6 +22,7 @@ from lyapft.errors import InputError
 from lyapft.peft import Lora
 from lyapft.peft import __main__ as peft_command
 from lyapft.peft.base import ADAPTER_FOLDER, TENSORS
+from tests.campaigns import kills
 from tests.test_cell import prepared
 from tests.test_cli import ROOT, SMALL, typed  # noqa: F401 - a fixture
 
@@ -35,43 +37,96 @@ def command(*arguments: str, name: str = "train") -> list[str]:
 # -- credentials
 
 
-def test_a_run_leaves_no_credential_anywhere(tmp_path):
-    """Everything that a run writes, prints and shows in the process list, with W&B offline and all probes."""
-    environment = os.environ | {"WANDB_API_KEY": CANARY * 2, "HF_TOKEN": f"hf_{CANARY}", "WANDB_MODE": "offline"}
-    environment |= {key: str(tmp_path / "caches") for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
-    environment.pop("WANDB_SERVICE", None)  # of this process: the command's files must be whole when the command ends
-    output, titles = tmp_path / "printed", set()
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            command("logger=wandb", "probe=all", "runs=r"), cwd=tmp_path, env=environment, stdout=file, stderr=file
-        )
-        while process.poll() is None:
-            titles |= titles_of(process.pid)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.2)
-    printed = output.read_bytes()
-    assert process.returncode == 0, printed.decode()
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"record.json", "cell.log", "report.html"} <= {path.name for path in written}
-    assert any(path.suffix == ".wandb" for path in written)
-    leaks = [str(path) for path in written if CANARY.encode() in path.read_bytes() or CANARY in path.name]
-    assert leaks == []
-    assert CANARY.encode() not in printed
-    assert titles
-    assert not any(CANARY in title for title in titles)
-
-
-def titles_of(pid: int) -> set[str]:
-    """Command lines of a process and its children, as `ps` shows them to everyone."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if pid in (int(folder.name), parent):
-                found.add((folder / "cmdline").read_text().replace("\0", " "))
-        except (OSError, ValueError):  # it ended meanwhile
-            continue
+def secretive(folder: Path) -> dict[str, str]:
+    """An environment with credentials, where W&B keeps all of its files in this folder."""
+    found = os.environ | {"WANDB_API_KEY": CANARY * 2, "HF_TOKEN": f"hf_{CANARY}", "WANDB_MODE": "offline"}
+    found |= {key: str(folder / "caches") for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
+    found.pop("WANDB_SERVICE", None)  # of this process: a command's files must be whole when the command ends
     return found
+
+
+def leaks(folder: Path) -> list[str]:
+    """Every file below that has a credential in it, or in its name."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [str(path) for path in files if CANARY.encode() in path.read_bytes() or CANARY in path.name]
+
+
+def swept(folder: Path) -> set[str]:
+    """Run a sweep over two processes with credentials, all probes and W&B; the titles of its processes."""
+    titles: set[str] = set()
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", "-m")
+    arguments = command("logger=wandb", "probe=all", "runs=r", "reference=off", *launcher)
+    with (folder / "printed").open("wb") as file:
+        process = psutil.Popen(arguments, cwd=folder, env=secretive(folder), stdout=file, stderr=file)
+        while process.poll() is None:
+            titles |= titles_of(process)
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(0.2)
+    assert process.returncode == 0, (folder / "printed").read_text()
+    return titles
+
+
+def titles_of(process: psutil.Process) -> set[str]:
+    """Command lines of a process and those that it started, as `ps` shows them to everyone."""
+    found = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.add(" ".join(one.cmdline()))
+    return found
+
+
+def typed_alone(folder: Path, *words: str) -> tuple[int, str]:
+    """Exit code and output of a command with credentials in a process of its own, forked: the imports are paid."""
+    output = folder / "printed"
+
+    def work() -> None:
+        os.environ.clear()
+        os.environ.update(secretive(folder))
+        os.chdir(folder)
+        with output.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
+        sys.argv = list(words)
+        if words[0].endswith(".py"):
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        else:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+    code = kills.ended(kills.child(work), 120)
+    assert code is not None, output.read_text()
+    return code, output.read_text()
+
+
+WINOGRANDE = ("task=winogrande", f"task.path={ROOT / 'tests' / 'fixtures' / 'winogrande.jsonl'}", "task.shots=[0]")
+COMMANDS = {  # what is typed after the sweep, its exit code, and what it leaves
+    "evaluate": (("evaluate.py", "run={cell}", "progress=false", *WINOGRANDE), 0, "evaluations/*.json"),
+    "experiment": (("evaluate.py", "experiment=stall", "experiment.tokens=500", "run={study}"), 0, "stall-*.html"),
+    "report": (("lyapft.report", "{study}", "--output=again.html"), 0, "again.html"),
+    "plan": (("lyapft.plan", "study=smoke", "--gpu"), 0, "printed"),
+    "failed": (("train.py", *SMALL, "runs=r", "data=alpaca", "data.path=none.json"), 1, "printed"),
+    "other": (("train.py", *SMALL, "runs=r", "study.name=other", "reference=off"), 0, "other/*/record.json"),
+    "dashboard": (("lyapft.dashboard", "push", "r/other"), 0, "other/wandb/*/*.wandb"),
+}
+
+
+def test_no_command_leaves_a_credential_anywhere(tmp_path):
+    """Everything that is written, printed and shown in the process list."""
+    titles = swept(tmp_path)
+    written = [path.name for path in tmp_path.rglob("*")]
+    assert {"record.json", "cell.log", "report.html", "plan.json", "printed"} <= set(written)
+    assert sum(name.endswith(".wandb") for name in written) == 2
+    assert leaks(tmp_path) == []
+    assert any("loky" in title for title in titles)
+    assert not any(CANARY in title for title in titles)
+    study = tmp_path / "r" / "default"
+    run = next(path.parent for path in study.glob("*/record.json"))
+    for name, (words, expected, left) in COMMANDS.items():
+        code, printed = typed_alone(tmp_path, *(word.format(cell=run, study=study) for word in words))
+        assert code == expected, (name, printed)
+        assert list(tmp_path.rglob(left)), name
+        assert leaks(tmp_path) == [], name
 
 
 REFUSED = {
@@ -112,6 +167,14 @@ def test_no_shipped_setting_looks_like_a_credential(name):
 # -- folders
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    one = prepared(tmp_path_factory.mktemp("runs"), "reference=off")
+    assert cell.ensure(one)["status"] == "ok"
+    return one.folder
+
+
 OUTSIDE = ("study.name=../x", "study.name=..", "study.name=/tmp/x", "model.name=../../x", "study.name=.git")
 
 
@@ -130,6 +193,40 @@ def test_a_swept_name_that_leads_out_is_refused(typed, tmp_path):  # noqa: F811
     assert code == 1
     assert "'../x' must be a plain folder name" in printed
     assert not any(tmp_path.iterdir())
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+LINKS = ("default", "default/{cell}", "default/.locks", *(f"default/{{cell}}/{n}" for n in ("cell.log", "adapter")))
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_link_that_leads_out_of_the_folder_is_refused(typed, tmp_path, link):  # noqa: F811
+    runs, outside = tmp_path / "runs", tmp_path / "outside"
+    (outside / "kept").mkdir(parents=True)
+    (outside / "kept" / "file").write_text("as it was")
+    place = runs / link.format(cell=prepared(tmp_path / "runs", *SMALL, "reference=off").folder.name)
+    place.parent.mkdir(parents=True)
+    place.symlink_to(outside / "kept" / "file" if link.endswith(".log") else outside / "kept")
+    code, printed = typed(*SMALL, "reference=off")
+    assert code == 1
+    assert f"leads out of {Path('runs')}" in printed
+    assert "Traceback" not in printed
+    assert content_of(outside) == {"kept/file": b"as it was"}
+
+
+def test_a_folder_of_runs_may_be_a_link_and_an_evaluation_follows_none(finished, typed, tmp_path):  # noqa: F811
+    shutil.copytree(finished, tmp_path / "disk" / "run")
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    (tmp_path / "outside").mkdir()
+    assert typed(f"run={tmp_path / 'runs' / 'run'}", "progress=false", *WINOGRANDE, name="evaluate")[0] == 0
+    shutil.rmtree(tmp_path / "disk" / "run" / "evaluations")
+    (tmp_path / "disk" / "run" / "evaluations").symlink_to(tmp_path / "outside")
+    code, printed = typed(f"run={tmp_path / 'runs' / 'run'}", *WINOGRANDE, name="evaluate")
+    assert (code, "leads out of" in printed) == (1, True)
+    assert not any((tmp_path / "outside").iterdir())
 
 
 # -- processes
@@ -265,14 +362,6 @@ def test_code_that_comes_with_a_model_runs_only_by_its_own_key_and_is_recorded(t
 
 
 # -- records from elsewhere
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """The folder of a finished run."""
-    one = prepared(tmp_path_factory.mktemp("runs"), "reference=off")
-    assert cell.ensure(one)["status"] == "ok"
-    return one.folder
 
 
 TARGETS = {
