@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lyapft.errors import InputError
 from lyapft.peft import Lora
 from lyapft.peft import __main__ as peft_command
 from lyapft.peft.base import ADAPTER_FOLDER, TENSORS
+from lyapft.report.experiments import page as experiments_page
 from tests.campaigns import kills
 from tests.test_cell import prepared
 from tests.test_cli import ROOT, SMALL, typed  # noqa: F401 - a fixture
@@ -446,3 +448,44 @@ def test_markup_in_data_is_shown_in_the_report_and_not_run(typed, tmp_path):  # 
     clean, marked = pages
     assert (marked.scripts, marked.images, marked.handlers) == (clean.scripts, clean.images, clean.handlers)
     assert any(mark in text for text in marked.texts)
+
+
+MARK = '"\'><img src=x onerror="alert(1)"><script>alert(2)</script>'
+KEPT = ("status", "metric", "counterpart", "method")  # words that a report compares with its own
+
+
+def marked(value, key: str = ""):
+    """A JSON tree whose texts, and names of kernels, all end in markup."""
+    if isinstance(value, dict):
+        suffix = MARK if key in ("kernels", "kernel_fallbacks") else ""
+        return {name + suffix: marked(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [marked(entry, key) for entry in value]
+    return value + MARK if isinstance(value, str) and key not in KEPT else value
+
+
+def test_markup_in_any_text_of_a_study_is_shown_and_not_run(finished, typed, tmp_path):  # noqa: F811
+    """Every text of records, plans, tables and experiments; that of a failed cell too."""
+    study = tmp_path / "study"
+    shutil.copytree(finished, study / "cell")
+    shutil.copytree(finished, study / "failed")
+    record = json.loads((study / "failed" / records.RECORD).read_text())
+    record |= {"id": "f" * 12, "status": "failed", "error": {"type": "InputError", "message": "row 3"}}
+    (study / "failed" / records.RECORD).write_text(json.dumps(record))
+    assert typed("experiment=stall", "experiment.tokens=500", f"run={study}", "progress=false", name="evaluate")[0] == 0
+    clean = [Page(path.read_text()) for path in (report.write(study), *study.rglob("stall-*.html"))]
+    for path in study.rglob("*.json"):
+        if path.parent.name != "adapter":
+            path.write_text(json.dumps(marked(json.loads(path.read_text()))))
+    for path in study.rglob("*.parquet"):
+        table = pd.read_parquet(path)
+        for name in table.select_dtypes(["object", "string"]):
+            table[name] = [value + MARK if isinstance(value, str) else value for value in table[name]]
+        table.to_parquet(path, index=False)
+    experiment = next(study.rglob("stall-*.json"))
+    content = json.loads(experiment.read_text()) | {"name": "stall"}
+    shown = experiments_page.write(content, experiment.with_suffix(".html"))
+    for before, path in zip(clean, (report.write(study), shown), strict=True):
+        page = Page(path.read_text())
+        assert (page.scripts, page.images, page.handlers) == (before.scripts, before.images, before.handlers), path
+        assert any(MARK in text for text in page.texts), path
