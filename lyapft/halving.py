@@ -19,7 +19,7 @@ from torch import Tensor
 Batch = Mapping[str, Tensor]
 Entry = dict[str, Any]
 log = logging.getLogger(__name__)
-TRAINING, EVALUATION = "training", "evaluation"
+SELECTION, TRAINING, VALIDATION, EVALUATION = "selection", "training", "validation", "evaluation"
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -31,9 +31,12 @@ class Halvings:
     """How much of a batch goes through the model at once, step by step.
 
     Attributes:
-        entries: each time that memory ran out. In training: from which `step` on (as in the step series) how many
-            `rows` at once, and so how many micro-batches a step (`accumulate`). In the evaluation: `batch_tokens`.
-        doing: what the cell is at: `training`, `evaluation`, or None, where nothing can be halved.
+        entries: each time that memory ran out, `during` what. In training: from which `step` on (as in the step
+            series) how many `rows` at once, and so how many micro-batches a step (`accumulate`). In the steps before
+            it by which a peft selects what to train: the same, from their first on. In the validation: `rows`. In the
+            evaluation: `batch_tokens`.
+        doing: what the cell is at: `selection`, `training`, `validation`, `evaluation`, or None, where nothing can be
+            halved.
         step: of the training, from 1.
         allowed: whether to halve at all.
     """
@@ -61,8 +64,9 @@ class Halvings:
 
     @property
     def rows(self) -> int:
-        """How many go through the model at once, at the present step."""
-        return min([self._rows] + [e["rows"] for e in self.entries if "rows" in e and e["step"] <= self.step])
+        """How many go through the model at once, in what the cell is at."""
+        mine = [e for e in self.entries if e["during"] == self.doing and e.get("step", 0) <= self.step]
+        return min([self._rows] + [e["rows"] for e in mine if "rows" in e])
 
     @property
     def batch_tokens(self) -> int:
@@ -77,10 +81,14 @@ class Halvings:
             step: from 1.
 
         >>> batch = {"input_ids": torch.arange(3), "rows": torch.arange(3)}
-        >>> Halvings([{"step": 2, "rows": 2}], rows=3).micro_batches(batch, 2)
+        >>> Halvings([{"during": "training", "step": 2, "rows": 2}], rows=3).micro_batches(batch, 2)
         [{'input_ids': tensor([0, 1])}, {'input_ids': tensor([2])}]
         """
         self.doing, self.step = TRAINING, step
+        return self.parts(batch)
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """A batch in the parts that fit, in what the cell is at."""
         if self.rows >= self._rows:
             return [batch]
         parts = {name: tensor.split(self.rows) for name, tensor in batch.items() if name != "rows"}
@@ -90,17 +98,24 @@ class Halvings:
         """Make the next attempt do with less; False where there is nothing left to halve."""
         if not self.allowed:
             return False
-        if self.doing == TRAINING and self.rows > 1:
-            rows = self.rows // 2
-            entry = {"during": TRAINING, "step": self.step, "rows": rows}
-            self.entries.append(entry | {"accumulate": self._accumulate * -(-self._rows // rows)})
-        elif self.doing == EVALUATION and self.batch_tokens // 2 >= self._longest:
+        if self.doing == EVALUATION and self.batch_tokens // 2 >= self._longest:
             self.entries.append({"during": EVALUATION, "batch_tokens": self.batch_tokens // 2})
+        elif self.doing in (SELECTION, TRAINING, VALIDATION) and self.rows > 1:
+            self.entries.append({"during": self.doing} | self._with_half_the_rows()[self.doing])
         else:
             return False
         what = ", ".join(f"{name} {value}" for name, value in self.entries[-1].items())
         log.warning("out of memory: going on from the last checkpoint with half as much at once (%s)", what)
         return True
+
+    def _with_half_the_rows(self) -> dict[str, Entry]:
+        rows = self.rows // 2
+        times = -(-self._rows // rows)
+        return {
+            SELECTION: {"rows": rows, "accumulate": times},
+            TRAINING: {"step": self.step, "rows": rows, "accumulate": times * self._accumulate},
+            VALIDATION: {"rows": rows},
+        }
 
 
 def until_it_fits(attempt: Callable[[], None], halvings: Halvings, save: Callable[[], None]) -> None:
@@ -139,6 +154,7 @@ def _advice(text: str, halvings: Halvings) -> str:
             f"out of memory ({first}): set trainer.oom=halve to go on with half the rows at once, or a smaller "
             "trainer.batch_size or task.batch_tokens"
         )
-    least = {TRAINING: "with one row at once", EVALUATION: f"with {halvings.batch_tokens} tokens at once"}
+    least = dict.fromkeys((SELECTION, TRAINING, VALIDATION), "with one row at once")
+    least[EVALUATION] = f"with {halvings.batch_tokens} tokens at once"
     where = least.get(halvings.doing or "", "before the first step")
     return f"out of memory {where} ({first}): use a smaller model, data.max_length or adapter, or more memory"

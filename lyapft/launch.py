@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,18 @@ def found(environment: Mapping[str, str] | None = None) -> Launch:
     return Launch()
 
 
-def faults(launch: Launch, accumulate: int, batch_size: int, precision: str, oom: str = "stop") -> list[str]:
+def together(trainer: Any) -> int:
+    """How many processes compute each layer together, each a part of it."""
+    return int(trainer.tensor_parallel_size) if trainer.strategy == "tensor" else 1
+
+
+def faults(
+    launch: Launch, accumulate: int, batch_size: int, precision: str, oom: str = "stop", together: int = 1
+) -> list[str]:
     """Why these processes cannot share the micro-batches of a step.
+
+    Args:
+        together: processes that have the same micro-batches, each a part of every layer.
 
     >>> faults(Launch("torchrun", 0, 2, 2), 2, 12, "bf16")
     []
@@ -66,37 +77,57 @@ def faults(launch: Launch, accumulate: int, batch_size: int, precision: str, oom
         found.append(f"trainer.oom=halve halves for one process, not for {launch.ranks}: set a smaller batch_size")
     if launch.ranks % launch.per_node:
         found.append(f"{launch.launcher} started {launch.ranks} processes unevenly: start as many on each machine")
-    if accumulate > 0 and accumulate % launch.ranks:
+    copies = max(1, launch.ranks // together)
+    if accumulate > 0 and accumulate % copies:
         rows = accumulate * batch_size
-        same = -(-accumulate // launch.ranks) * launch.ranks
+        same = -(-accumulate // copies) * copies
+        of = f" that are {copies} copies" if together > 1 else ""
         found.append(
-            f"trainer.accumulate={accumulate} micro-batches a step cannot be shared by {launch.ranks} processes: use a "
-            f"multiple of {launch.ranks}, for about as many rows a step as now ({rows}) trainer.accumulate={same} "
+            f"trainer.accumulate={accumulate} micro-batches a step cannot be shared by {launch.ranks} processes{of}: "
+            f"use a multiple of {copies}, for about as many rows a step as now ({rows}) trainer.accumulate={same} "
             f"trainer.batch_size={max(1, rows // same)}"
         )
     return found
 
 
-SHARDABLE = {"peft": ("none", "lora", "lora_all", "rslora"), "precision": ("fp32", "tf32", "bf16")}  # tested
+TESTED = {"peft": ("none", "lora", "lora_all", "rslora"), "precision": ("fp32", "tf32", "bf16")}  # in parts
 
 
-def sharding_faults(launch: Launch, peft: str, precision: str, probes: Collection[str], guard: str | None) -> list[str]:
-    """Why a training cannot have its weights in parts (`trainer.strategy=fsdp`).
+def sharding_faults(
+    launch: Launch, trainer: Any, peft: Any, precision: str, probes: Collection[str], guard: str | None
+) -> list[str]:
+    """Why a training cannot have its weights in parts (`trainer.strategy=fsdp` or `tensor`).
 
     Args:
-        peft: and precision, probes: names of choices. guard: its action.
+        trainer: and peft: their settings. precision: and probes: names of choices. guard: its action.
     """
-    found = []
+    found, strategy = [], trainer.strategy
     if launch.ranks == 1:
         found.append("needs several processes: torchrun --nproc-per-node N train.py …")
-    for group, name in {"peft": peft, "precision": precision}.items():
-        if name not in SHARDABLE[group]:
-            found.append(f"is not tested with {group}={name}: use {', '.join(SHARDABLE[group])}")
+    for group, name in {"peft": peft.name, "precision": precision}.items():
+        if name not in TESTED[group]:
+            found.append(f"is not tested with {group}={name}: use {', '.join(TESTED[group])}")
     if "shadow" in probes:
         found.append("cannot have probe=shadow, which reads whole weights")
     if guard == "rollback":
         found.append("cannot have guard=rollback, which copies whole weights: use skip or stop")
-    return [f"trainer.strategy=fsdp {fault}; or trainer.strategy=ddp" for fault in found]
+    if strategy == "tensor":
+        found += _tensor_faults(launch, trainer.tensor_parallel_size, peft.get("dropout", 0.0))
+    return [f"trainer.strategy={strategy} {fault}; or trainer.strategy=ddp" for fault in found]
+
+
+def _tensor_faults(launch: Launch, size: int, dropout: float) -> list[str]:
+    found = []
+    if size < 2:
+        found.append(f"needs trainer.tensor_parallel_size of 2 or more, not {size}: how many compute a layer together")
+    elif launch.ranks > 1 and launch.per_node % size:
+        found.append(
+            f"with trainer.tensor_parallel_size={size} needs a multiple of that many processes on each machine, not "
+            f"{launch.per_node}"
+        )
+    if dropout:
+        found.append("draws the random numbers of a layer's parts apart: use peft.dropout=0")
+    return found
 
 
 def identity(launch: Launch) -> dict[str, int]:

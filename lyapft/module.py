@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lyapft import ranks
+from lyapft import ranks, sharding
 from lyapft.errors import InputError
 from lyapft.halving import Batch, Halvings
 from lyapft.peft import FullFineTuning, Strategy
@@ -124,6 +124,7 @@ class FineTuner(L.LightningModule):
         self.watchers: list[Callable[[Batch], None]] = []
         self.parts = 1
         self._rest: list[Batch] = []
+        self.copies = ranks.copies(settings)
         self._targets: int | None = None
         self._nonfinite_in_a_row = 0
         self._step_skipped = False
@@ -143,7 +144,7 @@ class FineTuner(L.LightningModule):
         self._rows += batch["rows"].tolist() if "rows" in batch else []
         penalty = self.strategy.penalty()
         loss = loss if penalty is None else loss + penalty
-        return loss / ranks.count() if ranks.many() else loss  # the gradients of all processes are summed
+        return loss / self.copies if ranks.many() else loss  # the gradients of all copies are summed
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Gradients of a micro-batch; where it is split, of one part after another, each freed before the next."""
@@ -189,15 +190,16 @@ class FineTuner(L.LightningModule):
         so that no weight and no moment of the optimizer is touched.
         """
         self.observed["loss"], self.observed["tokens"] = ranks.step_totals(
-            self.observed["loss"], int(self.observed["tokens"])
+            self.observed["loss"], int(self.observed["tokens"]), self.copies
         )
         trainable = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        total = whole(nn.utils.get_total_norm([p.grad.float() for p in trainable]))
+        total = sharding.total_norm(p.grad for p in trainable)
         norm = float(total)
         self._finite = math.isfinite(norm) and math.isfinite(self.observed["loss"])
         if not self._finite:
             self._note_nonfinite()
-        nn.utils.clip_grads_with_norm_(trainable, self.settings.grad_clip, total)
+        for own in sharding.kin(trainable):
+            nn.utils.clip_grads_with_norm_(own, self.settings.grad_clip, total)
         self.observed["grad_norm"] = norm
         withheld = self.withhold is not None and self.withhold()
         self._step_skipped = withheld or not self._finite
@@ -222,7 +224,8 @@ class FineTuner(L.LightningModule):
     def _note_nonfinite(self) -> None:
         """Keep which layers and rows it was, before the gradients are dropped."""
         step, loss = self.trainer.global_step + 1, self.observed["loss"]
-        scale, rows = self._scaler_state(), [row for part in ranks.gathered(self._rows) for row in part]
+        drawn = ranks.of_copies(ranks.gathered(self._rows), self.copies)
+        scale, rows = self._scaler_state(), [row for part in drawn for row in part]
         if scale is not None and math.isfinite(loss):  # an overflow that the loss scaler is there to find
             self.scaler_skips.append({"step": step, "loss_scale": scale, "rows": rows})
             return
@@ -239,7 +242,9 @@ class FineTuner(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the groups of the strategy: by default one rate, and weight decay on matrices only."""
         groups = self.strategy.parameter_groups(self.model, self.learning_rate, self.settings.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=tuple(self.settings.betas), fused=True)
+        optimizer = torch.optim.AdamW(
+            sharding.apart(groups), lr=self.learning_rate, betas=tuple(self.settings.betas), fused=True
+        )
         # gradients are unscaled before they are clipped: a GradScaler must not leave that to the fused update
         optimizer._step_supports_amp_scaling = False
         scheduler = LambdaLR(optimizer, lambda step: schedule_factor(step, self.settings))

@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from lyapft import launch, sharding
 
@@ -90,11 +91,19 @@ def _summed(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tens
 
 
 class Sharded(DDPStrategy):
-    """Lightning's DDP with the weights in parts instead of in copies; gradients are summed as in `SummedDDP`."""
+    """Lightning's DDP with the weights in parts instead of in copies; gradients are summed as in `SummedDDP`.
+
+    What Lightning's `ModelParallelStrategy` does, with the checkpoints of `resume` and on CPUs too.
+    """
+
+    def __init__(self, tensor_parallel: int, **others: Any) -> None:
+        super().__init__(**others)
+        self.tensor_parallel = tensor_parallel
 
     def configure_ddp(self) -> None:
         """Share the backbone out where it would be wrapped."""
-        sharding.share_out(cast("FineTuner", self.lightning_module).model)
+        model = cast("FineTuner", self.lightning_module).model
+        sharding.share_out(cast(PreTrainedModel, model), self.tensor_parallel)
 
 
 def _environment(here: launch.Launch) -> ClusterEnvironment:
@@ -105,21 +114,24 @@ def _environment(here: launch.Launch) -> ClusterEnvironment:
     return LightningEnvironment() if here.launcher is None else TorchElasticEnvironment()
 
 
-def trainer_arguments(strategy: str) -> dict[str, Any]:
+def trainer_arguments(settings: DictConfig) -> dict[str, Any]:
     """What Lightning's Trainer is told of the launch; it starts no process itself.
 
     Args:
-        strategy: `ddp` or `fsdp`.
+        settings: of the trainer.
     """
     here = launch.found()
     environment = _environment(here)
-    several = Sharded if strategy == "fsdp" else SummedDDP
-    plugins = [] if here.ranks > 1 else [environment]
+    strategy: DDPStrategy | str = "auto"
+    if here.ranks > 1:
+        common: dict[str, Any] = {"cluster_environment": environment, "timeout": PATIENCE}
+        parts = settings.strategy != "ddp"
+        strategy = Sharded(launch.together(settings), **common) if parts else SummedDDP(**common)
     return {
         "devices": here.per_node,
         "num_nodes": here.ranks // here.per_node,
-        "strategy": several(cluster_environment=environment, timeout=PATIENCE) if here.ranks > 1 else "auto",
-        "plugins": plugins,
+        "strategy": strategy,
+        "plugins": [] if here.ranks > 1 else [environment],
     }
 
 
@@ -167,23 +179,38 @@ def any_signal(caught: int | None) -> int | None:
     return number or None
 
 
+def copies(settings: DictConfig) -> int:
+    """How many micro-batches are trained at once: processes that compute each layer together have the same one."""
+    return count() // launch.together(settings) if many() else 1
+
+
+def place(settings: DictConfig) -> int:
+    """Whose share of the micro-batches this process has, of as many as there are copies."""
+    return rank() // launch.together(settings) if many() else 0
+
+
 def share(settings: DictConfig) -> DictConfig:
     """The settings of a trainer with this process's part of a step's micro-batches."""
     own = settings.copy()
-    own.accumulate = settings.accumulate // count()
+    own.accumulate = settings.accumulate // copies(settings)
     return own
 
 
-def part_random_numbers(seed: int) -> None:
-    """Dropout of its own for every process: the same on all of them would not be that of a larger batch."""
-    if rank():
-        torch.manual_seed(seed + rank())
+def part_random_numbers(seed: int, place: int) -> None:
+    """Dropout of its own for every copy: the same on all of them would not be that of a larger batch."""
+    if place:
+        torch.manual_seed(seed + place)
 
 
-def step_totals(loss: float, tokens: int) -> tuple[float, int]:
+def step_totals(loss: float, tokens: int, copies: int) -> tuple[float, int]:
     """The mean loss and the tokens of a whole step, from those of this process's micro-batches."""
     if not many():
         return loss, tokens
     sums = torch.tensor([loss, tokens], dtype=torch.float64)
     dist.all_reduce(sums)
-    return float(sums[0]) / count(), int(sums[1])
+    return float(sums[0]) / count(), int(sums[1]) * copies // count()
+
+
+def of_copies(values: list[T], copies: int) -> list[T]:
+    """Of what every process has given, one of each copy."""
+    return values[:: max(1, len(values) // copies)]

@@ -167,7 +167,7 @@ def test_bad_paths_are_named(tmp_path):
         (Alpaca("alpaca"), "data=alpaca needs data.path"),
         (Alpaca("alpaca", "nowhere.json"), "data.path=nowhere.json does not exist"),
         (Alpaca("alpaca", str(tmp_path / "none")), "does not exist"),
-        (Alpaca("alpaca", str(tmp_path)), "no .json or .jsonl file"),
+        (Alpaca("alpaca", str(tmp_path)), "no .json or .jsonl or .parquet file"),
         (Alpaca("alpaca", "nobody/nothing"), r"nobody/nothing is no local file or folder.*check the path"),
         (TextFile("text", str(latin)), "byte 3: not UTF-8"),
     ]:

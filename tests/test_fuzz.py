@@ -5,6 +5,7 @@ an InputError is a failure. `python -m tests.campaigns.fuzz MINUTES` does the sa
 """
 
 import copy
+import io
 import json
 import shutil
 import tempfile
@@ -13,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hydra.errors import HydraException
@@ -24,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 
 from lyapft import backbone, cell, config, data, rates, records, recurrence, tasks
+from lyapft.data.streaming import good_examples
 from lyapft.errors import InputError
 from lyapft.plan import file as plan_file
 from lyapft.report import summary_table
@@ -299,11 +303,34 @@ def test_data(data_of):
     in_a_folder(read)
 
 
+@cache
+def streamable() -> dict[str, bytes]:
+    table = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(EXAMPLES["Alpaca"]), table)
+    return {"jsonl": b"\n".join(map(as_json, EXAMPLES["Alpaca"])), "parquet": table.getvalue()}
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_streamed_data(data_of):
+    suffix = data_of.draw(st.sampled_from(sorted(streamable())))
+    content = data_of.draw(files(streamable()[suffix]))
+    fraction = data_of.draw(st.sampled_from([0.01, 1.0]))
+
+    def read(folder):
+        (folder / f"data.{suffix}").write_bytes(content)
+        source = data.Alpaca("name", str(folder), streaming=True, max_bad_fraction=fraction)
+        source.fingerprint()
+        return good_examples(source, iter(source.reader()), 9)
+
+    in_a_folder(read)
+
+
 @given(st.binary(max_size=64) | st.text(max_size=64).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_text(content):
     def read(folder):
         (folder / "data.txt").write_bytes(content)
-        return data.TextFile("text", str(folder / "data.txt")).fingerprint()
+        return [data.TextFile("text", str(folder / "data.txt"), streaming=on).fingerprint() for on in (False, True)]
 
     in_a_folder(read)
 

@@ -75,7 +75,7 @@ def test_the_shares_of_the_parts_are_the_loss_of_the_whole(rows, at_once, seed):
     labels[0, 1] = 3  # one at least
     whole = response_loss(logits, labels)
     (expected,) = torch.autograd.grad(whole, logits)
-    halvings = Halvings([{"step": 2, "rows": at_once}], rows)
+    halvings = Halvings([{"during": "training", "step": 2, "rows": at_once}], rows)
     assert len(halvings.micro_batches({"labels": labels}, 1)) == 1
     parts = halvings.micro_batches({"logits": logits, "labels": labels, "rows": torch.arange(rows)}, 2)
     assert max(len(part["labels"]) for part in parts) <= at_once
@@ -133,12 +133,42 @@ def test_an_evaluation_is_scored_with_less_at_once_and_costs_no_training(tmp_pat
     assert record["scores"] == scores
 
 
+def test_a_validation_is_done_again_with_less_at_once(tmp_path, monkeypatch):
+    asked = [*HALVE, "probe=lyapunov", "trainer.validation_rows=6", "trainer.batch_size=8", "task.batch_tokens=128"]
+    whole, halved = (prepared(tmp_path / name, *asked) for name in ("whole", "halved"))
+    expected = cell.ensure(whole)
+    device = Device(monkeypatch, tokens=128)
+    record = cell.ensure(halved)
+    assert record["oom"] == [{"during": "validation", "rows": n} for n in (4, 2)]
+    assert device.batches == 6
+    assert record["validation"] == pytest.approx(expected["validation"], rel=TOL[torch.float32]["rtol"])
+    assert record["scores"] == expected["scores"]
+
+
+def test_a_selection_is_done_again_in_parts_of_the_same_batches(tmp_path, monkeypatch):
+    asked = [*HALVE, *HOW["whole"], "peft=sdt", "peft.warmup_steps=3"]
+    whole, halved, torn = (prepared(tmp_path / name, *asked) for name in ("whole", "halved", "torn"))
+    expected = cell.ensure(whole)
+    Device(monkeypatch, rows=4)
+    record = cell.ensure(halved)
+    entries = [{"during": "selection", "rows": 4, "accumulate": 2}]
+    entries.append({"during": "training", "step": 1, "rows": 4, "accumulate": 2})
+    assert record["oom"] == entries
+    assert record["peft"]["selected"] == expected["peft"]["selected"]
+    loss = [torch.tensor(steps(one)["loss"][0]) for one in (whole, halved)]
+    torch.testing.assert_close(*loss, **TOL[torch.float32])
+    assert cut(monkeypatch, torn, 0, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert cell.ensure(torn)["oom"] == entries
+    same(halved, torn)
+
+
 @pytest.mark.parametrize(
     ("override", "limits", "message"),
     [
         ("trainer.oom=stop", {"rows": 2}, "set trainer.oom=halve"),
         ("trainer.oom=halve", {"rows": 0}, "with one row at once"),
         ("trainer.oom=halve", {"tokens": 8}, "with 64 tokens at once"),
+        ("trainer.validation_rows=2", {"tokens": 8}, "with one row at once"),
     ],
 )
 def test_what_does_not_fit_at_all_says_what_to_set(tmp_path, monkeypatch, override, limits, message):

@@ -65,7 +65,7 @@ def prepared(kind: str, method: str, **more: object) -> Strategy:
     """A method on a new model, ready to train."""
     strategy = attached(kind, METHODS[method](**more))
     model = strategy.backbone.model
-    strategy.prepare(lambda batch: model(**batch).loss, [{"input_ids": TOKENS, "labels": TOKENS}] * 2)
+    strategy.prepare(lambda batch: model(**batch).loss.backward(), [{"input_ids": TOKENS, "labels": TOKENS}] * 2)
     return strategy
 
 

@@ -21,7 +21,7 @@ def tuned(kind: str, **settings: float) -> SelectiveDimensionTuning:
     strategy = SelectiveDimensionTuning(**({"channels": 0.2, "states": 0.5, "warmup_steps": 4} | settings))  # type: ignore[arg-type]
     attached(kind, strategy)
     model = strategy.backbone.model.train()
-    strategy.prepare(lambda batch: model(**batch).loss, iter(BATCHES))
+    strategy.prepare(lambda batch: model(**batch).loss.backward(), iter(BATCHES))
     return strategy
 
 
@@ -56,7 +56,7 @@ def test_a_warm_up_that_is_not_finite_selects_nothing() -> None:
     attached("mamba", strategy)
     model = strategy.backbone.model.train()
     with pytest.raises(InputError, match=r"not finite in .*mixer: use precision"):
-        strategy.prepare(lambda batch: model(**batch).loss * torch.inf, iter(BATCHES))
+        strategy.prepare(lambda batch: (model(**batch).loss * torch.inf).backward(), iter(BATCHES))
 
 
 def test_selected_are_the_dimensions_that_a_warm_up_by_hand_moves_most() -> None:

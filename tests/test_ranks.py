@@ -19,12 +19,14 @@ from omegaconf import OmegaConf
 
 from lyapft import admission, cell, launch, records, study
 from lyapft.data.batches import Order
+from lyapft.errors import InputError
 from lyapft.probes import StepRecorder
 from tests.test_cell import SMALL, prepared, same_weights
 from tests.test_cli import ROOT
 from tests.tolerances import TOL
 
 CLOCKS = ["step_s", "tokens_per_s", "shadow_s"]
+TENSOR = ["trainer=tensor", "trainer.tensor_parallel_size=2"]
 TWO = ["reference=off", "trainer.steps=4", "trainer.accumulate=2", "task.shots=[0,2]"]
 
 
@@ -45,9 +47,35 @@ def test_micro_batches_are_shared_evenly_or_not_at_all():
     (fault,) = launch.faults(two, 1, 24, "bf16")
     assert "trainer.accumulate=2 trainer.batch_size=12" in fault
     assert launch.faults(launch.Launch("srun", 0, 3, 2), 3, 8, "bf16")
-    assert not launch.sharding_faults(two, "none", "bf16", ["lyapunov"], None)
-    assert len(launch.sharding_faults(launch.Launch(), "sdt", "fp16", ["shadow"], "rollback")) == 5
+    fsdp, full, sdt = (OmegaConf.create(node) for node in ({"strategy": "fsdp"}, {"name": "none"}, {"name": "sdt"}))
+    assert not launch.sharding_faults(two, fsdp, full, "bf16", ["lyapunov"], None)
+    assert len(launch.sharding_faults(launch.Launch(), fsdp, sdt, "fp16", ["shadow"], "rollback")) == 5
     assert "precision=fp16" in launch.faults(two, 2, 12, "fp16_true")[0]
+    four = launch.Launch("torchrun", 0, 4, 4)
+    assert not launch.faults(four, 2, 12, "bf16", together=2)
+    assert "4 processes that are 2 copies: use a multiple of 2" in launch.faults(four, 3, 12, "bf16", together=2)[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["model=mamba_tiny"], "no tensor-parallel plan for mamba models: the projections of a recurrence"),
+        (["trainer.tensor_parallel_size=3"], "num_attention_heads=4 is no multiple of 3"),
+        (["trainer.tensor_parallel_size=1"], "needs trainer.tensor_parallel_size of 2 or more, not 1"),
+        (["trainer.tensor_parallel_size=4"], "needs a multiple of that many processes on each machine, not 2"),
+        (["peft=dora", "peft.dropout=0.1"], "is not tested with peft=dora.*peft.dropout=0"),
+        (["precision=fp16"], "is not tested with precision=fp16"),
+        (["trainer.accumulate=1", "trainer.strategy=fsdp"], "trainer.accumulate=1 micro-batches"),
+    ],
+)
+def test_what_cannot_be_split_into_layers_says_why(tmp_path, monkeypatch, asked, message):
+    monkeypatch.setattr(launch, "found", lambda environment=None: launch.Launch("torchrun", 0, 2, 2))
+    split = [*TWO, "model=llama_tiny", *TENSOR]
+    sound = prepared(tmp_path, *split)
+    assert sound.science["trainer"]["tensor_parallel_size"] == 2
+    assert "tensor_parallel_size" not in prepared(tmp_path, *TWO).science["trainer"]
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        prepared(tmp_path, *split, *asked)
 
 
 def test_how_many_processes_is_part_of_the_identity_and_one_is_not(tmp_path, monkeypatch):
@@ -95,6 +123,8 @@ def test_the_processes_together_draw_what_one_would(rows, batch_size, steps, ran
 
 # -- trainings
 
+ALPACA = ROOT / "tests" / "fixtures" / "alpaca.jsonl"
+STREAMED = ["data=alpaca", f"data.path={ALPACA}", "data.streaming=true", "data.shuffle_buffer=5"]
 ALIKE = {  # a sum of two is the same in either order, so nothing is lost to rounding
     "watched": ["precision=fp32", "probe=[lyapunov,shadow]", "guard=rollback"],
     "scaled": ["precision=fp16"],
@@ -102,11 +132,21 @@ ALIKE = {  # a sum of two is the same in either order, so nothing is lost to rou
     "sdt": ["precision=fp32", "peft=sdt", "peft.warmup_steps=2"],
     "full": ["precision=bf16", "peft=none"],
     "four": ["precision=fp32", "trainer.accumulate=4"],  # each process adds up two: another order
+    "streamed": [
+        "precision=fp32",
+        "data=alpaca",
+        f"data.path={ALPACA}",
+        "data.streaming=true",
+        "data.shuffle_buffer=5",
+    ],
     "sharded": ["precision=bf16", "peft=none"],  # the norm of the gradient is a sum of parts
     "sharded lora": ["precision=fp32", "peft=lora"],
+    "tensor": ["model=pythia_tiny", "precision=fp32", "peft=none", "trainer.learning_rate=1e-4"],
+    "tensor lora": ["model=llama_tiny", "precision=fp32", "peft=lora"],
 }
 SHARDED = ("sharded lora", "sharded torn", "sharded resumed")
-ROUNDED = ("four", "sharded", "sharded lora")
+SPLIT = ("tensor lora", "tensor torn", "tensor resumed")
+ROUNDED = ("four", "sharded", "sharded lora", "tensor", "tensor lora")
 FSDP = "trainer.strategy=fsdp"
 DROPOUT = ["model=llama_tiny", "precision=fp32", "peft.dropout=0.3"]  # random numbers of each process's own
 COMMANDS = {
@@ -115,6 +155,10 @@ COMMANDS = {
     "sharded lora": [*ALIKE["sharded lora"], FSDP],
     "sharded torn": [*ALIKE["sharded lora"], FSDP],
     "sharded resumed": [*ALIKE["sharded lora"], FSDP],
+    "tensor": [*ALIKE["tensor"], *TENSOR],
+    "tensor lora": [*ALIKE["tensor lora"], *TENSOR],
+    "tensor torn": [*ALIKE["tensor lora"], *TENSOR],
+    "tensor resumed": [*ALIKE["tensor lora"], *TENSOR],
     "whole": DROPOUT,
     "torn": DROPOUT,
     "resumed": DROPOUT,
@@ -205,7 +249,7 @@ def test_two_processes_give_the_numbers_of_one(two, tmp_path, name):
     same(alone.folder, folder, **(TOL[torch.float32] if name in ROUNDED else {}))
 
 
-@pytest.mark.parametrize(("whole", "torn", "resumed"), [("whole", "torn", "resumed"), SHARDED])
+@pytest.mark.parametrize(("whole", "torn", "resumed"), [("whole", "torn", "resumed"), SHARDED, SPLIT])
 def test_a_signal_to_one_process_stops_both_after_the_same_step_and_the_command_goes_on(two, whole, torn, resumed):
     runs, ended = two
     assert ended[torn, 0] == ended[torn, 1] == 128 + signal.SIGTERM

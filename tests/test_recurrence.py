@@ -117,10 +117,36 @@ def test_every_kernel_equals_stock_and_is_recorded(kind, kernel):
 
 
 @pytest.mark.skipif(not NUMBA, reason="numba is not installed")
-def test_auto_is_the_compiled_kernel_on_a_cpu():
-    _, routed, seam = pair("mamba")
+@both
+def test_auto_is_the_compiled_kernel_on_a_cpu(kind):
+    _, routed, seam = pair(kind)
     routed(**batch())
-    assert seam.kernels == {"selective_scan": "cpu-numba", "causal_conv1d": "cpu-numba"}
+    assert seam.kernels == {FAMILY[kind]: "cpu-numba", "causal_conv1d": "cpu-numba"}
+
+
+@both
+def test_a_float64_model_runs_torch_in_float64_and_says_so(kind):
+    stock, routed, seam = pair(kind)
+    stock.double(), routed.double()
+    assert_same(logits_and_gradients(routed, batch("left")), logits_and_gradients(stock, batch("left")))
+    assert seam.kernels[FAMILY[kind]] == "torch"
+    assert "float64" in seam.fallbacks[FAMILY[kind]]
+
+
+@pytest.mark.skipif(not NUMBA, reason="numba is not installed")
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba"])
+def test_the_gradients_of_a_projections_halves_are_joined_in_its_own_layout(kind):
+    """Two kernels write them by rows; joined as transformers cuts them they would be turned around twice."""
+    _, routed, seam = pair(kind)
+    joined = []
+
+    def look(_module, _inputs, output):
+        output.register_hook(lambda gradient: joined.append(gradient.is_contiguous()))
+
+    for layer in seam.layers:
+        layer.module.in_proj.register_forward_hook(look)
+    routed(**batch()).loss.backward()
+    assert joined == [True] * len(seam.layers)
 
 
 @pytest.mark.parametrize("padding", [None, "left"])

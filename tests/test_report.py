@@ -178,6 +178,11 @@ def test_bars_are_the_mean_divergences_with_their_n(matrix: tuple[Path, list[dic
     notes = words(figure)
     assert sum("(1 seed, n = 8)" in note for note in notes) == len(means)
     assert sum(note == "its own counterpart" for note in notes) == 2  # fp32 LoRA of two models
+    values = {record["id"]: record["scores"] for record in made}
+    pairs = [(r["id"], d["reference_id"]) for r in made for d in r["divergence"] if d["status"] == "ok"]
+    means = [[np.mean([score["value"] for score in values[one]]) for one in pair] for pair in pairs]
+    shown = sorted(note.partition("<br>")[2] for note in notes if "against" in note)
+    assert shown == sorted(f"{ours:.3f} against {theirs:.3f}" for ours, theirs in means)
     assert "one seed: no interval" in figure.reading
 
 
@@ -198,6 +203,30 @@ def test_seeds_become_one_bar_and_one_line(tmp_path: Path) -> None:
     values = [r["scores"][0]["value"] for r in bf16]
     assert lines[0].y[0] == pytest.approx(np.mean(values))
     assert lines[0].error_y.array[0] == pytest.approx(max(values) - np.mean(values))
+
+
+def test_scores_beyond_the_trained_length_are_hollow_and_their_bars_are_marked(tmp_path: Path) -> None:
+    made = [synthetic.record(precision=precision) for precision in ("fp32", "bf16")]
+    synthetic.study(tmp_path, [*made, synthetic.record(precision="fp32", peft="none")], n_steps=10, n_items=20)
+    before = figures.score_figures(cells.load_study(tmp_path))
+    for home in tmp_path.iterdir():
+        record = json.loads((home / records.RECORD).read_text(encoding="utf-8"))
+        for score in record["scores"]:
+            score["beyond_trained_length"] = 3 * (score["shots"] == 5)
+        (home / records.RECORD).write_text(json.dumps(record), encoding="utf-8")
+    after = figures.score_figures(cells.load_study(tmp_path))
+    symbols = [
+        [symbol for trace in found[0].drawing.data if trace.x[0] is not None for symbol in trace.marker.symbol]
+        for found in (before, after)
+    ]
+    assert not any(symbol.endswith("-open") for symbol in symbols[0])
+    assert len(symbols[1]) == 3 * 8
+    assert [s.endswith("-open") for s in symbols[1]] == 6 * [False, False, False, True]  # 0, 1, 3 and 5 shots
+    assert "hollow" not in before[0].reading
+    assert "hollow: items beyond the trained length" in after[0].reading
+    assert all("†" in note for note in words(after[1]) if "against" in note)
+    assert not any("†" in note for note in words(before[1]))
+    assert "† some items beyond the trained length" in after[1].reading
 
 
 def test_curves_are_the_step_series(matrix: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -473,10 +502,13 @@ def test_a_transformer_has_a_card_where_a_shadow_measured_it(tmp_path: Path) -> 
     synthetic.study(tmp_path, [stateless], 20)
     assert stability.cards(cells.load_study(tmp_path)) == ""
     (cell,) = cells.load_study(tmp_path).cells
-    record = cell.record | {"shadow": {"kl_mean": 1.5e-4, "top1_min": 0.99, "deviation_max": 0.01}}
+    seen = {"layers.0": 0.001, "layers.1": 0.009, "layers.2": 0.01}
+    shadow = {"kl_mean": 1.5e-4, "top1_min": 0.99, "deviation_max": 0.01, "deviation_max_by_block": seen}
+    record = cell.record | {"shadow": shadow}
     (tmp_path / record["name"] / records.RECORD).write_text(json.dumps(record), encoding="utf-8")
     (card,) = Page(stability.cards(cells.load_study(tmp_path))).of("cell")
     assert "1.50e−04" in card[-1]
+    assert card[-1][-1] == "layers.1"  # adds the most; the last one only hands it on
 
 
 def test_a_study_shows_the_experiments_in_its_folder(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def verdict(folder: Path) -> Verdict:
 
 
 def test_every_table_is_written_in_every_format_with_its_numbers(folder: Path, verdict: Verdict) -> None:
-    assert set(verdict.tables) == set(SPECS)
+    assert set(verdict.tables) == set(SPECS) - {"base_and_tuned", "settings"}  # of studies that ask for them
     for name, table in verdict.tables.items():
         home = folder / exports.TABLES / name
         pd.testing.assert_frame_equal(pd.read_parquet(home.with_suffix(".parquet")), table, check_dtype=False)

@@ -10,11 +10,15 @@ import pytest
 from scipy import stats
 
 from lyapft.report.__main__ import main
-from lyapft.report.regression import QUANTITIES, changes
+from lyapft.report.regression import QUANTITIES, Change, changes, matching
 from lyapft.verdict.evidence import gather
 from tests import synthetic
 
 Records = list[dict[str, Any]]
+
+
+def compared(old: Records, new: Records, quantities: list[str]) -> list[Change]:
+    return changes(matching(gather(old), gather(new)).same, quantities)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def test_only_what_got_worse_beyond_its_noise_fails(
 
 def test_p_is_that_of_a_paired_t_test(old: tuple[Path, Records], tmp_path: Path) -> None:
     new = changed(tmp_path, old[1], score=-2.0, noise=1.0)
-    found = {c.recipe.label: c for c in changes(gather(old[1]), gather(new), ["score"])}
+    found = {c.recipe.label: c for c in compared(old[1], new, ["score"])}
     change = found["bf16 · lora"]
     means = [
         [
@@ -159,4 +163,112 @@ def test_numbers_without_a_value_are_left_out(old: tuple[Path, Records], tmp_pat
     for record in new:
         record["cost"]["tokens_per_s"] = 0.0
         record["training"]["loss_mean_last_10pct"] = float("nan")
-    assert changes(gather(old[1]), gather(new), ["tokens_per_s", "loss"]) == []
+    assert compared(old[1], new, ["tokens_per_s", "loss"]) == []
+
+
+def rerun(record: dict[str, Any], points: float = 0.0, speed: float = 1.0, threads: int = 2) -> dict[str, Any]:
+    """The same cell again, its scores moved by so many points, and its speed by a factor."""
+    made = copy.deepcopy(record)
+    made |= {"id": f"{made['id'][:8]}{threads:04d}", "name": f"{made['name']}-again{threads}", "role": "rerun"}
+    made["environment"]["threads"] = threads
+    made["replicate"] = int(threads == 2)
+    for one in made["scores"]:
+        one["value"] += points / 100
+    made["cost"]["tokens_per_s"] *= speed
+    return made
+
+
+def saved(folder: Path, records: Records) -> Path:
+    for record in records:
+        home = folder / record["name"]
+        home.mkdir(parents=True)
+        (home / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    return folder
+
+
+def of_recipe(records: Records, precision: str, peft: str) -> Records:
+    return [r for r in records if (r["choices"]["precision"], r["choices"]["peft"]) == (precision, peft)]
+
+
+def test_what_a_rerun_moves_too_is_not_worse(
+    old: tuple[Path, Records], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = changed(tmp_path / "new", old[1], score=-0.6, noise=0.01)  # all seeds agree, so the t test alone is sure
+    assert main(["compare", str(old[0]), str(tmp_path / "new")]) == 1
+    again = [rerun(record, points) for record, points in zip(of_recipe(new, "bf16", "lora"), (2.0, -1.0), strict=False)]
+    (change,) = (c for c in compared(old[1], [*new, *again], ["score"]) if c.recipe.label == "bf16 · lora")
+    assert change.floor is not None
+    assert (change.floor.size, change.floor.n) == (pytest.approx(np.sqrt((2.0**2 + 1.0**2) / 2)), 2)
+    assert change.outcome == "undecided"
+    saved(tmp_path / "new", again)
+    capsys.readouterr()
+    assert main(["compare", str(old[0]), str(tmp_path / "new")]) == 0
+    assert "1.58" in capsys.readouterr().out
+
+
+def test_reruns_that_agree_hide_nothing(old: tuple[Path, Records], tmp_path: Path) -> None:
+    new = changed(tmp_path / "new", old[1], score=-3.0, noise=0.5)
+    before = saved(tmp_path / "old", [*old[1], *(rerun(record) for record in old[1])])
+    (change,) = (c for c in compared([*old[1], *map(rerun, old[1])], new, ["score"]) if c.recipe.label == "bf16 · lora")
+    assert (change.floor.size, change.outcome) == (0.0, "worse")  # type: ignore[union-attr]
+    assert main(["compare", str(before), str(tmp_path / "new")]) == 1
+
+
+def test_a_shift_of_all_seeds_alike_must_exceed_the_floor(tmp_path: Path) -> None:
+    records = synthetic.study(tmp_path, synthetic.matrix(seeds=16), n_steps=2, n_items=30)
+    new = changed(tmp_path / "new", records, score=-0.9, noise=0.01)
+    again = rerun(of_recipe(records, "bf16", "lora")[0], points=1.0)
+    (change,) = (c for c in compared([*records, again], new, ["score"]) if c.recipe.label == "bf16 · lora")
+    assert change.comparison.p_different < 0.05  # sixteen seeds make even this spread small
+    assert change.outcome == "undecided"
+
+
+def test_another_thread_count_is_noise_of_scores_and_not_of_costs(old: tuple[Path, Records], tmp_path: Path) -> None:
+    again = rerun(of_recipe(old[1], "bf16", "lora")[0], points=1.0, speed=0.5, threads=1)
+    floors = {c.quantity: c.floor for c in compared([*old[1], again], old[1], ["score", "tokens_per_s"])}
+    assert floors["score"].size == pytest.approx(1.0)  # type: ignore[union-attr]
+    assert floors["tokens_per_s"] is None
+
+
+def longer(records: Records, steps: int) -> Records:
+    made = copy.deepcopy(records)
+    for record in of_recipe(made, "bf16", "lora"):
+        record["config"]["trainer"]["steps"] = steps
+    return made
+
+
+def test_other_settings_are_named_and_compared_on_demand_only(
+    old: tuple[Path, Records], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = saved(tmp_path, longer(old[1], steps=60))
+    command = ["compare", str(old[0]), str(new)]
+    assert main(command) == 1
+    printed = capsys.readouterr().out
+    assert "✗ mamba_tiny · bf16 · lora: trainer.steps 120 → 60: another recipe, not compared" in printed
+    assert "0 of 5 numbers" in printed
+    for allowed in ("trainer", "trainer.steps"):
+        assert main([*command, f"--allow-changed=kernel,{allowed}"]) == 0
+        printed = capsys.readouterr().out
+        assert "compared although changed: mamba_tiny · bf16 · lora: trainer.steps 120 → 60" in printed
+        assert "0 of 6 numbers" in printed
+    assert main([*command, "--allow-changed=trainer.st"]) == 1
+
+
+def test_recipes_are_matched_by_their_settings_not_by_their_labels(old: tuple[Path, Records]) -> None:
+    """Of two lengths in one study, the label names them; in the other study there is one, without a name."""
+    both = [*old[1], *({**r, "id": f"{r['id'][:8]}60"} for r in of_recipe(longer(old[1], steps=60), "bf16", "lora"))]
+    found = matching(gather(both), gather(longer(old[1], steps=60)))
+    by_label = {before.label: after for before, after in found.same}
+    assert by_label["bf16 · lora · trainer.steps=60"].label == "bf16 · lora"
+    assert [recipe.label for recipe in found.gone] == ["bf16 · lora · trainer.steps=120"]
+    assert not found.different
+
+
+def test_versions_that_differ_are_named(
+    old: tuple[Path, Records], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = copy.deepcopy(old[1])
+    for record in new:
+        record["environment"]["torch"] = "2.14.0"
+    assert main(["compare", str(old[0]), str(saved(tmp_path, new))]) == 0
+    assert "not the same on both sides: torch: 2.13.0 → 2.14.0" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import cast
 
 from lightning.pytorch.loggers import Logger
 
@@ -12,8 +13,8 @@ from lyapft.cell.preparation import Cell
 from lyapft.cell.state import clean_state
 from lyapft.cell.training import train
 from lyapft.cell.validation import validation
-from lyapft.data import TokenDataset
-from lyapft.halving import EVALUATION, Halvings
+from lyapft.data import Stream, Table, TokenDataset
+from lyapft.halving import EVALUATION, VALIDATION, Halvings
 from lyapft.records import Record
 from lyapft.resume import Signals
 
@@ -34,14 +35,15 @@ def execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals,
         if settings.steps:
             with together():
                 train(cell, record, parts, rows, loggers, signals, halvings)
-                if settings.strategy == "fsdp":
+                record["data"] = rows.record()  # of a stream it is known now
+                if settings.strategy != "ddp":
                     parts = gathered(cell, parts)
         if not ranks.leads():
             return
-        halvings.doing = EVALUATION
         if held_out is not None:
-            model = parts.backbone.model.to(cell.device)
-            record["validation"] = validation(model, held_out, cell, precision.autocast)
+            model, halvings.doing = parts.backbone.model.to(cell.device), VALIDATION
+            record["validation"] = validation(model, held_out, cell, precision.autocast, halvings.rows)
+        halvings.doing = EVALUATION
         evaluation = time.perf_counter()
         _score(cell, record, parts, halvings)
         signals.heed()
@@ -52,9 +54,13 @@ def execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals,
         record["cost"] |= {"eval_wall_s": ended - evaluation, "wall_s": ended - started + earlier}
 
 
-def _rows(cell: Cell, parts: Assembly) -> tuple[TokenDataset, TokenDataset | None]:
+def _rows(cell: Cell, parts: Assembly) -> tuple[TokenDataset | Stream, TokenDataset | None]:
     """The rows to train on, and those kept from training, if any."""
     cfg, tokenizer = cell.config, parts.backbone.tokenizer
+    if cfg.data.get("streaming", False):  # only tables can be
+        table, content = cast(Table, cell.source), cell.science["data"]["content"]
+        stream = Stream(table, tokenizer, cfg.data.max_length, content, cfg.data.packing)
+        return stream.split(cfg.trainer.validation_rows)
     whole = data.tokenised(
         cell.source,
         tokenizer,
@@ -72,7 +78,7 @@ def _rows(cell: Cell, parts: Assembly) -> tuple[TokenDataset, TokenDataset | Non
     return packs, held_out
 
 
-def _described(cell: Cell, parts: Assembly, rows: TokenDataset) -> Record:
+def _described(cell: Cell, parts: Assembly, rows: TokenDataset | Stream) -> Record:
     """What a record says before the training; of the peft, so that an attempt that fails says it too."""
     base, seam, peft, precision = parts
     model = {"name": cell.config.model.name, "architecture": base.architecture, "hash": base.hash}

@@ -9,7 +9,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lyapft import backbone, config, dashboard, data, launch, precision, recurrence, tasks
+from lyapft import backbone, config, dashboard, data, launch, precision, recurrence, sharding, tasks
 from lyapft.data.packing import faults as packing_faults
 from lyapft.environment import resolve_device, resolve_threads
 from lyapft.errors import InputError, behind
@@ -60,11 +60,10 @@ def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Ce
     kernel = Checked(lambda: recurrence.resolve(cfg.kernel.name, cfg.kernel.require, device))
     found = config.faults(cfg) + found + precision.faults(cfg.precision, device) + peft_faults(cfg.peft) + kernel.faults
     trainer = cfg.trainer
-    found += launch.faults(launch.found(), trainer.accumulate, trainer.batch_size, cfg.precision.name, trainer.oom)
-    if trainer.strategy == "fsdp":
-        found += launch.sharding_faults(
-            launch.found(), cfg.peft.name, cfg.precision.name, list(cfg.probe), cfg.guard.action
-        )
+    here, together = launch.found(), launch.together(trainer)
+    found += launch.faults(here, trainer.accumulate, trainer.batch_size, cfg.precision.name, trainer.oom, together)
+    if trainer.strategy != "ddp":
+        found += launch.sharding_faults(here, trainer, cfg.peft, cfg.precision.name, list(cfg.probe), cfg.guard.action)
     model_faults = backbone.faults(cfg.model)
     source = Checked(lambda: (like.source, like.science["data"]["content"]) if like else _read(cfg.data))
     task = Checked(lambda: like.task if like else _asked(instantiate(cfg.task)))
@@ -132,6 +131,10 @@ def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None, device: str) -> 
         return found + skeleton.faults
     if task is not None:
         found += tasks.context_faults(task, skeleton.value.tokenizer, positions)
+    if cfg.trainer.strategy == "tensor":
+        size = cfg.trainer.tensor_parallel_size
+        wrong = sharding.tensor_faults(skeleton.value.model, size)
+        found += [f"trainer.strategy=tensor: {fault}; use trainer.strategy=fsdp or ddp" for fault in wrong]
     kernel = cfg.kernel
     seam = Checked(
         lambda: recurrence.install(skeleton.value.model, kernel.name, kernel.require, fused=kernel.fused, device=device)

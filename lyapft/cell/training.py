@@ -2,6 +2,7 @@
 
 import logging
 import signal
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import lightning as L
@@ -10,27 +11,28 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from lyapft import config, data, precision, ranks, records
+from lyapft import config, precision, ranks, records
 from lyapft.cell import summary
 from lyapft.cell.assembly import Assembly
 from lyapft.cell.preparation import Cell
-from lyapft.data import TokenDataset
+from lyapft.data import Stream, TokenDataset
 from lyapft.environment import PeakMemory, warm_up
-from lyapft.halving import Halvings, out_of_memory
-from lyapft.module import FineTuner
+from lyapft.halving import SELECTION, Halvings, out_of_memory
+from lyapft.module import IGNORED, FineTuner
 from lyapft.peft import Liveness
 from lyapft.probes import AdapterLiveness, AlertProbe, LyapunovProbe, ProgressBar, ShadowProbe, StepRecorder
 from lyapft.records import Record
 from lyapft.resume import CheckpointFiles, Resume, Signals
 
 log = logging.getLogger(__name__)
+Batch = dict[str, torch.Tensor]
 
 
 def train(
     cell: Cell,
     record: Record,
     parts: Assembly,
-    rows: TokenDataset,
+    rows: TokenDataset | Stream,
     loggers: list[Logger],
     signals: Signals,
     halvings: Halvings,
@@ -81,20 +83,21 @@ class Training:
         self.files = CheckpointFiles(cell.folder)
         self.resume = Resume(self.files, self.settings.checkpoint_every_s, signals, parts.seam, self.memory)
 
-    def fit(self, rows: TokenDataset, loggers: list[Logger]) -> None:
+    def fit(self, rows: TokenDataset | Stream, loggers: list[Logger]) -> None:
         """Train from the start, or from where an earlier attempt was."""
         checkpoint = ranks.from_first(self.files.latest() if ranks.leads() else None)
         trainer = self._trainer(loggers)
         self.module.model.train()
         cfg = self.cell.config
-        loader = data.batches(rows, cfg.trainer.batch_size, cfg.trainer.steps * cfg.trainer.accumulate, cfg.seed)
-        own = loader.share(ranks.rank(), ranks.count())
+        loader = rows.batches(cfg.trainer.batch_size, cfg.trainer.steps * cfg.trainer.accumulate, cfg.seed)
+        place = ranks.place(self.settings)
+        own = loader.share(place, self.module.copies)
         self.module.to(self.cell.device)
         self._warm_up(loader)
         self.memory.start()
         if checkpoint is None:
-            self.parts.peft.prepare(self._loss, loader)
-        ranks.part_random_numbers(cfg.seed)
+            self._prepare(loader)
+        ranks.part_random_numbers(cfg.seed, place)
         continued = ", continued" if checkpoint else ""
         log.info("training %s: %d steps%s", _title(self.cell), self.settings.steps, continued)
         try:
@@ -113,7 +116,7 @@ class Training:
         return {"resumed": resumed} | summary.events(self.module, self.probes, self.guards)
 
     def _trainer(self, loggers: list[Logger]) -> L.Trainer:
-        launched = ranks.trainer_arguments(self.settings.strategy)
+        launched = ranks.trainer_arguments(self.settings)
         return L.Trainer(
             accelerator=self.cell.device,
             plugins=[self.parts.precision.plugin, self.files, *launched.pop("plugins")],
@@ -141,11 +144,25 @@ class Training:
             self.resume,
         ]
 
-    def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _loss(self, batch: Mapping[str, torch.Tensor], of: int | None = None) -> torch.Tensor:
         with self.parts.precision.autocast():
-            return self.module.loss(batch)
+            return self.module.loss(batch, of)
 
-    def _warm_up(self, loader: data.Batches) -> None:
+    def _prepare(self, loader: Iterable[Batch]) -> None:
+        """Let the peft learn what it needs to, of batches in the parts that fit."""
+        halvings = self.module.halvings
+
+        def gradients(batch: Batch) -> None:
+            whole = int((batch["labels"][:, 1:] != IGNORED).sum())
+            parts = halvings.parts(batch)
+            for part in parts:
+                self._loss(part, whole if len(parts) > 1 else None).backward()
+
+        halvings.doing = SELECTION
+        self.parts.peft.prepare(gradients, loader)
+        halvings.doing = None
+
+    def _warm_up(self, loader: Iterable[Batch]) -> None:
         try:
             warm_up(self.module, self._loss, loader)
         except Exception as error:

@@ -12,11 +12,15 @@ from lyapft.tasks.scoring import Autocast
 
 
 @torch.no_grad()
-def validation(model: torch.nn.Module, held_out: TokenDataset, cell: Cell, autocast: Autocast) -> dict[str, Any]:
-    """Mean cross-entropy over every target token of the held-out rows, in nats, in the cell's own number format."""
-    loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(
-        held_out, batch_size=cell.config.trainer.batch_size, collate_fn=held_out.collate
-    )
+def validation(
+    model: torch.nn.Module, held_out: TokenDataset, cell: Cell, autocast: Autocast, rows: int
+) -> dict[str, Any]:
+    """Mean cross-entropy over every target token of the held-out rows, in nats, in the cell's own number format.
+
+    Args:
+        rows: at once.
+    """
+    loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(held_out, batch_size=rows, collate_fn=held_out.collate)
     mode, total, count = model.training, 0.0, 0
     model.eval()
     for batch in loader:

@@ -92,7 +92,10 @@ class TrainerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     grad_clip: float = 1.0  # largest gradient norm
     max_nonfinite: int = 10  # steps in a row without a finite gradient before the cell ends; fp16: see the loss scale
-    strategy: str = "ddp"  # ddp | fsdp: over several processes, copies of the weights or a part of each for each
+    strategy: str = (
+        "ddp"  # ddp | fsdp | tensor: over several processes, copies of the weights, or parts; see conf/trainer
+    )
+    tensor_parallel_size: int = 1  # strategy=tensor: processes that compute each layer together
     oom: str = "stop"  # stop | halve: where memory runs out, go on with half the rows at once; recorded
     progress: bool = True
     record_every_s: float = 30.0  # how often the step series is written while training

@@ -42,6 +42,8 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
     kept = {key: value for key, value in plain.items() if key not in NOT_SCIENCE}
     for key in NOT_SCIENCE_TRAINER:
         kept["trainer"].pop(key)
+    for key in _without_effect(kept["data"]):
+        kept["data"].pop(key)
     if cfg.guard._target_ is None:
         kept.pop("guard")
     else:
@@ -50,6 +52,8 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
         kept["guard"] |= {"probes": settings} if settings else {}  # they say at which steps it sees a number
     if not kept["trainer"]["validation_rows"]:
         kept["trainer"].pop("validation_rows")
+    if kept["trainer"]["strategy"] != "tensor":
+        kept["trainer"].pop("tensor_parallel_size")
     if kept["trainer"]["strategy"] == "ddp":
         kept["trainer"].pop("strategy")
     if kept["trainer"]["oom"] == "stop":  # can stop a cell, not change it
@@ -61,6 +65,12 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
     for group, content in fingerprints.items():
         kept[group] = without_paths(kept[group]) | {"content": content}
     return kept | {"runs_as": runs_as}
+
+
+def _without_effect(data: dict[str, Any]) -> list[str]:
+    """Settings of streaming that change no number: how many processes read ahead, and all where nothing is streamed."""
+    idle = ("workers",) if data.get("streaming") else ("workers", "streaming", "shuffle_buffer")
+    return [key for key in idle if key in data]
 
 
 def settled(cfg: DictConfig) -> DictConfig:

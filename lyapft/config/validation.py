@@ -49,7 +49,7 @@ def faults(cfg: DictConfig) -> list[str]:
         "reference": (cfg.reference, ("auto", "off")),
         "device": (cfg.device, ("auto", "cpu", "cuda")),
         "model.init": (cfg.model.init, ("pretrained", "scratch")),
-        "trainer.strategy": (cfg.trainer.strategy, ("ddp", "fsdp")),
+        "trainer.strategy": (cfg.trainer.strategy, ("ddp", "fsdp", "tensor")),
         "trainer.oom": (cfg.trainer.oom, ("stop", "halve")),
     }
     found += [

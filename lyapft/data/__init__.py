@@ -6,8 +6,9 @@ from lyapft.data.mixture import Mixture
 from lyapft.data.packing import pack
 from lyapft.data.pydoc import Pydoc
 from lyapft.data.skills import Skills
-from lyapft.data.sources import Alpaca, Sharegpt, TextFile
+from lyapft.data.sources import Alpaca, Sharegpt, Table, TextFile
 from lyapft.data.store import tokenised
+from lyapft.data.streaming import Stream
 
 __all__ = [
     "Alpaca",
@@ -19,6 +20,8 @@ __all__ = [
     "Sharegpt",
     "Skills",
     "Source",
+    "Stream",
+    "Table",
     "TextFile",
     "TokenDataset",
     "batches",

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ Tokens = tuple[NDArray[np.int32], NDArray[np.bool_]]  # ids and which of them ar
 
 @dataclass
 class TokenDataset(Dataset[dict[str, Tensor]]):
-    """Tokenised rows, kept flat: row i is `ids[starts[i]:starts[i + 1]]`, `is_target` alike."""
+    """Tokenised rows, kept flat: row i is `ids[starts[i]:starts[i + 1]]`, `is_target` alike; `first` numbers them."""
 
     name: str
     hash: str
@@ -40,6 +40,17 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
     rows_dropped: int = 0
     rows_truncated: int = 0
     rows_bad: int = 0
+    first: int = 0
+
+    @classmethod
+    def of(cls, kept: Sequence[Tokens], **others: Any) -> "TokenDataset":
+        """Rows one after the other, and the other fields."""
+        return cls(
+            ids=np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in kept)]),
+            is_target=np.concatenate([np.empty(0, np.bool_), *(is_target for _, is_target in kept)]),
+            starts=np.cumsum([0, *(len(ids) for ids, _ in kept)], dtype=np.int64),
+            **others,
+        )
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -49,7 +60,7 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         row = slice(self.starts[index], self.starts[index + 1])
         ids = torch.from_numpy(self.ids[row].astype(np.int64))
         labels = ids.masked_fill(~torch.from_numpy(self.is_target[row]), IGNORE)
-        return {"input_ids": ids, "labels": labels, "row": torch.tensor([index])}
+        return {"input_ids": ids, "labels": labels, "row": torch.tensor([self.first + index])}
 
     def split(self, held_out: int) -> tuple["TokenDataset", "TokenDataset | None"]:
         """All rows but the last `held_out`, and those; None where none are held out.
@@ -67,7 +78,11 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         middle = self.starts[cut]
         first = replace(self, ids=self.ids[:middle], is_target=self.is_target[:middle], starts=self.starts[: cut + 1])
         last = replace(
-            self, ids=self.ids[middle:], is_target=self.is_target[middle:], starts=self.starts[cut:] - middle
+            self,
+            ids=self.ids[middle:],
+            is_target=self.is_target[middle:],
+            starts=self.starts[cut:] - middle,
+            first=self.first + cut,
         )
         return first, last
 
@@ -88,7 +103,7 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         return batch
 
     def record(self) -> dict[str, Any]:
-        """What a cell's record says of its data; `target_tokens` are those that the loss can count."""
+        """What a cell's record says of its data."""
         return {
             "name": self.name,
             "hash": self.hash,
@@ -97,9 +112,17 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
             "rows_truncated": self.rows_truncated,
             "rows_bad": self.rows_bad,
             "tokens": len(self.ids),
-            # the first token of a row has nothing before it to be predicted from
-            "target_tokens": int(self.is_target.sum() - self.is_target[self.starts[:-1]].sum()),
+            "target_tokens": self.target_tokens,
         }
+
+    @property
+    def target_tokens(self) -> int:
+        """Those that the loss can count: the first token of a row has nothing before it to be predicted from."""
+        return int(self.is_target.sum() - self.is_target[self.starts[:-1]].sum())
+
+    def batches(self, batch_size: int, steps: int, seed: int) -> "Batches":
+        """See the function of this name."""
+        return batches(self, batch_size, steps, seed)
 
 
 def build(
@@ -120,29 +143,52 @@ def build(
     Raises:
         InputError: the tokenizer has no end-of-text token, or no row is left.
     """
-    if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json")
     bar = tqdm(source.examples(), f"tokens of {source.name}", unit=" rows", delay=2, leave=False, disable=not progress)
-    tokenised = _tokenise(bar, tokenizer)
     counts = {"rows_dropped": 0, "rows_truncated": 0}
-    rows = _blocks(tokenised, max_length) if source.packed else _cut(tokenised, max_length, counts)
-    kept = list(rows)
+    kept = token_rows(bar, tokenizer, max_length, source.packed, counts)
     if not kept:
-        raise InputError(
-            f"data {source.name}: no row is left to train on ({counts['rows_dropped']} lost their whole response to "
-            f"max_length={max_length}, {source.rows_bad} had bad fields): raise data.max_length or check data.path"
-        )
-    return TokenDataset(
+        raise nothing_left(source.name, max_length, counts["rows_dropped"], source.rows_bad)
+    return TokenDataset.of(
+        kept,
         name=source.name,
         hash=source.fingerprint() if fingerprint is None else fingerprint,
-        ids=np.concatenate([ids for ids, _ in kept]),
-        is_target=np.concatenate([is_target for _, is_target in kept]),
-        starts=np.cumsum([0, *(len(ids) for ids, _ in kept)], dtype=np.int64),
-        pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_id=pad_id(tokenizer),
         ordered=source.ordered,
         rows_bad=source.rows_bad,
         **counts,
     )
+
+
+def nothing_left(name: str, max_length: int, dropped: int, bad: int) -> InputError:
+    """Why there is no row to train on."""
+    return InputError(
+        f"data {name}: no row is left to train on ({dropped} lost their whole response to "
+        f"max_length={max_length}, {bad} had bad fields): raise data.max_length or check data.path"
+    )
+
+
+def token_rows(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    packed: bool,
+    counts: dict[str, int],
+) -> list[Tokens]:
+    """The rows that some examples make; what is lost is added to `counts`.
+
+    Raises:
+        InputError: the tokenizer has no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json")
+    tokenised = _tokenise(examples, tokenizer)
+    return list(_blocks(tokenised, max_length) if packed else _cut(tokenised, max_length, counts))
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that rows are padded with."""
+    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return cast(int, token)
 
 
 def _tokenise(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
@@ -154,7 +200,8 @@ def _tokenise(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -
         texts = list({segment.text: None for example in chunk for segment in example.segments})
         encoded = dict(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
         for example in chunk:
-            ids, is_target = list(prefix), [False] * len(prefix)
+            ids = list(prefix) if example.begins else []
+            is_target = [False] * len(ids)
             for segment in example.segments:
                 piece = encoded[segment.text] + [eos] * segment.end
                 ids += piece
@@ -225,11 +272,15 @@ class Order(Sampler[list[int]]):
 
     def _rows(self, epoch: int) -> Iterator[int]:
         while True:
-            rows = list(range(self.rows))
-            if self.shuffle:
-                random.Random(f"order {self.seed} {epoch}").shuffle(rows)
-            yield from rows
+            yield from shuffled(self.rows, self.seed, epoch) if self.shuffle else range(self.rows)
             epoch += 1
+
+
+def shuffled(rows: int, seed: int, *of: int) -> list[int]:
+    """The numbers of some rows in an order that a seed and the numbers of an epoch (and a part of it) give."""
+    order = list(range(rows))
+    random.Random(" ".join(map(str, ("order", seed, *of)))).shuffle(order)
+    return order
 
 
 class Batches(DataLoader[dict[str, Tensor]]):

@@ -23,10 +23,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence before tokenisation; `id` names its row in messages."""
+    """One sequence before tokenisation.
+
+    Args:
+        id: names its row in messages.
+        begins: a text begins here, and with it a begin-of-text token where the tokenizer has one.
+    """
 
     id: str
     segments: tuple[Segment, ...]
+    begins: bool = True
 
 
 class Source(Protocol):

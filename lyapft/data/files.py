@@ -58,9 +58,24 @@ def read_json(path: Path) -> list[Row]:
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path} holds no rows")
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, row {number}: expected an object with named fields, found {row!r:.60}")
+        _check_object(f"{path}, row {number}", row)
     return rows
+
+
+def parse_line(path: Path, line: str, number: int) -> Row:
+    """The row of one line of a file of JSON lines.
+
+    Raises:
+        InputError: invalid JSON, or something else than an object.
+    """
+    row: Row = _parse(path, line.rstrip("\n"), number)
+    _check_object(f"{path}, line {number}", row)
+    return row
+
+
+def _check_object(where: str, row: Any) -> None:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with named fields, found {row!r:.60}")
 
 
 def _parse_lines(path: Path, text: str) -> list[Any]:

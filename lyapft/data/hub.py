@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import datasets
 import huggingface_hub
-from datasets import load_dataset
+from datasets import IterableDataset, load_dataset
+from huggingface_hub import HfApi
 from huggingface_hub.utils import get_session
 
 from lyapft.data.files import Row
@@ -34,9 +35,35 @@ def load_rows(name: str, split: str) -> list[Row]:
     Raises:
         InputError: neither the hub nor the cache gave them.
     """
+    with _named(name), _offline_if_unreachable():
+        return list(load_dataset(name, split=split))
+
+
+def stream_rows(name: str, split: str, commit: str) -> IterableDataset:
+    """The rows of a split one after the other, as they are fetched.
+
+    Raises:
+        InputError: the hub does not give them.
+    """
+    with _named(name):
+        return load_dataset(name, split=split, revision=commit, streaming=True)
+
+
+def commit_of(name: str) -> str:
+    """Which state of a data set the hub has now.
+
+    Raises:
+        InputError: it cannot be asked.
+    """
+    with _named(name):
+        return str(HfApi().dataset_info(name, timeout=TIMEOUT_S).sha)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say what it means that a name gave no rows."""
     try:
-        with _offline_if_unreachable():
-            return list(load_dataset(name, split=split))
+        yield
     except Exception as error:  # noqa: BLE001 - a dozen kinds; whichever it is, the name gave no rows
         reason = str(error).split("\n")[0]
         raise InputError(

@@ -2,7 +2,7 @@
 
 A source is read and checked whole when its fingerprint or examples are first asked for, before any weight is loaded.
 JSON is parsed by `files`, since only so an error can name its line; rows then live in a `datasets.Dataset`, as those of
-a data set on the hub do.
+a data set on the hub do. With `streaming` its rows are never held: `streaming` reads them as the training needs them.
 """
 
 import logging
@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,11 +19,12 @@ from datasets import Dataset
 
 from lyapft.data.examples import Example, Segment, digest
 from lyapft.data.files import Row, check_columns, local_files, read_json, read_text
-from lyapft.data.hub import load_rows
+from lyapft.data.hub import commit_of, load_rows, stream_rows
+from lyapft.data.readers import ENDS, PIECE, START, Files, Reader, content, read_pieces, read_rows
 from lyapft.errors import InputError
 
 log = logging.getLogger(__name__)
-PIECE = 10_000  # characters of plain text tokenised at once
+ENOUGH = 1000  # rows of which the share of bad ones says something
 
 
 @dataclass
@@ -34,6 +36,9 @@ class Table(ABC):
         max_bad_fraction: share of rows with missing, null or non-string fields that stops the run; fewer are left out.
         limit: use the first N good rows only.
         split: of a data set on the hub.
+        streaming: never hold all rows; `examples` and `rows_bad` are not asked for then, `reader` is.
+        shuffle_buffer: examples that are held, and shuffled among themselves.
+        workers: processes that read ahead.
     Raises:
         InputError: from `examples` and `fingerprint`, whatever is wrong with the input.
     """
@@ -45,15 +50,24 @@ class Table(ABC):
     max_bad_fraction: float = 0.01
     limit: int | None = None
     split: str = "train"
+    streaming: bool = False
+    shuffle_buffer: int = 4096
+    workers: int = 0
     packed: bool = field(default=False, init=False)
     ordered: bool = field(default=False, init=False)
 
     columns: ClassVar[tuple[str, ...]]
-    suffixes: ClassVar[tuple[str, ...]] = (".json", ".jsonl")
+    suffixes: ClassVar[tuple[str, ...]] = (".json", ".jsonl", ".parquet")
 
     def __post_init__(self) -> None:
+        wrong = []
         if not 0 <= self.max_bad_fraction <= 1:
-            raise InputError(f"data.max_bad_fraction={self.max_bad_fraction} must lie between 0 and 1")
+            wrong.append(f"data.max_bad_fraction={self.max_bad_fraction} must lie between 0 and 1")
+        for key, least in (("shuffle_buffer", 1), ("workers", 0)):
+            if (value := getattr(self, key)) < least:
+                wrong.append(f"data.{key}={value} must be at least {least}")
+        if wrong:
+            raise InputError("\n".join(wrong))
 
     @abstractmethod
     def fault(self, row: Row) -> str | None:
@@ -69,40 +83,81 @@ class Table(ABC):
 
     def read(self, file: Path) -> list[Row]:
         """The rows of one local file."""
-        return read_json(file)
+        return [row for row, _ in read_rows(file, START)] if file.suffix == ".parquet" else read_json(file)
 
     @cached_property
     def _checked(self) -> tuple[Dataset, int]:
         """The good rows (with `row`, their number from 1) and the number of bad ones."""
         rows = self._rows()
+        good = self._usable(rows)
+        kept = [{"row": number, **self.used(rows[number - 1])} for number in good[: self.limit]]
+        return Dataset.from_list(kept), len(rows) - len(good)
+
+    def _usable(self, rows: list[Row]) -> list[int]:
+        """Numbers of the good ones, from 1.
+
+        Raises:
+            InputError: a column that none has, too many bad rows, or no good one.
+        """
         check_columns(f"data.path={self.path}", rows, self.columns)
         faults = {number: fault for number, row in enumerate(rows, 1) if (fault := self.fault(row))}
-        if faults:
-            self._report(faults, len(rows))
-        good = [{"row": number, **self.used(row)} for number, row in enumerate(rows, 1) if number not in faults]
-        if not good:
+        self.report(len(faults), len(rows), next(iter(faults.items()), None))
+        if len(faults) == len(rows):
             raise InputError(f"data.path={self.path}: no usable row")
-        return Dataset.from_list(good[: self.limit]), len(faults)
+        return [number for number in range(1, len(rows) + 1) if number not in faults]
 
-    def _report(self, faults: dict[int, str], total: int) -> None:
-        first, fault = next(iter(faults.items()))
-        share = len(faults) / total
+    def report(self, bad: int, total: int, first: tuple[int, str] | None) -> None:
+        """Warn of bad rows among those that were read.
+
+        Args:
+            first: number and fault of one of them; without it, nobody is told of a few.
+        Raises:
+            InputError: there are too many.
+        """
+        share = bad / total if total else 0.0
         message = (
-            f"data.path={self.path}: {len(faults)} of {total} rows ({share:.1%}) have missing, null or non-string "
-            f"fields; the first is row {first} ({fault})"
+            f"data.path={self.path}: {bad} of {total} rows ({share:.1%}) have missing, null or non-string fields"
+            + (f"; the first is row {first[0]} ({first[1]})" if first else "")
         )
         if share > self.max_bad_fraction:
             allow = math.ceil(share * 100) / 100
             raise InputError(f"{message}. Mend them, or leave them out with data.max_bad_fraction={allow:g}")
-        log.warning("%s; they are left out", message)
+        if first:
+            log.warning("%s; they are left out", message)
 
-    def _rows(self) -> list[Row]:
+    @cached_property
+    def _files(self) -> list[Path] | None:
         if self.path is None:
             raise InputError(f"data={self.name} needs data.path=FILE, a folder of files, or a data set's name")
-        files = local_files(self.path, self.suffixes)
-        if files is None:
-            return load_rows(self.path, self.split)
-        return [row for file in files for row in self.read(file)]
+        return local_files(self.path, self.suffixes)
+
+    def _rows(self) -> list[Row]:
+        if self._files is None:
+            return load_rows(str(self.path), self.split)
+        return [row for file in self._files for row in self.read(file)]
+
+    def reader(self) -> Reader:
+        """The rows from the first one on, for `streaming`."""
+        if self._files is None:
+            return stream_rows(str(self.path), self.split, self._commit)
+        return Files(self._files, read_rows)
+
+    @property
+    def reader_limit(self) -> int | None:
+        """How many good rows of the reader to use."""
+        return self.limit
+
+    @cached_property
+    def _commit(self) -> str:
+        return commit_of(str(self.path))
+
+    @cached_property
+    def _content(self) -> str:
+        """Of what is streamed, whose first rows are looked at."""
+        found = self._commit if self._files is None else content(self._files)
+        rows = list(islice(self.reader(), max(ENOUGH, self.shuffle_buffer)))
+        self._usable(rows)
+        return found
 
     @property
     def rows_bad(self) -> int:
@@ -116,8 +171,8 @@ class Table(ABC):
             yield Example(f"row {row['row']}", self.segments(row))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the rows' text as it is used."""
-        return digest(self.examples())
+        """SHA-256 of the rows' text as it is used; of what is streamed, of the files or the hub's commit."""
+        return self._content if self.streaming else digest(self.examples())
 
 
 def _not_string(row: Row, column: str) -> str | None:
@@ -199,7 +254,17 @@ class TextFile(Table):
             if len(pieces[-1]) > PIECE:
                 pieces.append("")
             pieces[-1] += line
-        return tuple(Segment(piece, target=True, end=i == len(pieces) - 1) for i, piece in enumerate(pieces))
+        last = len(pieces) - 1 if row.get(ENDS, True) else None
+        return tuple(Segment(piece, target=True, end=i == last) for i, piece in enumerate(pieces))
 
     def read(self, file: Path) -> list[Row]:
         return [{"text": read_text(file)}]
+
+    def reader(self) -> Reader:
+        """Files in pieces; the first N of them where there is a limit."""
+        return super().reader() if self._files is None else Files(self._files[: self.limit], read_pieces)
+
+    @property
+    def reader_limit(self) -> int | None:
+        """None for files, of which no more are read."""
+        return self.limit if self._files is None else None

@@ -32,7 +32,7 @@ from lyapft.divergence.estimates import (
     ratio_of_means,
     t_interval,
 )
-from lyapft.divergence.icl import icl_gains
+from lyapft.divergence.icl import ShotScores, icl_gains, shot_scores
 from lyapft.divergence.items import AnswerShift, Flips, answer_shift, item_flips
 from lyapft.divergence.pairs import (
     SPIKE_POINTS,
@@ -58,6 +58,7 @@ __all__ = [
     "Outcome",
     "RankTest",
     "ScoreDivergence",
+    "ShotScores",
     "adjusted",
     "against_counterparts",
     "answer_shift",
@@ -78,5 +79,6 @@ __all__ = [
     "rank_test",
     "ratio_of_means",
     "seeds_to_decide",
+    "shot_scores",
     "t_interval",
 ]

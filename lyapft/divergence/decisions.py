@@ -5,7 +5,7 @@ zero would always find something. Shape letters: `…` any number of tables at o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -211,10 +211,20 @@ def compare(values: Values, margin: float = MARGIN_POINTS, resolution: float = 0
     )
 
 
-def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons of one table with every p adjusted by Holm over the table."""
-    columns = [holm([getattr(c, name) for c in comparisons]) for name in ("p_different", "p_equivalent", "p_outside")]
+def adjusted(comparisons: Sequence[Comparison], same: Sequence[Hashable] | None = None) -> list[Comparison]:
+    """The comparisons of one table with every p adjusted by Holm over the table.
+
+    Args:
+        same: a name for each comparison; those that share one are one test, done twice, and count once.
+    """
+    names = range(len(comparisons)) if same is None else same
+    tests: dict[Hashable, Comparison] = {}
+    for name, comparison in zip(names, comparisons, strict=True):
+        tests.setdefault(name, comparison)
+    fields = ("p_different", "p_equivalent", "p_outside")
+    columns = [holm([getattr(test, field) for test in tests.values()]) for field in fields]
+    found = dict(zip(tests, zip(*columns, strict=True), strict=True))
     return [
-        replace(c, p_different=different, p_equivalent=equivalent, p_outside=outside, family=len(comparisons))
-        for c, different, equivalent, outside in zip(comparisons, *columns, strict=True)
+        replace(c, **dict(zip(fields, found[name], strict=True)), family=len(tests))
+        for c, name in zip(comparisons, names, strict=True)
     ]

@@ -64,11 +64,11 @@ class Strategy(ABC):
     def record(self) -> dict[str, Any]:
         """What was adapted, for the record of a cell."""
 
-    def prepare(self, loss: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> None:  # noqa: B027 - a hook
+    def prepare(self, gradients: Callable[[Batch], None], batches: Iterable[Batch]) -> None:  # noqa: B027 - a hook
         """What has to be learnt from data before the first step; by default nothing, and no batch is drawn.
 
         Args:
-            loss: the training loss of a batch as the model now stands.
+            gradients: adds those of the training loss of a batch, as the model now stands.
             batches: those that training will see, in its order.
         """
 

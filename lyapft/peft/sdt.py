@@ -85,7 +85,7 @@ class SelectiveDimensionTuning(Strategy):
             self._places[name] = places
         self._backbone = backbone
 
-    def prepare(self, loss: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> None:
+    def prepare(self, gradients: Callable[[Batch], None], batches: Iterable[Batch]) -> None:
         """Warm up, select what changed most, and put the base weights back."""
         log.info("selecting dimensions in %d warm-up steps", self.warmup_steps)
         places = [place for pair in self._places.values() for place in pair]
@@ -93,7 +93,7 @@ class SelectiveDimensionTuning(Strategy):
         self._open(places, True)
         optimizer = torch.optim.AdamW([p.original for p in places], lr=self.warmup_learning_rate, weight_decay=0.0)
         for batch in islice(batches, self.warmup_steps):
-            loss(batch).backward()
+            gradients(batch)
             self._candidates_only()
             optimizer.step()
             optimizer.zero_grad()

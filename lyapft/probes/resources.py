@@ -11,7 +11,6 @@ import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lyapft import ranks
 from lyapft.environment import STATUS
 
 log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ class ResourceProbe(Callback):
         module.observed["memory_bytes"] = now
         if peak is not None:
             module.observed["memory_peak_bytes"] = peak
-            parts = self._micro_batches * ranks.count() * module.parts
+            parts = self._micro_batches * module.copies * module.parts
             tokens = module.observed["tokens"] / parts
             module.observed["memory_bytes_per_token"] = peak / tokens
         if wall > before[0]:

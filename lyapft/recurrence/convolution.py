@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lyapft.recurrence.halves import halves
 from lyapft.recurrence.operations import Operations
 from lyapft.scan import mamba_ssm, packing
 
@@ -35,6 +36,8 @@ class Convolution(Operations):
             kernel = seam.instead(OPERATION, "torch", f"float32 and SiLU only, not {hidden_states.dtype}, {activation}")
         seam.record(OPERATION, kernel)
         if kernel in ("cpu", "mamba_ssm"):
+            if kernel == "cpu" and (parts := halves(hidden_states)) is not None:
+                hidden_states, self.call.gate = parts
             run = _compiled if kernel == "cpu" else _cuda
             return run(hidden_states, weight, bias, activation, seam.sequence)
         stock = self._stock["causal_conv1d_fn"]

@@ -42,17 +42,22 @@ class Forward:
 
     Attributes:
         layer, seam: what it routes, and by which rules.
+        gate: the (B,D,L) gate of the present call, from the half that the convolution left; None where it is not known.
         mask: the (B,L) mask of the present call, 0 where a token is padding; None where all are real.
     """
 
     def __init__(self, layer: Layer, seam: Seam) -> None:
         self.layer, self.seam = layer, seam
+        self.gate: Tensor | None = None
         self.mask: Tensor | None = None
         self._function = self._routed()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.mask = kwargs.get("attention_mask")
-        return self._function(self.layer.module, *args, **kwargs)
+        try:
+            return self._function(self.layer.module, *args, **kwargs)
+        finally:
+            self.gate = None
 
     def _routed(self) -> Callable:
         outer = type(self.layer.module).forward
@@ -72,7 +77,7 @@ class Forward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.mask = None
+        self.gate = self.mask = None
         self._function = self._routed()
 
 

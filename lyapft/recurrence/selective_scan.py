@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lyapft import scan
+from lyapft.recurrence.halves import same
 from lyapft.recurrence.operations import Operations, Token
 from lyapft.recurrence.seam import INITIAL_STATE, STATE_OFFSET
 from lyapft.scan import mamba_ssm, packing
@@ -57,6 +58,8 @@ class SelectiveScan(Operations):
         if seam.input_tap is not None:
             delta = step_sizes(dt.transpose(1, 2), delta_bias, delta_softplus)
             seam.input_tap(self.call.layer, hidden_states.transpose(1, 2), delta, A, B.transpose(1, 2))
+        if z is not None and self.call.gate is not None and same(z, self.call.gate):
+            z = self.call.gate  # the same numbers, whose gradient is joined with the convolution's by rows
         given = (hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus)
         if kernel == "stock":
             self._show(dt, delta_bias, delta_softplus, A)

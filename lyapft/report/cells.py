@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from lyapft import records
 from lyapft.divergence import Flips, item_flips
 from lyapft.errors import NOT_JSON, InputError
 from lyapft.records import Record, divergence_entry
-from lyapft.report.compact import Pool
+from lyapft.report.compact import Reader
 
 COUNTERPARTS = {
     "paper": "full-precision fine-tuning of all weights",  # the paper's reference
@@ -174,14 +175,15 @@ def load_study(folder: Path) -> Study:
         )
     found = ordered([record for _, record in homes])
     folders = {id(record): home for home, record in homes}
-    groups, pool, names = facet_groups(found), Pool(), kinds(found)
+    groups, names = facet_groups(found), kinds(found)
     cells = [
-        Cell(record, label, pool.one(kind), pool.one(facet(record, groups)))
+        Cell(record, label, sys.intern(kind), sys.intern(facet(record, groups)))
         for record, label, kind in zip(found, _labels(found, names), names, strict=True)
     ]
     chosen = {id(cell.record) for cell in excerpt(cells)}
     cells = [
-        _with_tables(cell, folders[id(cell.record)], notes) if id(cell.record) in chosen else cell for cell in cells
+        _with_tables(cell, Path(folders[id(cell.record)]), notes) if id(cell.record) in chosen else cell
+        for cell in cells
     ]
     shown = tuple(cell for cell in cells if id(cell.record) in chosen)
     experiments = _experiments(folder, notes)
@@ -209,20 +211,17 @@ def excerpt(cells: Sequence[Cell]) -> Sequence[Cell]:
     return chosen
 
 
-def _records_in(folder: Path, notes: list[str]) -> list[tuple[Path, Record]]:
+def _records_in(folder: Path, notes: list[str]) -> list[tuple[str, Record]]:
     """Folder and record of every cell, by folder name; equal parts of records are kept once."""
-    found: list[tuple[Path, Record]] = []
-    pool = Pool()
-    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
-        home = folder / name
-        if not (home / records.RECORD).exists():
+    found: list[tuple[str, Record]] = []
+    reader = Reader()
+    for home in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()):
+        if not os.path.exists(os.path.join(home, records.RECORD)):
             continue
         try:
-            record = pool.shared(records.load(home))
+            found.append((home, records.load(home, reader.decode)))
         except InputError as error:
             notes.append(str(error))
-            continue
-        found.append((home, record))
     return found
 
 

@@ -88,16 +88,17 @@ def summary_columns(all_records: Sequence[Record], names: Sequence[str]) -> list
 def halved_text(record: Record) -> str:
     """What a cell did with less of at once, and from where on: its cost is no other's.
 
-    >>> halved_text({"oom": [{"step": 7, "rows": 12}, {"batch_tokens": 4096}]})
+    >>> training = {"during": "training", "step": 7, "rows": 12}
+    >>> halved_text({"oom": [training, {"during": "evaluation", "batch_tokens": 4096}]})
     '12 rows at once from step 7, scored 4,096 tokens at once'
     """
-    entries = record.get("oom") or []
-    texts = [
-        f"{e['rows']} rows at once from step {e['step']}"
-        if "rows" in e
-        else f"scored {e['batch_tokens']:,} tokens at once"
-        for e in entries
-    ]
+    how = {
+        "training": "{rows} rows at once from step {step}",
+        "selection": "selected with {rows} rows at once",
+        "validation": "validated with {rows} rows at once",
+        "evaluation": "scored {batch_tokens:,} tokens at once",
+    }
+    texts = [how[entry["during"]].format(**entry) for entry in record.get("oom") or []]
     return ", ".join(texts) or ABSENT
 
 

@@ -1,66 +1,110 @@
-"""Records of a large study in little memory: what is equal in many of them is kept once.
+"""Records of a large study in little time and memory: a part that was seen before is not decoded again.
 
-A record of 12 KB of JSON takes 40 KB of Python objects, and most of it (versions, formats, settings, scores that take
-few values) is the same in many cells. Nobody who reads a study changes its records, so they can share it.
+A record of 15 kB of JSON takes 40 kB of Python objects, and most of it (versions, formats, settings, scores that take
+few values) is the same text in many cells. `records.save_json` begins a line with every member, indented by its depth,
+and no JSON string holds a raw line break: so the text can be cut into its members without decoding it. A cut in a
+wrong place leaves a bracket open, which the decoder refuses; such a text is then decoded as a whole.
+Nobody who reads a study changes its records, so they can share their parts.
 """
 
-import marshal
+import json
 import sys
 from typing import Any
 
-from lyapft.records import Record
-
 # parts of which a study has few different ones
-COMMON = (
-    "paths", "overrides", "choices", "environment", "files", "model", "precision", "recurrences_unknown", "data",
-    "tasks", "peft", "kernels", "kernel_fallbacks", "error", "study", "status", "role",
+COMMON = frozenset(
+    {
+        "schema_version", "paths", "overrides", "choices", "seed", "replicate", "environment", "files", "model",
+        "precision", "recurrences_unknown", "data", "tasks", "peft", "kernels", "kernel_fallbacks", "error", "study",
+        "status", "role", "resumed", "nonfinite", "scaler_skips",
+    }
 )  # fmt: skip
-NUMBERS = ("training", "stability", "cost", "shadow")  # different in every cell
+COMMON_OF_DIVERGENCE = frozenset({"counterpart", "reference_id", "status", "mean_abs_points"})
 
 
-class Pool:
-    """The values seen so far, each once."""
+class Reader:
+    """Decodes the records of a study; equal parts are one object."""
 
     def __init__(self) -> None:
-        self._seen: dict[bytes, Any] = {}
+        self._members: dict[str, tuple[str, Any]] = {}  # text of a member: its name and value
+        self._objects: dict[str, Any] = {}
 
-    def one(self, value: Any) -> Any:
-        """The first value that was equal to this one."""
-        return self._seen.setdefault(marshal.dumps(value, 2), value)  # bytes to compare by: nothing is loaded from them
+    def decode(self, text: str) -> Any:
+        """What `json.loads` gives, but of the recurrent layers' worst numbers only the worst layer's.
 
-    def shared(self, record: Record) -> Record:
-        """The record with its parts replaced by equal ones of the records before it.
-
-        Of the recurrent layers' worst numbers only the worst layer's are kept: no report shows the others.
+        Raises:
+            ValueError, RecursionError: as `json.loads`.
         """
-        made = {sys.intern(key): self.one(value) if key in COMMON else value for key, value in record.items()}
-        for key in NUMBERS:
-            if isinstance(part := made.get(key), dict):
-                made[key] = _named(part)
-        if isinstance(config := made.get("config"), dict):
-            made["config"] = {sys.intern(key): self.one(value) for key, value in config.items()}
-        if scores := made.get("scores"):
-            made["scores"] = [self.one(score) for score in scores]
-        if divergence := made.get("divergence"):
-            made["divergence"] = [self._entry(entry) for entry in divergence]
-        if layers := (made.get("stability") or {}).get("layers"):
-            worst = _worst(layers)
-            made["stability"]["layers"] = [{key: layer.get(key) for key in ("layer", "margin")} for layer in worst]
+        try:
+            made = self._object(text.rstrip(), 0, COMMON)
+        except ValueError:  # not as lyapft lays it out, or no JSON at all
+            made = json.loads(text)
+        if isinstance(made, dict) and isinstance(stability := made.get("stability"), dict):
+            made["stability"] = _worst_only(stability)
         return made
 
-    def _entry(self, entry: dict[str, Any]) -> dict[str, Any]:
-        made = {
-            key: self.one(value) if isinstance(value, str) else _named(value) if isinstance(value, dict) else value
-            for key, value in _named(entry).items()
-        }
-        return made | {"per_score": [self.one(score) for score in entry.get("per_score") or []]}
+    def _object(self, text: str, depth: int, common: frozenset[str] | None = None) -> Any:
+        """An object that begins at this depth of indentation; members of the names in `common` (None: all) are kept."""
+        line = "\n" + "  " * (depth + 1) + '"'
+        known, made = self._members, {}
+        for member in _inside(text, "{" + line, "\n" + "  " * depth + "}").split("," + line):
+            found = known.get(member)
+            if found is None:
+                found = self._member(member, depth)
+                if common is None or found[0] in common:
+                    known[member] = found
+            made[found[0]] = found[1]
+        return made
+
+    def _member(self, text: str, depth: int) -> tuple[str, Any]:
+        """Name and value of a member that was not kept."""
+        name, colon, value = text.partition('": ')
+        if not colon or "\\" in name:
+            raise ValueError(f"no member: {text:.40}")
+        name = sys.intern(name)
+        if depth == 0 and name == "config":
+            return name, self._object(value, 1)
+        if depth == 0 and name == "divergence":
+            return name, [self._object(entry, 2, COMMON_OF_DIVERGENCE) for entry in _entries(value, 1)]
+        if name in ("scores", "per_score"):
+            return name, [self._one(score) for score in _entries(value, depth + 1)]
+        return name, _named(json.loads(value))
+
+    def _one(self, text: str) -> Any:
+        """The object of a text: the same one as whenever it was met before."""
+        found = self._objects.get(text)
+        return self._objects.setdefault(text, json.loads(text)) if found is None else found
 
 
-def _named(part: dict[str, Any]) -> dict[str, Any]:
-    """The same, its names kept once: the decoder makes new ones for every record."""
-    return {sys.intern(key): value for key, value in part.items()}
+def _entries(text: str, depth: int) -> list[str]:
+    """Texts of the objects in a list that begins at this depth of indentation.
+
+    Raises:
+        ValueError: not laid out as `records.save_json` does.
+    """
+    if text == "[]":
+        return []
+    line = "\n" + "  " * (depth + 1) + "{"
+    inside = _inside(text, "[" + line, "\n" + "  " * depth + "]")
+    return ["{" + entry for entry in inside.split("," + line)]
 
 
-def _worst(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _inside(text: str, first: str, last: str) -> str:
+    if not (text.startswith(first) and text.endswith(last)):
+        raise ValueError(f"laid out otherwise: {text:.40}")
+    return text[len(first) : -len(last)]
+
+
+def _named(part: Any) -> Any:
+    """The same, the names of an object kept once: the decoder makes new ones for every record."""
+    return {sys.intern(key): value for key, value in part.items()} if isinstance(part, dict) else part
+
+
+def _worst_only(stability: dict[str, Any]) -> dict[str, Any]:
+    """Without the layers but the one with the smallest margin."""
+    layers = stability.get("layers")
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+        return stability
     measured = [layer for layer in layers if isinstance(layer.get("margin"), int | float)]
-    return [min(measured, key=lambda layer: float(layer["margin"]))] if measured else layers[:1]
+    worst = [min(measured, key=lambda layer: float(layer["margin"]))] if measured else layers[:1]
+    return stability | {"layers": [{key: layer.get(key) for key in ("layer", "margin")} for layer in worst]}

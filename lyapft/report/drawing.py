@@ -8,6 +8,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -75,7 +76,7 @@ def thin(x: Sequence[float], y: pd.Series, points: int = CURVE_POINTS) -> tuple[
     """Means of at most `points` bins of neighbouring steps; a bin without a finite number is a gap."""
     frame = pd.DataFrame({"x": list(x), "y": y.astype(float).to_list()})
     frame["y"] = frame["y"].where(frame["y"].abs() < math.inf)
-    bins = frame.groupby(frame.index // max(math.ceil(len(frame) / points), 1)).mean()
+    bins = frame if len(frame) <= points else frame.groupby(frame.index // math.ceil(len(frame) / points)).mean()
     return bins["x"].tolist(), [None if math.isnan(value) else value for value in bins["y"]]
 
 
@@ -105,9 +106,7 @@ class Panels:
                 marker={"symbol": style.marker, "size": 7},
             )
 
-    def line(
-        self, row: int, column: int, cell: Cell, style: Style, point: str = "step %{x:.0f}", **trace: object
-    ) -> None:
+    def line(self, row: int, column: int, cell: Cell, style: Style, point: str = "step %{x:.0f}", **trace: Any) -> None:
         """One cell's line, in its style, paler if it did not end well; `point` says on hovering where on x it is."""
         self.figure.add_scatter(
             row=row,
@@ -116,7 +115,8 @@ class Panels:
             legendgroup=style.name,
             showlegend=False,
             line={"color": style.colour, "dash": style.dash, "width": 1.8},
-            marker={"symbol": style.marker, "size": 7, "color": style.colour, "maxdisplayed": 9},
+            marker={"symbol": style.marker, "size": 7, "color": style.colour, "maxdisplayed": 9}
+            | trace.pop("marker", {}),
             opacity=0.9 if cell.ok else 0.45,
             hovertemplate=f"{html.escape(cell.label)} ({cell.record['status']})<br>{point}: %{{y:.4g}}<extra></extra>",
             mode="lines+markers",

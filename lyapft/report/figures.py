@@ -2,8 +2,9 @@
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -196,6 +197,7 @@ def scores_against_shots(study: Study) -> Figure | None:
                 x=[point.shots + shift for point in own],
                 y=[point.mean for point in own],
                 text=[point.note for point in own],
+                marker={"symbol": [_open(look[style_key(seeds[0])].marker, point.beyond) for point in own]},
                 error_y={
                     "type": "data",
                     "symmetric": False,
@@ -212,6 +214,8 @@ def scores_against_shots(study: Study) -> Figure | None:
     n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
     several = len({cell.record.get("seed") for cell in cells}) > 1
     bars = "bars: lowest to highest seed around the seeds' mean" if several else "bars: 95% over items"
+    longer = any(_beyond(cell) for cell in cells)
+    bars += ", hollow: items beyond the trained length, which also measure extrapolation" * longer
     reading = (
         f"A rise from left to right is in-context learning ({bars}, {n} items per point, drawn side by side); "
         "overlapping bars do not show that two cells agree, because cells answer the same items: compare them below, "
@@ -229,6 +233,7 @@ class _ScorePoint:
     above: float
     below: float
     note: str
+    beyond: bool  # whether items are longer than the sequences that the base model was trained on
 
 
 def _score_point(seeds: Sequence[Cell], task: str, shots: int) -> _ScorePoint | None:
@@ -242,7 +247,20 @@ def _score_point(seeds: Sequence[Cell], task: str, shots: int) -> _ScorePoint | 
     mean = math.fsum(values) / len(values)
     half = 1.96 * float(found[0].get("stderr") or 0.0)
     above, below = (half, half) if len(values) == 1 else (max(values) - mean, mean - min(values))
-    return _ScorePoint(shots, mean, above, below, f"{shots}-shot, n = {found[0]['n']} items, seeds: {len(values)}")
+    longer = max(int(score.get("beyond_trained_length") or 0) for score in found)
+    note = f"{shots}-shot, n = {found[0]['n']} items, seeds: {len(values)}"
+    note += f", {longer} items beyond the trained length" if longer else ""
+    return _ScorePoint(shots, mean, above, below, note, longer > 0)
+
+
+def _beyond(cell: Cell) -> bool:
+    """Whether any score of a cell is of items that are longer than what its base model was trained on."""
+    return any(score.get("beyond_trained_length") for score in accuracies(cell.record))
+
+
+def _open(marker: str, beyond: bool) -> str:
+    """The marker of a score, hollow where it also measures extrapolation."""
+    return f"{marker}-open" if beyond else marker
 
 
 @dataclass(frozen=True)
@@ -254,12 +272,16 @@ class _Bar:
     mean: float
     points: list[float]
     seeds: int
+    score: float  # mean over seeds, tasks and shots, fraction
+    counterpart_score: float
+    beyond: bool
 
     @property
     def note(self) -> str:
-        """The figure in words, with its n."""
+        """The figure in words, with its n and the raw scores behind it."""
         n = f"1 seed, n = {len(self.points)}" if self.seeds == 1 else f"{self.seeds} seeds"
-        return f"<b>{self.mean:.2f}</b> ({n})"
+        mark = " †" if self.beyond else ""
+        return f"<b>{self.mean:.2f}</b> ({n})<br>{self.score:.3f} against {self.counterpart_score:.3f}{mark}"
 
 
 def _bars(study: Study, counterpart: str) -> list[_Bar]:
@@ -273,8 +295,32 @@ def _bars(study: Study, counterpart: str) -> list[_Bar]:
         means = [float(entry["mean_abs_points"]) for _, entry in own]
         single = [float(score["abs_points"]) for _, entry in own for score in entry["per_score"]]
         style, mean = look[style_key(own[0][0])], math.fsum(means) / len(means)
-        bars.append(_Bar(kind, style, mean, single if len(own) == 1 else means, len(own)))
+        bars.append(
+            _Bar(
+                kind=kind,
+                style=style,
+                mean=mean,
+                points=single if len(own) == 1 else means,
+                seeds=len(own),
+                **_raw(own),
+                beyond=any(_beyond(cell) for cell, _ in own),
+            )
+        )
     return bars
+
+
+def _raw(own: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str, float]:
+    """Mean scores of the cells and of their counterparts, on the scores that are compared.
+
+    A counterpart's score is the cell's less the difference, so that it need not be among the cells that are shown.
+    """
+    ours, theirs = [], []
+    for cell, entry in own:
+        values = {(score["task"], score["shots"]): float(score["value"]) for score in accuracies(cell.record)}
+        for score in entry["per_score"]:
+            ours.append(values[score["task"], score["shots"]])
+            theirs.append(ours[-1] - float(score["signed_points"]) / 100)
+    return {"score": math.fsum(ours) / len(ours), "counterpart_score": math.fsum(theirs) / len(theirs)}
 
 
 def divergence_bars(study: Study) -> Figure | None:
@@ -294,10 +340,10 @@ def divergence_bars(study: Study) -> Figure | None:
         for kind in sorted(_own_counterparts(study, name) & present):
             _note(drawing, column, kind, 0.01 * widest, "its own counterpart")
     rows = [html.escape(kind) for kind in kinds[::-1]]
-    drawing.update_xaxes(title_text="mean |difference| (percentage points)", range=[0, 1.4 * widest])
+    drawing.update_xaxes(title_text="mean |difference| (percentage points)", range=[0, 1.5 * widest])
     drawing.update_yaxes(categoryorder="array", categoryarray=rows, range=[-0.6, len(rows) - 0.4], automargin=True)
     plain(drawing)
-    drawing.update_layout(height=30 * len(kinds) + 110, bargap=0.35, showlegend=False, margin_t=34)
+    drawing.update_layout(height=36 * len(kinds) + 110, bargap=0.35, showlegend=False, margin_t=34)
     return Figure("Divergence from full precision", drawing, _divergence_reading(study))
 
 
@@ -339,7 +385,7 @@ def _note(drawing: go.Figure, column: int, kind: str, x: float, text: str) -> No
         row=1,
         col=column,
         hoverinfo="skip",
-        textfont={"size": 11.5, "color": "#444"},
+        textfont={"size": 11, "color": "#444"},
         cliponaxis=False,
     )
 
@@ -364,6 +410,7 @@ def _divergence_reading(study: Study) -> str:
     )
     grain = f"one answer is worth up to {points_per_answer(study):.2f} points"
     marks = many if several else one
+    marks += "; † some items beyond the trained length" * any(_beyond(cell) for cell in study.cells)
     return (
         f"A long bar names a cell to look at ({marks}; {grain}); it is no finding by itself, because "
         "an absolute difference is above 0 even under pure noise: judge it beside reruns."

@@ -6,6 +6,7 @@ from lyapft.lyapunov.summary import NEUTRAL_ZONE
 from lyapft.report.cells import Cell, Study, read
 from lyapft.report.columns import ABSENT, number
 from lyapft.report.tables import Column, as_html
+from lyapft.verdict.rounding import origin_of
 
 CERTIFICATE = "rounding of the state, largest"
 SHADOW = "shadow: format against float32"
@@ -72,7 +73,7 @@ def _shadow(cells: list[Cell]) -> list[Column]:
     """What the shadow probe measured, where one ran in any cell."""
     if not any(cell.record.get("shadow") for cell in cells):
         return []
-    return [
+    made = [
         Column(SHADOW, title, [number(read(cell.record, "shadow", key), shown) for cell in cells])
         for title, key, shown in (
             ("mean KL (nats/token)", "kl_mean", ".2e"),
@@ -80,6 +81,14 @@ def _shadow(cells: list[Cell]) -> list[Column]:
             ("largest deviation of a block", "deviation_max", ".2e"),
         )
     ]
+    names = [_origin(cell) for cell in cells]
+    return [*made, Column(SHADOW, "most of it arises in", names, numeric=False)]
+
+
+def _origin(cell: Cell) -> str:
+    """The block in which most of the format's deviation arises."""
+    found = origin_of(cell.record)
+    return ABSENT if found is None else f"{found.block} (overflow)" if found.overflowed else found.block
 
 
 def _worst_layer(stability: dict[str, Any]) -> str:

@@ -71,12 +71,23 @@ DIFFERENCE = (
     _p("p_equivalent", "equivalent", "p, Holm"),
     _p("p_different", "different", "p, Holm"),
 )
+
+
+def _shots(side: str, group: str) -> tuple[Spec, Spec]:
+    """The scores behind a gain in in-context learning."""
+    few = _number(f"{side}few_shot_score", "few-shot", ".3f", group)
+    return _number(f"{side}zero_shot_score", "0-shot", ".3f", group), few
+
+
+BEYOND = Spec("beyond trained length", lambda row: "yes" if row["beyond_trained_length"] else "", numeric=False)
 SETTING = (_plain("data", "data"), _plain("scored_on", "scored on"))  # left out where a table has only one of it
 NAMES = (_plain("model", "model"), *SETTING, _plain("recipe", "recipe"))
 RECIPE = (
     *NAMES,
+    _plain("same_as", "the same as"),
     _number("seeds", "seeds", "d"),
     *DIFFERENCE,
+    _plain("doubts", "but"),
     _number("seeds_to_decide", "seeds to decide", "d"),
     _with_interval("speed_ratio", "× tokens/s", ".2f", "cost"),
     _with_interval("memory_ratio", "× memory/token", ".2f", "cost"),
@@ -90,18 +101,36 @@ RECIPE = (
     _with_interval("flip_rate", "flipped, %", ".1f", "answers", 100.0),
     _with_interval("kl_nats", "KL, nats", ".4f", "answers"),
     _with_interval("nll_gold_nats", "ΔNLL, nats", "+.4f", "answers"),
+    Spec("scores beyond trained length", lambda row: _form(row["beyond_trained_length"] or None, "d")),
+)
+SCORE = (
+    *NAMES,
+    _plain("task", "task"),
+    _number("shots", "shots", "d"),
+    _number("seeds", "seeds", "d"),
+    *DIFFERENCE,
+    _number("items", "items", "d"),
+    _number("beyond_trained_length", "beyond trained length", "d"),
 )
 SPECS: dict[str, tuple[Spec, ...]] = {
     "recipes": RECIPE,
     "formats": RECIPE,
-    "scores": (
-        *NAMES,
+    "scores": SCORE,
+    "format_scores": SCORE,
+    "spikes": (
+        _plain("model", "model"),
+        *SETTING,
         _plain("task", "task"),
         _number("shots", "shots", "d"),
-        _number("seeds", "seeds", "d"),
-        *DIFFERENCE,
-        _number("items", "items", "d"),
-        _number("beyond_trained_length", "beyond trained length", "d"),
+        Spec("spikes", lambda row: f"{row['spikes']} of {row['scores']}"),
+        _number("score", "recipes", ".3f", "score"),
+        _number("counterpart_score", "counterparts", ".3f", "score"),
+        _number("mean_abs_points", "mean |Δ|", ".2f", "size, points"),
+        _number("largest_points", "largest", ".2f", "size, points"),
+        _number("floor_replicate_points", "same again", ".2f", "floor, points"),
+        _number("floor_threads_points", "threads", ".2f", "floor, points"),
+        _number("floor_seeds_points", "seeds", ".2f", "floor, points"),
+        BEYOND,
     ),
     "architectures": (
         _plain("model", "model"),
@@ -110,18 +139,53 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         _plain("recipe", "recipe"),
         _plain("counterpart", "against"),
         _number("seeds", "seeds", "d"),
+        _number("score", "model", ".3f", "score"),
+        _number("counterpart_score", "its counterpart", ".3f", "score"),
+        _number("twin_score", "twin", ".3f", "score"),
+        _number("twin_counterpart_score", "its counterpart", ".3f", "score"),
         _with_interval("mean_abs_points", "model [95%]", ".2f", "mean |Δ|, points"),
         _with_interval("twin_mean_abs_points", "twin [95%]", ".2f", "mean |Δ|, points"),
         _with_interval("difference_points", "difference [95%]", "+.2f", "mean |Δ|, points"),
         _p("p_different", "p, Holm"),
+        BEYOND,
     ),
     "learning": (
         *NAMES,
         _plain("task", "task"),
         _number("seeds", "seeds", "d"),
+        *_shots("", "score"),
         _with_interval("gain", "gain of the 0-shot score [95%]", ".2f"),
         _plain("twin", "twin"),
+        *_shots("twin_", "twin's score"),
         _with_interval("relative_to_twin", "% of the twin's [95%]", ".0f", scale=100.0),
+        BEYOND,
+    ),
+    "base_and_tuned": (
+        *NAMES,
+        _plain("base", "base"),
+        _plain("task", "task"),
+        _plain("shots", "shots"),
+        _number("seeds", "seeds", "d"),
+        *_shots("base_", "base's score"),
+        *_shots("", "tuned score"),
+        _number("base_gain", "base", ".2f", "gain of the 0-shot score"),
+        _with_interval("gain", "tuned [95%]", ".2f", "gain of the 0-shot score"),
+        _with_interval("difference", "difference [95%]", "+.2f", "gain of the 0-shot score"),
+        _p("p_different", "p, Holm"),
+        BEYOND,
+    ),
+    "settings": (
+        *NAMES,
+        _plain("setting", "setting"),
+        _plain("value", "value"),
+        _plain("other", "against"),
+        _plain("task", "task"),
+        _number("shots", "shots", "d"),
+        _number("seeds", "seeds", "d"),
+        _number("score", "value", ".3f", "score"),
+        _number("other_score", "other", ".3f", "score"),
+        *DIFFERENCE[2:],
+        BEYOND,
     ),
     "floors": (
         _plain("model", "model"),
@@ -130,6 +194,8 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         _number("pairs", "pairs", "d"),
         _number("mean_abs_points", "mean |Δ|, points", ".2f"),
         _number("largest_points", "largest", ".2f"),
+        _number("lowest_score", "lowest", ".3f", "score of the runs"),
+        _number("highest_score", "highest", ".3f", "score of the runs"),
     ),
     "missing": (*NAMES, _number("seed", "seed", "d"), _plain("why", "why"), _plain("error", "error")),
 }
@@ -139,8 +205,17 @@ CAPTIONS = {
     "two one-sided tests.",
     "formats": "Each recipe against full precision with the same peft: what the number format alone did.",
     "scores": "Every score beside its counterpart's: means over seeds, differences in points.",
+    "format_scores": "Every score beside that of full precision with the same peft: means over seeds, differences in "
+    "points.",
+    "spikes": "How often a single score lies far from its counterpart's, over recipes and seeds; floor: mean size of "
+    "the same score's difference between two runs that differ in nothing that should matter.",
     "architectures": "Mean absolute divergence of models with a recurrent state beside the Transformer of their size.",
-    "learning": "In-context learning gain: mean over shots of (score − 0-shot score) / 0-shot score.",
+    "learning": "In-context learning gain: mean over shots of (score − 0-shot score) / 0-shot score; few-shot: mean of "
+    "those shots.",
+    "base_and_tuned": "In-context learning gain of each tuned recipe beside its untrained base's, seed by seed; the "
+    "base is the same for every seed.",
+    "settings": "One value of a setting against another one, everything else equal, seed by seed: over all tasks and "
+    "shots, then each of them; p adjusted by Holm, the means and the single scores each for themselves.",
     "floors": "How far runs lie apart that differ in nothing that should matter.",
     "missing": "Runs that the tables lack.",
 }

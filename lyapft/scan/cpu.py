@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lyapft.compiled import Kernel
 from lyapft.scan import selective_scan_backward, selective_scan_forward, threads
-from lyapft.scan.layout import channel_groups, chunk_table, dense, flat, lanes_last, padded, view
+from lyapft.scan.layout import channel_groups, chunk_table, flat, lanes_last, padded, view
 from lyapft.scan.simd import LOG2E, WIDTH
 
 _forward = Kernel("selective scan, forward", selective_scan_forward.make_forward, selective_scan_forward.SIGNATURE)
@@ -76,7 +76,7 @@ class FusedSelectiveScan(torch.autograd.Function):
         groups = channel_groups(batch, width // WIDTH)
         ghost = torch.zeros(batch, states, width) if glast is None else _states_first(glast, width)
         gx = torch.empty(batch, length, channels)
-        gdt = torch.empty_strided(dt.shape, dt.stride()) if dense(dt) else torch.empty(dt.shape)
+        gdt = torch.empty(dt.shape)
         gz = torch.empty_like(gx) if z is not None else None
         ga, gbias, gskip = torch.zeros(batch, states, width), torch.zeros(batch, width), torch.zeros(batch, width)
         gb, gc = torch.empty(groups, batch, states, length), torch.empty(groups, batch, states, length)

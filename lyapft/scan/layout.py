@@ -50,16 +50,6 @@ def channel_groups(batch: int, blocks: int) -> int:
     return max(1, min(blocks // 8, -(-32 // batch)))
 
 
-def dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def chunk_table(sequence_BL: Tensor | None, batch: int, length: int) -> tuple[Any, int]:
     """(TABLE, C): chunks of at most 16 tokens, none of which holds tokens of two sequences.
 

@@ -11,12 +11,16 @@ import pandas as pd
 
 from lyapft.records import Record
 from lyapft.verdict import sentences, tables
-from lyapft.verdict.architectures import Contrast, Gain, contrasts, gains, twins
-from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, Evidence, Settings, gather
+from lyapft.verdict.ablations import Ablation, ablations
+from lyapft.verdict.architectures import Contrast, contrasts, twins
+from lyapft.verdict.duplicates import first_of_its_kind
+from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, Evidence, Settings, gather, is_own_counterpart
 from lyapft.verdict.floors import Floor, floors
 from lyapft.verdict.gaps import Gap, Outstanding, gaps
+from lyapft.verdict.learning import Gain, Learned, gains, learned
 from lyapft.verdict.recipes import Row, ScoreRow, rows, score_rows
 from lyapft.verdict.recommendation import Recommendation, recommend
+from lyapft.verdict.spikes import spikes
 
 __all__ = ["Outstanding", "Recommendation", "Row", "ScoreRow", "Section", "Settings", "Verdict", "judge"]
 
@@ -38,8 +42,11 @@ class Verdict:
     recommendations: tuple[Recommendation, ...]
     rows: tuple[Row, ...]
     scores: tuple[ScoreRow, ...]
+    format_scores: tuple[ScoreRow, ...]  # against full precision with the same peft
     contrasts: tuple[Contrast, ...]
     gains: tuple[Gain, ...]
+    learned: tuple[Learned, ...]
+    ablations: tuple[Ablation, ...]
     floors: tuple[Floor, ...]
     gaps: tuple[Gap, ...]
     sections: tuple[Section, ...]
@@ -63,56 +70,61 @@ def judge(
     settings = settings or Settings()
     evidence = gather(records, items)
     paper, same_peft = (rows(evidence, settings, counterpart) for counterpart in (PAPER, PRECISION_ONLY))
-    scores = score_rows(paper, settings)
+    scores, format_scores = (score_rows(found, settings) for found in (paper, same_peft))
     advice = recommend(paper, settings)
-    apart = contrasts(evidence, [*paper, *same_peft], settings)
-    gained, floor, gap = gains(evidence), floors(evidence), gaps(evidence, outstanding)
+    apart, asked = contrasts(evidence, [*paper, *same_peft], settings), ablations(evidence, settings)
+    gained, tuned, floor = gains(evidence), learned(evidence), floors(evidence)
+    spiky, gap = spikes(paper, floor, settings), gaps(evidence, outstanding, [*paper, *same_peft])
+    references_only = bool(evidence.recipes) and all(map(is_own_counterpart, evidence.recipes))
     texts = {
-        "Recommendation": sentences.recommendations(advice, settings),
-        "Where it fails": sentences.failures(evidence, paper, scores, settings),
+        "Recommendation": sentences.recommendations(advice, settings, references_only),
+        "Base against tuned": sentences.base_and_tuned(tuned, settings),
+        "Settings asked about": sentences.settings_asked(asked, settings),
+        "Where it fails": sentences.failures(
+            evidence,
+            paper,
+            [*scores, *(one for one in format_scores if one.row.recipe.peft != "none")],
+            spiky,
+            settings,
+        ),
         "Mamba against Transformer": [
             *sentences.architectures(apart, list(twins(evidence)) or _recurrent(evidence), floor, settings),
             *sentences.learning(gained),
         ],
-        "Noise": sentences.noise(floor, settings),
+        "Noise": sentences.noise(floor),
         "What is missing": sentences.missing(gap),
+        "One recipe under two names": sentences.repeated(first_of_its_kind(evidence.recipes), evidence.recipes),
         "Beyond the trained length": sentences.beyond_training(scores),
     }
-    return Verdict(
-        evidence.study,
-        settings,
-        tuple(advice),
-        tuple(paper),
-        tuple(scores),
-        tuple(apart),
-        tuple(gained),
-        tuple(floor),
-        tuple(gap),
-        tuple(Section(title, tuple(lines)) for title, lines in texts.items() if lines),
-        _named_tables(paper, same_peft, scores, apart, gained, floor, gap, settings),
-    )
-
-
-def _named_tables(
-    paper: Sequence[Row],
-    same_peft: Sequence[Row],
-    scores: Sequence[ScoreRow],
-    apart: Sequence[Contrast],
-    gained: Sequence[Gain],
-    floor: Sequence[Floor],
-    gap: Sequence[Gap],
-    settings: Settings,
-) -> dict[str, pd.DataFrame]:
-    made = {
+    found = {
         "recipes": tables.recipe_table(paper, floor, settings),
         "formats": tables.recipe_table(same_peft, floor, settings),
         "scores": tables.score_table(scores, settings),
+        "format_scores": tables.score_table(format_scores, settings),
+        "spikes": tables.spike_table(spiky),
         "architectures": tables.contrast_table(apart),
         "learning": tables.gain_table(gained),
+        "base_and_tuned": tables.learned_table(tuned),
+        "settings": tables.ablation_table(asked, settings),
         "floors": tables.floor_table(floor),
         "missing": tables.gap_table(gap),
     }
-    return {name: table for name, table in made.items() if len(table)}
+    return Verdict(
+        study=evidence.study,
+        settings=settings,
+        recommendations=tuple(advice),
+        rows=tuple(paper),
+        scores=tuple(scores),
+        format_scores=tuple(format_scores),
+        contrasts=tuple(apart),
+        gains=tuple(gained),
+        learned=tuple(tuned),
+        ablations=tuple(asked),
+        floors=tuple(floor),
+        gaps=tuple(gap),
+        sections=tuple(Section(title, tuple(lines)) for title, lines in texts.items() if lines),
+        tables={name: table for name, table in found.items() if len(table)},
+    )
 
 
 def _recurrent(evidence: Evidence) -> list[str]:

@@ -1,12 +1,11 @@
-"""Models with a recurrent state beside the Transformer of their size: divergence, and in-context learning."""
+"""Models with a recurrent state beside the Transformer of their size: whose divergence is smaller."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lyapft.divergence import Comparison, Estimate, adjusted, compare, estimate, icl_gains, ratio_of_means
-from lyapft.records import Record
-from lyapft.verdict.evidence import Evidence, Recipe, Settings, is_own_counterpart, resolution, seed_of
+from lyapft.divergence import Comparison, Estimate, adjusted, compare, estimate
+from lyapft.verdict.evidence import Evidence, Settings, mean_scores, resolution
 from lyapft.verdict.recipes import Row
 
 ALL_RECIPES = "all shared recipes"
@@ -29,20 +28,17 @@ class Contrast:
     counterpart: str
     size: Estimate  # of the model
     twin_size: Estimate
+    scores: tuple[float, float]  # mean scores of the model and of its counterparts, fractions
+    twin_scores: tuple[float, float]
     comparison: Comparison
+    beyond: bool  # whether any score is of items longer than what the base model was trained on
     overall: bool  # whether it stands for all recipes that the two share
 
-
-@dataclass(frozen=True)
-class Gain:
-    """In-context learning gain of one recipe on one task, and relative to the same recipe of the Transformer twin."""
-
-    recipe: Recipe
-    task: str
-    gain: Estimate
-    twin: str | None
-    relative: Estimate | None
-    reference: bool  # whether the recipe is full precision with every weight trained
+    def steadier(self, settings: Settings) -> str | None:
+        """Which of the two is shown to diverge less; None where the seeds do not show it."""
+        if not self.comparison.p_different <= settings.alpha:  # NaN shows nothing
+            return None
+        return self.twin if self.comparison.estimate.mean > 0 else self.model
 
 
 def twins(evidence: Evidence) -> dict[str, str]:
@@ -102,13 +98,16 @@ def _contrasts(model: str, twin: str, shared: Sequence[tuple[Row, Row]], setting
     sizes: dict[str, tuple[Sizes, Sizes]] = {
         ours.recipe.label: (_sizes(ours), _sizes(theirs)) for ours, theirs in shared
     }
+    behind = {both[0].recipe.label: [both] for both in shared}
     if len(sizes) > 1:
         sizes = {ALL_RECIPES: (_pooled(sizes, 0), _pooled(sizes, 1))} | sizes
+        behind[ALL_RECIPES] = list(shared)
     grain = max(resolution(pair) for both in shared for row in both for pair in row.pairs)
     row = shared[0][0]
     made: list[Contrast] = []
     for recipe, (ours, theirs) in sizes.items():
         if seeds := sorted(ours.keys() & theirs.keys()):
+            own, twins_ = ([both[side] for both in behind[recipe]] for side in (0, 1))
             made.append(
                 Contrast(
                     model=model,
@@ -119,11 +118,20 @@ def _contrasts(model: str, twin: str, shared: Sequence[tuple[Row, Row]], setting
                     counterpart=row.counterpart,
                     size=estimate([ours[seed] for seed in seeds], grain, least=0.0),
                     twin_size=estimate([theirs[seed] for seed in seeds], grain, least=0.0),
+                    scores=_scores(own, seeds),
+                    twin_scores=_scores(twins_, seeds),
                     comparison=compare([ours[seed] - theirs[seed] for seed in seeds], settings.margin, grain),
+                    beyond=any(one.beyond for one in (*own, *twins_)),
                     overall=not made,
                 )
             )
     return made
+
+
+def _scores(rows: Sequence[Row], seeds: Sequence[int]) -> tuple[float, float]:
+    """Mean scores of the rows and of their counterparts on these seeds."""
+    wanted = set(seeds)
+    return mean_scores([pair for row in rows for pair in row.pairs if pair.seed in wanted])
 
 
 def _sizes(row: Row) -> Sizes:
@@ -134,27 +142,3 @@ def _pooled(sizes: Mapping[str, tuple[Sizes, Sizes]], side: int) -> Sizes:
     """Mean over recipes, on the seeds that all have on both sides, so that no recipe weighs more on some seeds."""
     common = set.intersection(*(set(one) for both in sizes.values() for one in both))
     return {seed: math.fsum(both[side][seed] for both in sizes.values()) / len(sizes) for seed in common}
-
-
-def gains(evidence: Evidence) -> list[Gain]:
-    """In-context learning of every recipe and task that was scored with and without shots."""
-    twin_of, found = twins(evidence), []
-    by_key = {(recipe.model, recipe.data, recipe.task, recipe.label): recipe for recipe in evidence.recipes}
-    gained = {key: _gains(recipe.runs) for key, recipe in by_key.items()}
-    for key, recipe in by_key.items():
-        own, twin = gained[key], twin_of.get(recipe.model)
-        theirs = gained.get((twin, *key[1:]), {}) if twin else {}
-        for task, by_seed in own.items():
-            both = sorted(by_seed.keys() & theirs.get(task, {}).keys())
-            relative = ratio_of_means([by_seed[s] for s in both], [theirs[task][s] for s in both]) if both else None
-            gain = estimate(list(by_seed.values()))
-            found.append(Gain(recipe, task, gain, twin if both else None, relative, is_own_counterpart(recipe)))
-    return found
-
-
-def _gains(runs: Iterable[Record]) -> Mapping[str, dict[int, float]]:
-    by_task: dict[str, dict[int, float]] = {}
-    for run in runs:
-        for task, gain in icl_gains(run.get("scores") or []).items():
-            by_task.setdefault(task, {})[seed_of(run)] = gain
-    return by_task

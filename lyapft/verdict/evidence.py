@@ -20,6 +20,7 @@ BROKE_DOWN = (
     "loss_scale_underflow",
     "stopped_by_guard",
 )  # the recipe's own doing: a result, not an accident
+ScoreKey = tuple[str, int]  # task, shots
 Part = frozenset[tuple[str, str]]  # of a config: settings and values
 NOT_THE_RECIPE = ("seed", "replicate", "runs_as.threads")  # what may differ between runs of one recipe
 
@@ -72,6 +73,11 @@ class Recipe:
         return self.model, self.data, self.task
 
     @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What tells it from every other recipe of the study."""
+        return *self.setting, self.label
+
+    @property
     def name(self) -> str:
         """Model and recipe, as sentences name it."""
         return f"{self.model} · {self.label}"
@@ -86,9 +92,33 @@ class Recipe:
         """Whether its runs took any step, not only scored a base."""
         return any(((run.get("config") or {}).get("trainer") or {}).get("steps") != 0 for run in self.runs)
 
+    @property
+    def seedless(self) -> bool:
+        """Whether a seed changes nothing: a pretrained model that is not trained runs once, for all seeds."""
+        configs = [run.get("config") or {} for run in (*self.runs, *self.failed)]
+        return bool(configs) and all(
+            (config.get("trainer") or {}).get("steps") == 0 and (config.get("model") or {}).get("init") == "pretrained"
+            for config in configs
+        )
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        """Names of the layers that the peft adapts, as the runs' records have them."""
+        return frozenset(
+            name
+            for run in self.runs
+            for name, counts in ((run.get("peft") or {}).get("coverage") or {}).items()
+            if counts.get("adapted")
+        )
+
     def broke_down(self) -> tuple[Record, ...]:
         """Runs whose training ended in numbers that are not finite."""
         return tuple(run for run in self.failed if run["status"] in BROKE_DOWN)
+
+    def failed_seeds(self) -> dict[int, Record]:
+        """Runs that did not finish, of the seeds that have no other; reruns for the noise floor are none of them."""
+        lost = {seed_of(run): run for run in self.failed if not is_rerun(run)}
+        return {seed: run for seed, run in lost.items() if seed not in self.seeds}
 
 
 @dataclass(frozen=True)
@@ -103,12 +133,16 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Pair:
-    """A run beside its counterpart: signed differences in points by (task, shots)."""
+    """A run beside its counterpart: signed differences in points by (task, shots).
+
+    `unpaired` are the scores that only one of the two has.
+    """
 
     run: Record
     counterpart: Record
-    signed: Mapping[tuple[str, int], float]
+    signed: Mapping[ScoreKey, float]
     fewest_items: int  # behind any score of the run
+    unpaired: tuple[ScoreKey, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -118,20 +152,25 @@ class Pair:
     @property
     def mean_signed(self) -> float:
         """Mean difference over tasks and shots."""
-        return sum(self.signed.values()) / len(self.signed)
+        return self.mean_over(self.signed)
 
     @property
     def mean_abs(self) -> float:
         """Mean size of the difference over tasks and shots: the paper's mean full-precision divergence."""
         return sum(map(abs, self.signed.values())) / len(self.signed)
 
+    def mean_over(self, keys: Iterable[ScoreKey]) -> float:
+        """Mean difference over some of its scores; NaN where it has none of them."""
+        own = [self.signed[key] for key in keys if key in self.signed]
+        return sum(own) / len(own) if own else math.nan
+
 
 def gather(records: Sequence[Record], items: Mapping[str, pd.DataFrame] | None = None) -> Evidence:
     """Sort the records of one study into recipes, in the order in which they are given."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
-    flat: dict[tuple[str, int], Part] = {}  # by identity: records of a study share equal parts
+    known: dict[tuple[str, int], Part] = {}  # by identity: records of a study share equal parts
     for record in records:
-        groups.setdefault((*_choices(record), _science(record, flat)), []).append(record)
+        groups.setdefault((*_choices(record), _science(record, known)), []).append(record)
     names = _labels(groups)
     recipes = [_recipe(key, name, runs) for (key, runs), name in zip(groups.items(), names, strict=True)]
     study = next((str(record["study"]) for record in records if record.get("study")), "")
@@ -146,8 +185,49 @@ def pairs(evidence: Evidence, recipe: Recipe, counterpart: str) -> list[Pair]:
         other = evidence.by_id.get(str(entry.get("reference_id"))) if entry else None
         if entry and entry.get("status") == "ok" and other is not None and entry["per_score"]:
             signed = {score_key(s): float(s["signed_points"]) for s in entry["per_score"]}
-            found.append(Pair(run, other, signed, min(int(score["n"]) for score in accuracies(run))))
+            fewest = min(int(score["n"]) for score in accuracies(run))
+            found.append(Pair(run, other, signed, fewest, _unpaired(run, other, len(signed))))
     return sorted(found, key=lambda pair: pair.seed)
+
+
+def _unpaired(run: Record, other: Record, paired: int) -> tuple[ScoreKey, ...]:
+    if len(accuracies(run)) == len(accuracies(other)) == paired:  # nearly always
+        return ()
+    return tuple(sorted(values_of(run).keys() ^ values_of(other).keys()))
+
+
+def shared_keys(own: Sequence[Pair]) -> list[ScoreKey]:
+    """Every (task, shots) that any of the pairs has, in the order of their first appearance."""
+    return list(dict.fromkeys(key for pair in own for key in pair.signed))
+
+
+def mean_scores(own: Sequence[Pair], keys: Iterable[ScoreKey] | None = None) -> tuple[float, float]:
+    """Means over pairs and their scores, or some of them: of the runs, and of their counterparts; fractions."""
+    wanted = None if keys is None else set(keys)
+    sums, n = [0.0, 0.0], 0
+    for pair in own:
+        kept = [key for key in pair.signed if wanted is None or key in wanted]
+        for side, record in enumerate((pair.run, pair.counterpart)):
+            values = values_of(record)
+            sums[side] += math.fsum(values[key] for key in kept)
+        n += len(kept)
+    return (sums[0] / n, sums[1] / n) if n else (math.nan, math.nan)
+
+
+def beyond_trained_length(record: Record) -> dict[ScoreKey, int]:
+    """Items of each score that are longer than what the base model was trained on; the most, over metrics."""
+    found: dict[ScoreKey, int] = {}
+    for score in record.get("scores") or ():
+        if count := int(score.get("beyond_trained_length") or 0):
+            key = score_key(score)
+            found[key] = max(found.get(key, 0), count)
+    return found
+
+
+def settings_of(recipe: Recipe) -> dict[str, str]:
+    """The config of a recipe as flat names and JSON values, without what may differ between its runs."""
+    found = flat(recipe.runs[0].get("config") or {}) if recipe.runs else {}
+    return {key: value for key, value in found.items() if key not in NOT_THE_RECIPE}
 
 
 def is_own_counterpart(recipe: Recipe) -> bool:
@@ -160,23 +240,23 @@ def resolution(pair: Pair) -> float:
     return 100.0 / (pair.fewest_items * len(pair.signed))
 
 
-def items_of(record: Record) -> dict[tuple[str, int], int]:
+def items_of(record: Record) -> dict[ScoreKey, int]:
     """Number of items behind each score."""
     return {score_key(s): int(s["n"]) for s in accuracies(record)}
 
 
-def values_of(record: Record) -> dict[tuple[str, int], float]:
+def values_of(record: Record) -> dict[ScoreKey, float]:
     """Each score, as a fraction."""
     return {score_key(s): float(s["value"]) for s in accuracies(record)}
 
 
-def score_key(score: Mapping[str, Any]) -> tuple[str, int]:
+def score_key(score: Mapping[str, Any]) -> ScoreKey:
     """Task and number of shots of a score; one object for all scores that are alike, as a study has very many."""
     return _key(str(score["task"]), int(score["shots"]))
 
 
 @cache
-def _key(task: str, shots: int) -> tuple[str, int]:
+def _key(task: str, shots: int) -> ScoreKey:
     return task, shots
 
 
@@ -185,14 +265,15 @@ def _choices(record: Record) -> tuple[str, ...]:
     return tuple(str(chosen.get(group, "?")) for group in ("model", "data", "task", "precision", "peft"))
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings by their dotted names, values as JSON."""
+    found: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, default=str)
-    return flat
+            found[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, default=str)
+    return found
 
 
 def _science(record: Record, known: dict[tuple[str, int], Part]) -> frozenset[Part]:
@@ -201,7 +282,7 @@ def _science(record: Record, known: dict[tuple[str, int], Part]) -> frozenset[Pa
     for key, value in (record.get("config") or {}).items():
         place = key, id(value)
         if place not in known:
-            known[place] = frozenset((k, v) for k, v in _flat({key: value}).items() if k not in NOT_THE_RECIPE)
+            known[place] = frozenset((k, v) for k, v in flat({key: value}).items() if k not in NOT_THE_RECIPE)
         parts.append(known[place])
     return frozenset(parts)
 
@@ -229,7 +310,7 @@ def _varying(alike: Sequence[Mapping[str, str]]) -> list[str]:
 def _recipe(key: tuple[Any, ...], label: str, records: Sequence[Record]) -> Recipe:
     finished = [record for record in records if record["status"] == "ok"]
     # The usual thread count stands for the recipe, the others measure the floor.
-    first = [record for record in finished if not record.get("replicate") and record.get("role") != "rerun"]
+    first = [record for record in finished if not is_rerun(record)]
     counts = Counter(threads(record) for record in first)
     usual = max(counts, key=lambda count: counts[count], default=None)
     firsts = set(map(id, first))
@@ -244,6 +325,11 @@ def _recipe(key: tuple[Any, ...], label: str, records: Sequence[Record]) -> Reci
     ordered = tuple(runs[seed] for seed in sorted(runs))
     model, data, task, precision, peft = key[:5]
     return Recipe(model, data, task, precision, peft, label, ordered, tuple(reruns), failed)
+
+
+def is_rerun(record: Record) -> bool:
+    """Whether a run is another of the same cell, made for the noise floor."""
+    return bool(record.get("replicate")) or record.get("role") == "rerun"
 
 
 def seed_of(record: Record) -> int:

@@ -1,14 +1,15 @@
 """Noise floors: how far runs lie apart that differ in nothing that should matter."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from lyapft.divergence import paired_divergence
 from lyapft.records import Record, accuracies
-from lyapft.verdict.evidence import Evidence, Recipe, is_own_counterpart, seed_of, threads, values_of
+from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, is_own_counterpart, seed_of, threads, values_of
 
 KINDS = {
     "replicate": "the same cell again",
@@ -29,58 +30,91 @@ class Floor:
     n: int
     mean_abs: float
     largest: float
+    scores: tuple[float, float] = (math.nan, math.nan)  # lowest and highest mean score of the runs, fractions
+    by_score: Mapping[ScoreKey, float] = field(default_factory=dict)  # mean absolute difference of each
+
+
+@dataclass
+class _Apart:
+    """What is added up over pairs of runs."""
+
+    distances: list[float] = field(default_factory=list)  # mean over scores, a number per pair
+    means: list[float] = field(default_factory=list)  # mean scores of the runs
+    sums: dict[ScoreKey, float] = field(default_factory=dict)
+    counts: dict[ScoreKey, int] = field(default_factory=dict)
+
+    def add(self, key: ScoreKey, total: float, count: int) -> None:
+        self.sums[key] = self.sums.get(key, 0.0) + total
+        self.counts[key] = self.counts.get(key, 0) + count
 
 
 def floors(evidence: Evidence) -> list[Floor]:
     """The floors that the study's runs allow to measure, of every model, data set and task."""
-    distances: dict[str, Callable[[Recipe], Iterator[float]]] = {
-        "replicate": lambda recipe: _apart(_replicates(recipe)),
-        "threads": lambda recipe: _apart(_thread_counts(recipe)),
-        "seeds": _seeds,
-    }
     recipes: dict[tuple[str, str, str], list[Recipe]] = {}
     for recipe in evidence.recipes:
         recipes.setdefault(recipe.setting, []).append(recipe)
     found = []
     for setting, own in recipes.items():
-        for kind, measure in distances.items():
-            if apart := [distance for recipe in own for distance in measure(recipe)]:
-                found.append(Floor(setting, kind, len(apart), sum(apart) / len(apart), max(apart)))
+        for kind, measure in MEASURES.items():
+            apart = _Apart()
+            for recipe in own:
+                measure(recipe, apart)
+            if n := len(apart.distances):
+                by_score = {key: total / apart.counts[key] for key, total in apart.sums.items()}
+                reach = (min(apart.means), max(apart.means))
+                found.append(Floor(setting, kind, n, sum(apart.distances) / n, max(apart.distances), reach, by_score))
     return found
 
 
-def _replicates(recipe: Recipe) -> Iterator[tuple[Record, Record]]:
+def _replicates(recipe: Recipe, apart: _Apart) -> None:
     first = {(seed_of(run), threads(run)): run for run in recipe.runs}
     for rerun in recipe.reruns:
         twin = first.get((seed_of(rerun), threads(rerun)))
         if twin is not None and _scored(twin, rerun):
-            yield twin, rerun
+            _compare(twin, rerun, apart)
 
 
-def _thread_counts(recipe: Recipe) -> Iterator[tuple[Record, Record]]:
+def _thread_counts(recipe: Recipe, apart: _Apart) -> None:
     first = {seed_of(run): run for run in recipe.runs}
     for rerun in recipe.reruns:
         twin = first.get(seed_of(rerun))
         if twin is not None and threads(twin) != threads(rerun) and not rerun.get("replicate") and _scored(twin, rerun):
-            yield twin, rerun
+            _compare(twin, rerun, apart)
 
 
-def _seeds(recipe: Recipe) -> Iterator[float]:
+def _seeds(recipe: Recipe, apart: _Apart) -> None:
     """Every run beside every other: n² / 2 pairs, so a row of them at a time."""
-    if not is_own_counterpart(recipe):
+    if not is_own_counterpart(recipe) or not recipe.trained:  # an untrained base is the same whatever its seed
         return
     scores = [values for run in recipe.runs if (values := values_of(run))]
+    if len(scores) < 2:
+        return
     keys = list(dict.fromkeys(key for values in scores for key in values))
     table: np.ndarray[Any, Any] = 100.0 * np.array([[values.get(key, np.nan) for key in keys] for values in scores])
+    apart.means += (np.nanmean(table, axis=1) / 100.0).tolist()
     for place in range(len(table) - 1):
-        apart = np.abs(table[place + 1 :] - table[place])
-        common = (~np.isnan(apart)).sum(axis=1)
-        yield from (np.nansum(apart, axis=1)[common > 0] / common[common > 0]).tolist()
+        points = np.abs(table[place + 1 :] - table[place])
+        common = (~np.isnan(points)).sum(axis=1)
+        apart.distances += (np.nansum(points, axis=1)[common > 0] / common[common > 0]).tolist()
+        for key, total, count in zip(keys, np.nansum(points, axis=0), (~np.isnan(points)).sum(axis=0), strict=True):
+            if count:
+                apart.add(key, float(total), int(count))
 
 
-def _apart(pairs: Iterator[tuple[Record, Record]]) -> Iterator[float]:
-    return (paired_divergence(accuracies(a), accuracies(b)).mean_abs_points for a, b in pairs)
+def _compare(first: Record, rerun: Record, apart: _Apart) -> None:
+    found = paired_divergence(accuracies(first), accuracies(rerun))
+    apart.distances.append(found.mean_abs_points)
+    for score in found.per_score:
+        apart.add((score.task, score.shots), score.abs_points, 1)
+    apart.means += [float(np.mean(list(values_of(side).values()))) for side in (first, rerun)]
 
 
 def _scored(a: Record, b: Record) -> bool:
     return bool(accuracies(a) and accuracies(b))
+
+
+MEASURES: dict[str, Callable[[Recipe, _Apart], None]] = {
+    "replicate": _replicates,
+    "threads": _thread_counts,
+    "seeds": _seeds,
+}

@@ -1,17 +1,20 @@
 """What a study does not have: runs that failed, are not there yet, or have no counterpart to be compared with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lyapft.records import Record, divergence_entry
-from lyapft.verdict.evidence import PAPER, Evidence, Recipe, seed_of
+from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, Evidence, Recipe, is_rerun, seed_of
+from lyapft.verdict.recipes import Row
+from lyapft.verdict.words import joined, scored
 
 NOT_RUN, NO_COUNTERPART, NO_RERUN = "not run", "no counterpart", "rerun not run"
+NO_SAME_PEFT = "no counterpart with the same peft"
 
 
 @dataclass(frozen=True)
 class Gap:
-    """One seed of one recipe that the tables lack, and why: a status, `not run` or `no counterpart`."""
+    """A seed of a recipe that the tables lack something of, and why: a status, `not run`, no counterpart, no pair."""
 
     recipe: Recipe
     seed: int
@@ -35,10 +38,15 @@ class Outstanding:
     rerun: bool = False
 
 
-def gaps(evidence: Evidence, outstanding: Sequence[Outstanding] = ()) -> list[Gap]:
+def gaps(evidence: Evidence, outstanding: Sequence[Outstanding] = (), rows: Sequence[Row] = ()) -> list[Gap]:
     """Every seed that some recipe of a setting has and another lacks, in the order of the recipes; then what else the
-    study plans."""
+    study plans.
+
+    Args:
+        rows: against either kind of counterpart; scores that only some seeds or one side of a pair have are gaps.
+    """
     found = _uneven(evidence)
+    found += [gap for row in rows for gap in _unpaired(row)]
     known = {(*gap.recipe.setting, gap.recipe.label, gap.seed) for gap in found}
     by_run = {
         str(run["id"]): place
@@ -77,24 +85,39 @@ def _uneven(evidence: Evidence) -> list[Gap]:
 
 
 def _gaps(recipe: Recipe, seeds: list[int]) -> list[Gap]:
-    failed = {seed_of(run): run for run in recipe.failed if not run.get("replicate")}
+    failed = recipe.failed_seeds()
     finished = {seed_of(run): run for run in recipe.runs}
     found = [
         Gap(recipe, seed_of(run), f"rerun {run['status']}", str((run.get("error") or {}).get("message", "")))
         for run in recipe.failed
-        if run.get("replicate") or seed_of(run) in finished  # on another number of threads
+        if is_rerun(run) or seed_of(run) in finished  # on another number of threads
     ]
     for seed in seeds:
         if seed in finished:
-            if not _comparable(finished[seed]):
-                found.append(Gap(recipe, seed, NO_COUNTERPART))
+            if why := _without_counterpart(finished[seed]):
+                found.append(Gap(recipe, seed, why))
         elif seed in failed:
             error = failed[seed].get("error") or {}
             found.append(Gap(recipe, seed, str(failed[seed]["status"]), str(error.get("message", ""))))
-        else:
+        elif not recipe.seedless:
             found.append(Gap(recipe, seed, NOT_RUN))
     return found
 
 
-def _comparable(run: Record) -> bool:
-    return (divergence_entry(run, PAPER) or {}).get("status") in ("ok", "self")
+def _without_counterpart(run: Record) -> str | None:
+    """What a finished run cannot be compared with."""
+    for kind, why in ((PAPER, NO_COUNTERPART), (PRECISION_ONLY, NO_SAME_PEFT)):
+        if (divergence_entry(run, kind) or {}).get("status") not in ("ok", "self"):
+            return why
+    return None
+
+
+def _unpaired(row: Row) -> Iterator[Gap]:
+    """Scores that some pair of the row has and another lacks, or that one side of a pair has alone."""
+    if row.counterpart == PRECISION_ONLY and row.recipe.peft == "none":
+        return  # both counterparts are one
+    known = dict.fromkeys(key for pair in row.pairs for key in (*pair.signed, *pair.unpaired))
+    beside = " with full precision of the same peft" if row.counterpart == PRECISION_ONLY else ""
+    for pair in row.pairs:
+        if lost := [key for key in known if key not in pair.signed]:
+            yield Gap(row.recipe, pair.seed, f"no pair{beside} of {joined([scored(key) for key in lost])}")

@@ -1,7 +1,6 @@
 """Each recipe against full-precision fine-tuning of all weights: difference, cost, answers, outcome."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,31 +18,25 @@ from lyapft.divergence import (
     is_spike,
     item_flips,
 )
-from lyapft.records import Record, costs, divergence_entry
+from lyapft.records import divergence_entry
+from lyapft.verdict.costs import Cost, cost_of
+from lyapft.verdict.duplicates import first_of_its_kind
 from lyapft.verdict.evidence import (
     PAPER,
     PRECISION_ONLY,
     Evidence,
     Pair,
     Recipe,
+    ScoreKey,
     Settings,
+    beyond_trained_length,
     items_of,
+    mean_scores,
     pairs,
     resolution,
-    score_key,
+    shared_keys,
     values_of,
 )
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a recipe needs, as ratios to its counterpart: geometric means over seeds, n = 0 where not measured."""
-
-    speed: Estimate  # × tokens/s: above 1 is faster
-    memory: Estimate  # × peak bytes per token in flight: below 1 is leaner
-    index: Estimate  # weighted geometric mean of time and memory: below 1 is cheaper
-    emulated: bool  # half precision was emulated: its speed is not that of hardware that has it
-    halved: int  # pairs in which memory ran out, left out of all three
 
 
 @dataclass(frozen=True)
@@ -59,10 +52,12 @@ class Row:
     counterpart_score: float
     spikes: int
     scores: int  # of how many
+    beyond: Collection[ScoreKey]  # scores of items that are longer than what the base model was trained on
     cost: Cost
     flips: Estimate | None  # share of answers that flipped
     kl: Estimate | None  # nats
     nll_gold: Estimate | None  # nats
+    same_as: Recipe | None = None  # the recipe before it that this one repeats under another name
 
     def outcome(self, settings: Settings) -> Outcome:
         """What the signed differences allow to say."""
@@ -74,10 +69,14 @@ class Row:
         return len(self.pairs)
 
     @property
-    def cheaper(self) -> bool:
-        """Whether it is shown to cost less than its counterpart: the interval lies below 1, of one seed the value."""
-        index = self.cost.index
-        return (index.high if index.n > 1 else index.mean) < 1
+    def uncompared(self) -> int:
+        """Seeds that finished, but have no counterpart."""
+        return len(self.recipe.runs) - self.n
+
+    @property
+    def keys(self) -> list[ScoreKey]:
+        """Every (task, shots) that any seed is compared on."""
+        return shared_keys(self.pairs)
 
 
 @dataclass(frozen=True)
@@ -96,39 +95,65 @@ class ScoreRow:
 
 def rows(evidence: Evidence, settings: Settings, counterpart: str = PAPER) -> list[Row]:
     """A row per recipe that has at least one counterpart, p values adjusted over all of them."""
+    same = first_of_its_kind(evidence.recipes)
     found = [
-        _row(evidence, recipe, tuple(own), settings, counterpart)
+        _row(evidence, recipe, tuple(own), settings, counterpart, same.get(recipe.key))
         for recipe in evidence.recipes
         if (own := pairs(evidence, recipe, counterpart))
     ]
-    comparisons = adjusted([row.comparison for row in found])
+    comparisons = adjusted([row.comparison for row in found], [name_of_test(row) for row in found])
     return [replace(row, comparison=new) for row, new in zip(found, comparisons, strict=True)]
+
+
+def name_of_test(row: Row) -> Hashable:
+    """What names the test of a row in its family: recipes that are one thing and came out alike are one test.
+
+    Where another seed of one of them failed the two tests differ, and both count.
+    """
+    recipe = row.same_as or row.recipe
+    return *recipe.key, tuple((pair.seed, pair.mean_signed) for pair in row.pairs)
 
 
 def score_rows(found: Sequence[Row], settings: Settings) -> list[ScoreRow]:
     """A row per recipe, task and number of shots, p values adjusted over all of them."""
     raw = [one for row in found for one in _score_rows(row, settings)]
-    comparisons = adjusted([one.comparison for one in raw])
+    tests = {id(row): name_of_test(row) for row in found}
+    comparisons = adjusted([one.comparison for one in raw], [(tests[id(one.row)], one.task, one.shots) for one in raw])
     return [replace(one, comparison=new) for one, new in zip(raw, comparisons, strict=True)]
 
 
-def shares(evidence: Evidence, recipe: Recipe) -> tuple[Estimate, Estimate] | None:
-    """Parts of the mean signed difference, in points: of the peft, and of the number format.
+@dataclass(frozen=True)
+class Shares:
+    """Parts of a mean signed difference, in points; `middle` is the score in between: full precision, same peft."""
+
+    peft: Estimate
+    form: Estimate
+    middle: float
+
+
+def shares(evidence: Evidence, recipe: Recipe, keys: Sequence[ScoreKey]) -> Shares | None:
+    """Parts of the mean signed difference over some scores: of the peft, and of the number format.
 
     (cell − paper) = (fp32 same peft − paper) + (cell − fp32 same peft), seed by seed; None where either is missing.
     """
-    total = {pair.seed: pair.mean_signed for pair in pairs(evidence, recipe, PAPER)}
-    format_part = {pair.seed: pair.mean_signed for pair in pairs(evidence, recipe, PRECISION_ONLY)}
-    both = sorted(total.keys() & format_part.keys())
-    if not both:
+    sides = [
+        {pair.seed: pair for pair in pairs(evidence, recipe, kind) if all(key in pair.signed for key in keys)}
+        for kind in (PAPER, PRECISION_ONLY)
+    ]
+    seeds = sorted(sides[0].keys() & sides[1].keys())
+    if not seeds:
         return None
-    return estimate([total[seed] - format_part[seed] for seed in both]), estimate([format_part[s] for s in both])
+    total, form = ([side[seed].mean_over(keys) for seed in seeds] for side in sides)
+    _, middle = mean_scores([sides[1][seed] for seed in seeds], keys)
+    return Shares(estimate([t - f for t, f in zip(total, form, strict=True)]), estimate(form), middle)
 
 
-def _row(evidence: Evidence, recipe: Recipe, own: tuple[Pair, ...], settings: Settings, counterpart: str) -> Row:
+def _row(
+    evidence: Evidence, recipe: Recipe, own: tuple[Pair, ...], settings: Settings, counterpart: str, same: Recipe | None
+) -> Row:
     signed, grain = [pair.mean_signed for pair in own], max(map(resolution, own))
     flips, kl, nll_gold = _answers(evidence, own, counterpart)
-    score, counterpart_score = _mean_scores(own)
+    score, counterpart_score = mean_scores(own)
     return Row(
         recipe=recipe,
         counterpart=counterpart,
@@ -139,31 +164,22 @@ def _row(evidence: Evidence, recipe: Recipe, own: tuple[Pair, ...], settings: Se
         counterpart_score=counterpart_score,
         spikes=sum(is_spike(points, settings.spike) for pair in own for points in pair.signed.values()),
         scores=sum(len(pair.signed) for pair in own),
-        cost=_cost(own, settings),
+        beyond=frozenset(key for pair in own for key in beyond_trained_length(pair.run) if key in pair.signed),
+        cost=cost_of(own, settings),
         flips=flips,
         kl=kl,
         nll_gold=nll_gold,
+        same_as=same,
     )
 
 
-def _mean_scores(own: Sequence[Pair]) -> tuple[float, float]:
-    """Means over pairs and scores: of the runs, and of their counterparts."""
-    ours: list[float] = []
-    theirs: list[float] = []
-    for pair in own:
-        for side, found in ((pair.run, ours), (pair.counterpart, theirs)):
-            values = values_of(side)
-            found += [values[key] for key in pair.signed]
-    return float(np.mean(ours)), float(np.mean(theirs))
-
-
 def _score_rows(row: Row, settings: Settings) -> Iterator[ScoreRow]:
-    """A row per score; each record is looked through once."""
+    """A row per score that any seed has; each record is looked through once."""
     ours = [values_of(pair.run) for pair in row.pairs]
     theirs = [values_of(pair.counterpart) for pair in row.pairs]
     counts = [items_of(pair.run) for pair in row.pairs]
-    beyond = [_beyond_trained_length(pair.run) for pair in row.pairs]
-    for key in row.pairs[0].signed:
+    beyond = [beyond_trained_length(pair.run) for pair in row.pairs]
+    for key in row.keys:
         own = [place for place, pair in enumerate(row.pairs) if key in pair.signed]
         n = min(counts[place][key] for place in own)
         yield ScoreRow(
@@ -175,42 +191,6 @@ def _score_rows(row: Row, settings: Settings) -> Iterator[ScoreRow]:
             items=n,
             beyond_trained_length=max(beyond[place].get(key, 0) for place in own),
         )
-
-
-def _beyond_trained_length(record: Record) -> dict[tuple[str, int], int]:
-    """Items of each score that are longer than what the base model was trained on; the most, over metrics."""
-    found: dict[tuple[str, int], int] = {}
-    for score in record["scores"]:
-        key = score_key(score)
-        found[key] = max(found.get(key, 0), int(score.get("beyond_trained_length") or 0))
-    return found
-
-
-def _cost(own: Sequence[Pair], settings: Settings) -> Cost:
-    speed, memory = (_log_ratios(own, name) for name in ("tokens_per_s", "peak_bytes_per_token"))
-    weights = (settings.speed_weight, settings.memory_weight)
-    # Slower and larger are dearer; a part that does not count need not have been measured.
-    parts = [
-        (w, {k: sign * v for k, v in one.items()})
-        for w, one, sign in zip(weights, (speed, memory), (-1, 1), strict=True)
-        if w
-    ]
-    measured = set.intersection(*(set(one) for _, one in parts))
-    index = {seed: sum(weight * one[seed] for weight, one in parts) / sum(weights) for seed in measured}
-    emulated = any((pair.run.get("precision") or {}).get("emulated") for pair in own)
-    halved = sum(any(side.get("oom") for side in (pair.run, pair.counterpart)) for pair in own)
-    return Cost(_geometric_mean(speed), _geometric_mean(memory), _geometric_mean(index), emulated, halved)
-
-
-def _log_ratios(own: Sequence[Pair], name: str) -> dict[int, float]:
-    """ln(run / counterpart) by seed, where both were measured."""
-    measured = {pair.seed: [costs(side).get(name) for side in (pair.run, pair.counterpart)] for pair in own}
-    return {seed: math.log(ours / theirs) for seed, (ours, theirs) in measured.items() if ours and theirs}
-
-
-def _geometric_mean(logs: dict[int, float]) -> Estimate:
-    found = estimate(list(logs.values()))
-    return Estimate(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.n)
 
 
 def _answers(

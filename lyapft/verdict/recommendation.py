@@ -4,23 +4,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lyapft.verdict.evidence import Settings
+from lyapft.verdict.costs import told_apart
+from lyapft.verdict.evidence import BROKE_DOWN, Settings
 from lyapft.verdict.recipes import Row
+
+UNFINISHED = ("running", "interrupted")  # not there yet: their seeds may still come
 
 
 @dataclass(frozen=True)
 class Recommendation:
     """Of one model, data set and task.
 
-    `chosen` is the cheapest recipe that is shown to be equivalent and to cost less than its counterpart, or None.
-    `open` are the undecided ones, cheapest first; beside a chosen one, those that may be cheaper still, or whose cost
-    was not measured. `unsound` are equivalent on the seeds that
-    finished, but broke down on others; `dear` are equivalent, but not shown to cost less; `better` score higher by more
-    than the margin and cost less: not equivalent, but no loss either.
+    `chosen` is the cheapest recipe that is shown to be equivalent and to cost less than its counterpart, or None;
+    `tied` are equivalent ones whose cost the seeds do not tell from its own. `open` are the undecided ones, cheapest
+    first; beside a chosen one, those that may be cheaper still, or whose cost was not measured. `unsound` are
+    equivalent on the seeds that could be compared, but lack others (see `doubts`); `dear` are equivalent, but not shown
+    to cost less; `better` score higher by more than the margin and cost less: not equivalent, but no loss either.
     """
 
     setting: tuple[str, str, str]
     chosen: Row | None
+    tied: tuple[Row, ...]
     open: tuple[Row, ...]
     unsound: tuple[Row, ...]
     dear: tuple[Row, ...]
@@ -29,33 +33,57 @@ class Recommendation:
 
 
 def recommend(found: Sequence[Row], settings: Settings) -> list[Recommendation]:
-    """A recommendation for every model, data set and task, from the rows against the paper's counterpart."""
-    made = []
-    for setting in dict.fromkeys(row.recipe.setting for row in found):
-        own = sorted((row for row in found if row.recipe.setting == setting), key=_place)
-        equivalent = [row for row in own if row.outcome(settings) == "equivalent"]
-        sound = [row for row in equivalent if not row.recipe.broke_down()]
-        chosen = next((row for row in sound if row.cheaper), None)
-        made.append(
-            Recommendation(
-                setting,
-                chosen,
-                open=tuple(
-                    row
-                    for row in own
-                    if row.outcome(settings) == "undecided" and (chosen is None or not _cost(row) >= _cost(chosen))
-                ),
-                unsound=tuple(row for row in equivalent if row.recipe.broke_down()),
-                dear=tuple(row for row in sound if not row.cheaper),
-                better=tuple(
-                    row
-                    for row in own
-                    if row.outcome(settings) == "better" and row.cheaper and not row.recipe.broke_down()
-                ),
-                trained=any(row.recipe.trained for row in own),
-            )
-        )
-    return made
+    """A recommendation for every model, data set and task, from the rows against the paper's counterpart.
+
+    A recipe that another one of the study repeats under its own name is judged once, by the first name.
+    """
+    by_setting: dict[tuple[str, str, str], list[Row]] = {}
+    for row in found:
+        by_setting.setdefault(row.recipe.setting, []).append(row)
+    return [_recommended(setting, own, settings) for setting, own in by_setting.items()]
+
+
+def _recommended(setting: tuple[str, str, str], found: Sequence[Row], settings: Settings) -> Recommendation:
+    named = {row.recipe.key for row in found}
+    own = sorted((row for row in found if row.same_as is None or row.same_as.key not in named), key=_place)
+    equivalent = [row for row in own if row.outcome(settings) == "equivalent"]
+    sound = [row for row in equivalent if not doubts(row)]
+    chosen = next((row for row in sound if row.cost.saves), None)
+    undecided = [row for row in own if row.outcome(settings) == "undecided"]
+    return Recommendation(
+        setting,
+        chosen,
+        tied=_tied(chosen, sound, settings) if chosen else (),
+        open=tuple(row for row in undecided if chosen is None or not _cost(row) >= _cost(chosen)),
+        unsound=tuple(row for row in equivalent if doubts(row)),
+        dear=tuple(row for row in sound if not row.cost.saves),
+        better=tuple(row for row in own if row.outcome(settings) == "better" and row.cost.saves and not doubts(row)),
+        trained=any(row.recipe.trained for row in found),
+    )
+
+
+def doubts(row: Row) -> list[str]:
+    """Why the seeds that could be compared do not stand for all that the recipe was given.
+
+    Which seeds fail may well depend on what is compared, so those that are left may flatter.
+    """
+    broken = row.recipe.broke_down()
+    failed = [run for run in row.recipe.failed_seeds().values() if run["status"] not in (*BROKE_DOWN, *UNFINISHED)]
+    total = len(row.recipe.runs) + max(len(row.recipe.failed_seeds()), len(broken))
+    kinds = sorted({str(run["status"]) for run in failed})
+    reasons = {
+        f"training broke down on {len(broken)} of {total}": len(broken),
+        f"{len(failed)} of {total} did not finish ({', '.join(kinds)})": len(failed),
+        f"the counterpart of {row.uncompared} of {total} is missing": row.uncompared,
+    }
+    return [reason for reason, count in reasons.items() if count]
+
+
+def _tied(chosen: Row, sound: Sequence[Row], settings: Settings) -> tuple[Row, ...]:
+    """The others whose cost cannot be told from that of the chosen one, at the risk shared among all of them."""
+    others = [row for row in sound if row is not chosen]
+    confidence = 1 - settings.alpha / max(1, len(others))
+    return tuple(row for row in others if not told_apart(chosen.cost, row.cost, confidence))
 
 
 def _cost(row: Row) -> float:

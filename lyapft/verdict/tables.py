@@ -6,11 +6,15 @@ from typing import Any
 import pandas as pd
 
 from lyapft.divergence import Comparison, Estimate, bca_coverage, bca_interval
-from lyapft.verdict.architectures import Contrast, Gain
+from lyapft.verdict.ablations import Ablation
+from lyapft.verdict.architectures import Contrast
 from lyapft.verdict.evidence import Recipe, Settings
 from lyapft.verdict.floors import KINDS, Floor
 from lyapft.verdict.gaps import Gap
+from lyapft.verdict.learning import Gain, Learned, Raw
 from lyapft.verdict.recipes import Row, ScoreRow
+from lyapft.verdict.recommendation import doubts
+from lyapft.verdict.spikes import Spikes
 
 
 def recipe_table(found: Sequence[Row], floors: Sequence[Floor], settings: Settings) -> pd.DataFrame:
@@ -29,10 +33,11 @@ def _recipe(row: Row, floors: Mapping[tuple[tuple[str, str, str], str], float], 
         | {"score": row.score, "counterpart_score": row.counterpart_score}
         | _compared(row.comparison)
         | _bootstrapped(row)
-        | {"outcome": outcome, "seeds_to_decide": needed}
+        | {"outcome": outcome, "doubts": "; ".join(doubts(row)), "seeds_to_decide": needed}
+        | {"same_as": row.same_as.label if row.same_as else ""}
         | _estimated("mean_abs_points", row.size)
         | {f"floor_{kind}_points": floors.get((row.recipe.setting, kind)) for kind in KINDS}
-        | {"spikes": row.spikes, "scores": row.scores}
+        | {"spikes": row.spikes, "scores": row.scores, "beyond_trained_length": len(row.beyond)}
         | _estimated("speed_ratio", cost.speed)
         | _estimated("memory_ratio", cost.memory)
         | _estimated("cost", cost.index)
@@ -65,10 +70,12 @@ def contrast_table(found: Sequence[Contrast]) -> pd.DataFrame:
             {"model": c.model, "twin": c.twin, "data": c.data, "scored_on": c.task, "recipe": c.recipe}
             | {"counterpart": c.counterpart}
             | {"seeds": c.comparison.estimate.n}
+            | dict(zip(("score", "counterpart_score"), c.scores, strict=True))
+            | dict(zip(("twin_score", "twin_counterpart_score"), c.twin_scores, strict=True))
             | _estimated("mean_abs_points", c.size)
             | _estimated("twin_mean_abs_points", c.twin_size)
             | _estimated("difference_points", c.comparison.estimate)
-            | {"p_different": c.comparison.p_different}
+            | {"p_different": c.comparison.p_different, "beyond_trained_length": c.beyond}
             for c in found
         ]
     )
@@ -80,10 +87,70 @@ def gain_table(found: Sequence[Gain]) -> pd.DataFrame:
         [
             _named(gain.recipe)
             | {"task": gain.task, "seeds": gain.gain.n}
+            | _raw("", gain.raw)
             | _estimated("gain", gain.gain)
             | {"twin": gain.twin}
+            | _raw("twin_", gain.twin_raw)
             | _estimated("relative_to_twin", gain.relative)
+            | {"beyond_trained_length": gain.beyond}
             for gain in found
+        ]
+    )
+
+
+def learned_table(found: Sequence[Learned]) -> pd.DataFrame:
+    """In-context learning gain of each tuned recipe beside its base's, and their difference seed by seed."""
+    return pd.DataFrame(
+        [
+            _named(one.recipe)
+            | {"base": one.base.label, "task": one.task, "shots": " ".join(map(str, one.shots))}
+            | {"seeds": one.difference.n}
+            | _raw("", one.raw)
+            | _raw("base_", one.base_raw)
+            | _estimated("gain", one.gain)
+            | {"base_gain": one.base_gain}
+            | _estimated("difference", one.difference)
+            | {"p_different": one.p, "beyond_trained_length": one.beyond}
+            for one in found
+        ]
+    )
+
+
+def _raw(side: str, found: Raw | None) -> dict[str, float | None]:
+    """The scores behind a gain."""
+    return {
+        f"{side}zero_shot_score": found.zero if found else None,
+        f"{side}few_shot_score": found.few if found else None,
+    }
+
+
+def ablation_table(found: Sequence[Ablation], settings: Settings) -> pd.DataFrame:
+    """One value of a setting against another one: over all scores (task and shots empty), then for each of them."""
+    return pd.DataFrame(
+        [
+            dict(zip(("model", "data", "scored_on"), one.setting, strict=True))
+            | {"recipe": one.recipe, "setting": one.name, "value": one.value, "other": one.other}
+            | {"task": one.key[0] if one.key else "", "shots": one.key[1] if one.key else None}
+            | {"seeds": one.comparison.estimate.n}
+            | {"score": one.score, "other_score": one.other_score}
+            | _compared(one.comparison)
+            | {"outcome": one.comparison.outcome(settings.alpha), "beyond_trained_length": one.beyond}
+            for one in found
+        ]
+    ).astype({"shots": "Int64"} if found else {})
+
+
+def spike_table(found: Sequence[Spikes]) -> pd.DataFrame:
+    """How often each score lies far from its counterpart's, beside its own noise floors."""
+    return pd.DataFrame(
+        [
+            dict(zip(("model", "data", "scored_on"), one.setting, strict=True))
+            | {"task": one.key[0], "shots": one.key[1], "spikes": one.spikes, "scores": one.scores}
+            | {"score": one.score, "counterpart_score": one.counterpart_score}
+            | {"mean_abs_points": one.mean_abs, "largest_points": one.largest}
+            | {f"floor_{kind}_points": one.floors.get(kind) for kind in KINDS}
+            | {"beyond_trained_length": one.beyond}
+            for one in found
         ]
     )
 
@@ -95,6 +162,7 @@ def floor_table(found: Sequence[Floor]) -> pd.DataFrame:
             dict(zip(("model", "data", "scored_on"), f.setting, strict=True))
             | {"floor": f.kind, "pairs": f.n}
             | {"mean_abs_points": f.mean_abs, "largest_points": f.largest}
+            | {"lowest_score": f.scores[0], "highest_score": f.scores[1]}
             for f in found
         ]
     )

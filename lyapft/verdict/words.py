@@ -3,7 +3,11 @@
 import math
 
 from lyapft.divergence import FEW_SEEDS, Comparison, Estimate
-from lyapft.verdict.evidence import Settings
+from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, ScoreKey, Settings
+
+REFERENCE = "full-precision fine-tuning of all weights"
+AGAINST = {PAPER: REFERENCE, PRECISION_ONLY: "full precision with the same peft"}
+MOST_LISTED = 3
 
 
 def signed(value: float) -> str:
@@ -99,3 +103,40 @@ def joined(parts: list[str]) -> str:
     'a, b and c'
     """
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def where_of(setting: tuple[str, str, str]) -> str:
+    """Model, data and task.
+
+    >>> where_of(("m", "alpaca", "mmlu")), where_of(("m", "skills", "skills"))
+    ('m on alpaca, scored on mmlu', 'm on skills')
+    """
+    model, data, task = setting
+    return f"{model} on {data}, scored on {task}" if data != task else f"{model} on {data}"
+
+
+def scored(key: ScoreKey) -> str:
+    """A task and its number of shots.
+
+    >>> scored(("mmlu", 5))
+    'mmlu 5-shot'
+    """
+    return f"{key[0]} {key[1]}-shot"
+
+
+def raw(score: float, other: float) -> str:
+    """Two scores side by side, as fractions.
+
+    >>> raw(0.5, 0.25)
+    '0.500 against 0.250'
+    """
+    return f"{score:.3f} against {other:.3f}"
+
+
+def beyond(count: int, total: int) -> str:
+    """A label where scores are also of texts that are longer than what the base model was trained on.
+
+    >>> beyond(0, 8), beyond(2, 8)
+    ('', ' (2 of its 8 scores beyond the trained length)')
+    """
+    return f" ({count} of its {total} scores beyond the trained length)" if count else ""

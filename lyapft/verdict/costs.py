@@ -1,0 +1,65 @@
+"""What recipes cost beside their counterparts, and which costs the seeds tell apart."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lyapft.divergence import Estimate, estimate
+from lyapft.records import costs
+from lyapft.verdict.evidence import Pair, Settings
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a recipe needs, as ratios to its counterpart: geometric means over seeds, n = 0 where not measured."""
+
+    speed: Estimate  # × tokens/s: above 1 is faster
+    memory: Estimate  # × peak bytes per token in flight: below 1 is leaner
+    index: Estimate  # weighted geometric mean of time and memory: below 1 is cheaper
+    logs: Mapping[int, float]  # ln of the index by seed: what two recipes' costs are compared by
+    emulated: bool  # half precision was emulated: its speed is not that of hardware that has it
+    halved: int  # pairs in which memory ran out, left out of all three
+
+    @property
+    def saves(self) -> bool:
+        """Whether it is shown to be below that of its counterpart: the interval lies below 1; one seed has none."""
+        return self.index.n > 1 and self.index.high < 1
+
+
+def cost_of(own: Sequence[Pair], settings: Settings) -> Cost:
+    """The cost of a recipe's pairs, by the reader's weights."""
+    speed, memory = (_log_ratios(own, name) for name in ("tokens_per_s", "peak_bytes_per_token"))
+    weights = (settings.speed_weight, settings.memory_weight)
+    # Slower and larger are dearer; a part that does not count need not have been measured.
+    parts = [
+        (w, {k: sign * v for k, v in one.items()})
+        for w, one, sign in zip(weights, (speed, memory), (-1, 1), strict=True)
+        if w
+    ]
+    measured = set.intersection(*(set(one) for _, one in parts))
+    index = {seed: sum(weight * one[seed] for weight, one in parts) / sum(weights) for seed in measured}
+    emulated = any((pair.run.get("precision") or {}).get("emulated") for pair in own)
+    halved = sum(any(side.get("oom") for side in (pair.run, pair.counterpart)) for pair in own)
+    speeds, memories, costs_ = (_geometric_mean(logs) for logs in (speed, memory, index))
+    return Cost(speeds, memories, costs_, index, emulated, halved)
+
+
+def _log_ratios(own: Sequence[Pair], name: str) -> dict[int, float]:
+    """ln(run / counterpart) by seed, where both were measured."""
+    measured = {pair.seed: [costs(side).get(name) for side in (pair.run, pair.counterpart)] for pair in own}
+    return {seed: math.log(ours / theirs) for seed, (ours, theirs) in measured.items() if ours and theirs}
+
+
+def _geometric_mean(logs: dict[int, float]) -> Estimate:
+    found = estimate(list(logs.values()))
+    return Estimate(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.n)
+
+
+def told_apart(ours: Cost, theirs: Cost, confidence: float) -> bool:
+    """Whether the seeds that both were measured on show that the two cost differently: by a paired t interval.
+
+    One common seed, or none, tells nothing.
+    """
+    common = ours.logs.keys() & theirs.logs.keys()
+    found = estimate([theirs.logs[seed] - ours.logs[seed] for seed in common], confidence=confidence)
+    return found.n > 1 and not found.low <= 0 <= found.high

@@ -1,0 +1,112 @@
+"""Where recipes fail and what is to blame, as sentences."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+from lyapft.divergence import is_spike
+from lyapft.verdict.blame import blame, remedy
+from lyapft.verdict.evidence import PAPER, Evidence, Settings
+from lyapft.verdict.recipes import Row, ScoreRow
+from lyapft.verdict.sentences.advice import scores_of
+from lyapft.verdict.spikes import Spikes
+from lyapft.verdict.words import AGAINST, MOST_LISTED, difference, joined, margin, p_value, raw, scored, seeds, where_of
+
+MOST_SPIKES = 2
+NOISE = {"seeds": "another seed", "threads": "other thread count", "replicate": "same again"}
+Siblings = Mapping[tuple[str, str, str], Sequence[Row]]  # rows by setting
+
+
+def failures(
+    evidence: Evidence, found: Sequence[Row], scores: Sequence[ScoreRow], spikes: Sequence[Spikes], settings: Settings
+) -> list[str]:
+    """Recipes and single scores that lie outside the margin, whose doing it is, and trainings that broke down.
+
+    Args:
+        found: rows against the paper's counterpart. scores: single scores, against both kinds.
+    """
+    siblings = {
+        setting: list(own)
+        for setting, own in groupby(sorted(found, key=lambda r: r.recipe.setting), lambda r: r.recipe.setting)
+    }
+    outside = [row for row in found if row.outcome(settings) in ("worse", "better") and row.same_as is None]
+    lines = [_failure(evidence, row, siblings, settings) for row in outside]
+    lines += [_outside(evidence, row, own, siblings, settings) for row, own in _scores_outside(scores, settings)]
+    if not lines and found:
+        undecided = sum(row.outcome(settings) == "undecided" for row in found)
+        open_ones = f"; {undecided} of {len(found)} are undecided, which does not mean that they agree" * bool(
+            undecided
+        )
+        lines.append(f"No recipe is shown to lie outside {margin(settings)}{open_ones}.")
+    for recipe in evidence.recipes:
+        if broken := recipe.broke_down():
+            kinds = joined(sorted({str(run["status"]) for run in broken}))
+            total = len(recipe.runs) + len(recipe.failed)
+            lines.append(f"{recipe.name}: training broke down on {len(broken)} of {total} seeds ({kinds}).")
+    return [*lines, *_spikes(found, spikes, settings)]
+
+
+def _failure(evidence: Evidence, row: Row, siblings: Siblings, settings: Settings) -> str:
+    own = siblings[row.recipe.setting]
+    tried = remedy(evidence, row, own, settings) if row.outcome(settings) == "worse" else ""
+    return (
+        f"{row.recipe.name} is {row.outcome(settings)} than {AGAINST[PAPER]} by more than {settings.margin:g} "
+        f"point{'s' * (settings.margin != 1)}: {difference(row.comparison)}, {p_value(row.comparison.p_outside)}; "
+        f"{scores_of(row)}.{blame(evidence, row, own, row.keys, settings)}{tried}"
+    )
+
+
+def _scores_outside(scores: Sequence[ScoreRow], settings: Settings) -> list[tuple[Row, list[ScoreRow]]]:
+    outside = [score for score in scores if score.comparison.outcome(settings.alpha) in ("worse", "better")]
+    groups = [list(own) for _, own in groupby(outside, key=lambda s: id(s.row))]
+    return [(own[0].row, own) for own in groups if own[0].row.same_as is None]
+
+
+def _outside(evidence: Evidence, row: Row, own: Sequence[ScoreRow], siblings: Siblings, settings: Settings) -> str:
+    """The scores of a recipe that lie outside; who is to blame where the recipe as a whole has not been blamed yet."""
+    worst = sorted(own, key=lambda score: -abs(score.comparison.estimate.mean))
+    shown = [
+        f"{scored((s.task, s.shots))}{_beyond(s)} {difference(s.comparison)}, {raw(s.score, s.counterpart_score)}"
+        for s in worst[:MOST_LISTED]
+    ]
+    more = f" and {len(worst) - len(shown)} more" if len(worst) > len(shown) else ""
+    against = f" from {AGAINST[row.counterpart]}" if row.counterpart != PAPER else ""
+    text = f"{row.recipe.name}: single scores outside {margin(settings)}{against}, {seeds(row.n)}: "
+    blamed = row.counterpart == PAPER and row.outcome(settings) not in ("worse", "better")
+    keys = [(s.task, s.shots) for s in own]
+    why = blame(evidence, row, siblings[row.recipe.setting], keys, settings) if blamed else ""
+    return f"{text}{'; '.join(shown)}{more}.{why}"
+
+
+def _beyond(score: ScoreRow) -> str:
+    return " (beyond the trained length)" if score.beyond_trained_length else ""
+
+
+def _spikes(found: Sequence[Row], spikes: Sequence[Spikes], settings: Settings) -> list[str]:
+    """How many single scores lie far off, and for each model on which tasks, beside what noise alone does there."""
+    total = sum(one.scores for one in spikes)
+    if not total:
+        return []
+    grain = 100.0 / min(pair.fewest_items for row in found for pair in row.pairs)
+    note = f"; one answer is worth {grain:.2f} points there, so few answers make one" if is_spike(grain, 0.2) else ""
+    count = sum(one.spikes for one in spikes)
+    lines = [
+        f"Spikes: {count} of {total} single scores lie over {settings.spike:g} point{'s' * (settings.spike != 1)} "
+        f"from their counterpart's{note}."
+    ]
+    for setting, group in groupby(spikes, key=lambda one: one.setting):
+        worst = sorted((one for one in group if one.spikes), key=lambda one: (-one.spikes / one.scores, -one.mean_abs))
+        if worst:
+            shown = "; ".join(map(_spike, worst[:MOST_SPIKES]))
+            more = f"; and {len(worst) - MOST_SPIKES} more" if len(worst) > MOST_SPIKES else ""
+            lines.append(f"Spikes of {where_of(setting)}, most often at {shown}{more}.")
+    return lines
+
+
+def _spike(one: Spikes) -> str:
+    noise = [f"{short} {one.floors[kind]:.2f}" for kind, short in NOISE.items() if kind in one.floors]
+    beside = f"noise floor there: {', '.join(noise)}" if noise else "no noise floor measured there"
+    label = " (beyond the trained length)" if one.beyond else ""
+    return (
+        f"{scored(one.key)}{label} {one.spikes} of {one.scores}, mean size {one.mean_abs:.2f} points, scores "
+        f"{raw(one.score, one.counterpart_score)} ({beside})"
+    )

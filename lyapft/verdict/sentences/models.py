@@ -1,0 +1,159 @@
+"""Mamba beside the Transformer, in-context learning, and single settings, as sentences."""
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+from lyapft.verdict.ablations import Ablation
+from lyapft.verdict.architectures import Contrast
+from lyapft.verdict.evidence import Settings
+from lyapft.verdict.floors import Floor
+from lyapft.verdict.learning import Gain, Learned, Raw
+from lyapft.verdict.words import (
+    AGAINST,
+    MOST_LISTED,
+    beyond,
+    difference,
+    interval,
+    joined,
+    margin,
+    needed,
+    p_value,
+    raw,
+    scored,
+    signed,
+    size,
+    where_of,
+)
+
+BEYOND = " Some of these scores are beyond the trained length."
+
+
+def architectures(
+    found: Sequence[Contrast], recurrent: Sequence[str], floors: Sequence[Floor], settings: Settings
+) -> list[str]:
+    """Whether models with a recurrent state diverge less than the Transformer of their size."""
+    if not found:
+        beside = f" beside {joined(list(recurrent))}" if recurrent else ""
+        return [
+            f"No recipe that a Mamba and a Transformer of about its size share has a counterpart{beside}: nothing can "
+            "be compared."
+        ]
+    lines = [
+        _contrast(contrast, settings) + _floors_of(contrast, floors) + (BEYOND if contrast.beyond else "")
+        for contrast in found
+        if contrast.overall
+    ]
+    return [*lines, "Each line is about these checkpoints on this data, not about the architectures as such."]
+
+
+def _floors_of(contrast: Contrast, floors: Sequence[Floor]) -> str:
+    """What another seed alone does to both, beside a comparison of sizes, which hold that noise too."""
+    place = (contrast.data, contrast.task)
+    by_model = {f.setting[0]: f.mean_abs for f in floors if f.kind == "seeds" and f.setting[1:] == place}
+    ours, theirs = by_model.get(contrast.model), by_model.get(contrast.twin)
+    if ours is None or theirs is None:
+        return ""
+    return f" Another seed alone moves them by {ours:.2f} and {theirs:.2f} points."
+
+
+def _contrast(contrast: Contrast, settings: Settings) -> str:
+    found = contrast.comparison
+    from_ = f"from {AGAINST[contrast.counterpart]}, {contrast.recipe}"
+    sizes = (
+        f"mean divergence {size(contrast.size)} of {contrast.model}, scores {raw(*contrast.scores)}, and "
+        f"{size(contrast.twin_size)} of {contrast.twin}, scores {raw(*contrast.twin_scores)}"
+    )
+    if found.estimate.n < 2:
+        return (
+            f"{contrast.model} and {contrast.twin} ({from_}): {sizes}; one common seed has no interval, so neither can "
+            "be called steadier."
+        )
+    numbers = f"{sizes}; difference {difference(found)}, {p_value(found.p_different)}."
+    if steadier := contrast.steadier(settings):
+        other = contrast.twin if steadier == contrast.model else contrast.model
+        return f"{steadier} is steadier than {other} ({from_}): {numbers}"
+    return f"{contrast.model} and {contrast.twin} ({from_}): neither is shown to be steadier; {numbers}"
+
+
+def learning(found: Sequence[Gain]) -> list[str]:
+    """In-context learning of the counterparts, relative to the Transformer twin."""
+    lines = []
+    for gain in found:
+        if gain.reference and gain.twin and gain.relative is not None and gain.twin_raw is not None:
+            share = gain.relative
+            relative = (
+                f"{100 * share.mean:.0f}% of {gain.twin}'s ({interval(share, '.0%')})"
+                if share.n > 1 and math.isfinite(share.mean)
+                else f"one seed gives no ratio to {gain.twin}'s"
+                if share.n < 2
+                else f"{gain.twin} gains too little there for a ratio"
+            )
+            lines.append(
+                f"In-context learning of {gain.recipe.name} on {gain.task}: gain {signed(gain.gain.mean)} of the "
+                f"0-shot score ({interval(gain.gain, '.2f')}; {_few(gain.raw)}); {relative}, whose scores are "
+                f"{_few(gain.twin_raw)}.{BEYOND if gain.beyond else ''}"
+            )
+    return lines
+
+
+def _few(found: Raw) -> str:
+    """The scores behind a gain."""
+    return f"{found.zero:.3f} 0-shot, {found.few:.3f} few-shot"
+
+
+def base_and_tuned(found: Sequence[Learned], settings: Settings) -> list[str]:
+    """Whether fine-tuning changed what the model makes of examples in its prompt."""
+    return [_learned(one, settings) + (BEYOND if one.beyond else "") for one in found]
+
+
+def _learned(one: Learned, settings: Settings) -> str:
+    shots = f"{one.shots[0]} to {one.shots[-1]} shots" if len(one.shots) > 1 else f"{one.shots[0]}-shot"
+    base = "its base" if one.base.precision == one.recipe.precision else f"its base in {one.base.precision}"
+    numbers = (
+        f"gain {signed(one.gain.mean)} of the 0-shot score ({_few(one.raw)}) against {signed(one.base_gain)} of {base} "
+        f"({_few(one.base_raw)}), difference {signed(one.difference.mean)} ({interval(one.difference)}), "
+        f"{p_value(one.p)}"
+    )
+    if one.p <= settings.alpha:
+        told = f"learns {'more' if one.difference.mean > 0 else 'less'} in context than {base}"
+    else:
+        told = f"is not shown to learn more or less in context than {base}"
+    return f"{one.recipe.name}{_on(one.recipe.setting)}, {one.task}, {shots}, {told}: {numbers}."
+
+
+def _on(setting: tuple[str, str, str]) -> str:
+    return where_of(setting).removeprefix(setting[0])
+
+
+def settings_asked(found: Sequence[Ablation], settings: Settings) -> list[str]:
+    """What a setting does, everything else equal: over all scores, then the single scores where it shows."""
+    lines = [_ablation(one, settings) for one in found if one.key is None]
+    shown = [one for one in found if one.key is not None and one.comparison.p_different <= settings.alpha]
+    for (setting, recipe, name), group in groupby(shown, key=lambda one: (one.setting, one.recipe, one.name)):
+        own = sorted(group, key=lambda one: -abs(one.comparison.estimate.mean))
+        parts = [
+            f"{scored(one.key)}{' (beyond the trained length)' if one.beyond else ''} {difference(one.comparison)}, "
+            f"{raw(one.score, one.other_score)}"
+            for one in own[:MOST_LISTED]
+            if one.key
+        ]
+        more = f" and {len(own) - MOST_LISTED} more" if len(own) > MOST_LISTED else ""
+        lines.append(f"{where_of(setting)}, {recipe}: single scores in which {name} shows: {'; '.join(parts)}{more}.")
+    return lines
+
+
+def _ablation(one: Ablation, settings: Settings) -> str:
+    found = one.comparison
+    if found.estimate.n < 2:
+        told = f"undecided; {needed(found, settings)}"
+    elif found.p_equivalent <= settings.alpha:
+        told = f"equivalent within {margin(settings)}, TOST {p_value(found.p_equivalent)}"
+    elif found.p_different <= settings.alpha:
+        told = f"{one.value if found.estimate.mean > 0 else one.other} scores higher, {p_value(found.p_different)}"
+    else:
+        told = f"no difference is shown, {p_value(found.p_different)}, nor equivalence; {needed(found, settings)}"
+    return (
+        f"{where_of(one.setting)}, {one.recipe}, {one.name} {one.value} against {one.other}: {difference(found)}; "
+        f"score {raw(one.score, one.other_score)}{beyond(one.beyond, one.scores)}; {told}."
+    )

@@ -1,0 +1,171 @@
+"""Which recipe is recommended: ties of cost, what one seed's cost shows, and seeds that are missing."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lyapft.verdict import Settings, Verdict, judge
+from tests.test_verdict import STEADY, study, text
+
+CHEAP = [0.50, 0.52, 0.49, 0.51, 0.50, 0.53, 0.48, 0.50]  # cost by seed, as a ratio to the counterpart
+
+
+def costing(costs: dict[tuple[str, str], Sequence[float | None]], **cells: Sequence[float]) -> list[dict[str, Any]]:
+    """Recipes that are all equivalent, with the given cost at each seed in memory alone; None was not measured."""
+    records = study({key: cells.get("_".join(key), STEADY) for key in costs})
+    for record in records:
+        own = costs.get((record["choices"]["precision"], record["choices"]["peft"]))
+        ratio = own[record["seed"]] if own else 1.0
+        record["cost"] = {"peak_bytes_per_token": None if ratio is None else 100.0 * ratio}
+    return records
+
+
+def memory_only(records: list[dict[str, Any]]) -> Verdict:
+    return judge(records, settings=Settings(speed_weight=0))
+
+
+def test_recipes_whose_costs_the_seeds_do_not_tell_apart_are_named_as_ties() -> None:
+    near = [c * f for c, f in zip(CHEAP, [1.05, 0.97, 1.04, 0.98, 1.06, 0.95, 1.02, 0.99], strict=True)]
+    far = [1.2 * c for c in near]
+    costs = {("bf16", "lora"): CHEAP, ("fp16", "lora"): near, ("fp16", "none"): far}
+    p = [stats.ttest_rel(np.log(other), np.log(CHEAP)).pvalue for other in (near, far)]
+    assert p[0] > 0.05 / 2 > p[1]  # shared among the two others
+    found = memory_only(costing(costs))
+    (advice,) = found.recommendations
+    assert advice.chosen is not None
+    assert advice.chosen.recipe.label == "bf16 · lora"
+    assert [row.recipe.label for row in advice.tied] == ["fp16 · lora"]
+    said = text(found, "Recommendation")
+    assert "use bf16 · lora, one of the cheapest recipes that are equivalent" in said
+    assert f"cannot be told from that of fp16 · lora (at {math.exp(np.mean(np.log(near))):.3g} × the cost" in said
+    assert "fp16 · none" not in said
+    alone = memory_only(costing({key: costs[key] for key in (("bf16", "lora"), ("fp16", "none"))}))
+    assert "use bf16 · lora, the cheapest recipe that is equivalent" in text(alone, "Recommendation")
+
+
+def test_a_cost_that_varies_much_or_was_measured_on_one_seed_is_a_tie() -> None:
+    wild = [c * f for c, f in zip(CHEAP, [3.0, 0.4, 2.5, 0.5, 3.0, 0.4, 2.0, 0.6], strict=True)]
+    once = [0.9, *[None] * 7]
+    found = memory_only(costing({("bf16", "lora"): CHEAP, ("fp16", "lora"): wild, ("fp16", "none"): once}))
+    assert {row.recipe.label for row in found.recommendations[0].tied} == {"fp16 · lora", "fp16 · none"}
+    assert "fp16 · none (at 0.9 × the cost (one seed), score" in text(found, "Recommendation")
+
+
+def test_the_cost_of_one_seed_shows_no_saving() -> None:
+    found = memory_only(costing({("bf16", "lora"): [0.1, *[None] * 7]}))
+    (advice,) = found.recommendations
+    assert advice.chosen is None
+    assert [row.recipe.label for row in advice.dear] == ["bf16 · lora"]
+    said = text(found, "Recommendation")
+    assert "stay with full-precision fine-tuning" in said
+    assert "not shown to cost less: bf16 · lora (at 0.1 × the cost (one seed)" in said
+    two = memory_only(costing({("bf16", "lora"): [0.1, 0.11, *[None] * 6]}))
+    assert two.recommendations[0].chosen is not None
+
+
+def lost(records: list[dict[str, Any]], at: int, status: str) -> list[dict[str, Any]]:
+    records[at] |= {"status": status, "error": {"type": "E", "message": status}, "scores": [], "divergence": []}
+    return records
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ("oom", "1 of 8 did not finish (oom)"),
+        ("failed", "1 of 8 did not finish (failed)"),
+        ("nonfinite", "training broke down on 1 of 8"),
+    ],
+)
+def test_a_recipe_that_lost_a_seed_is_undecided_with_the_reason(status: str, reason: str) -> None:
+    found = judge(lost(study({("bf16", "lora"): STEADY}), -1, status))
+    (advice,) = found.recommendations
+    assert found.rows[0].outcome(found.settings) == "equivalent"
+    assert (advice.chosen, [row.recipe.label for row in advice.unsound]) == (None, ["bf16 · lora"])
+    said = text(found, "Recommendation")
+    assert "undecided. No recipe with all of its seeds is shown to be equivalent" in said
+    assert "Undecided: mamba_tiny · bf16 · lora is equivalent on the 7 seeds that could be compared, " in said
+    assert f"but {reason}: the seeds that are left may flatter it." in said
+    assert found.tables["recipes"].doubts.tolist() == [reason]
+
+
+def test_a_recipe_whose_counterpart_broke_on_a_seed_is_undecided_with_the_reason() -> None:
+    records = study({("bf16", "lora"): STEADY})
+    lost(records, 7, "nonfinite")  # the counterpart of seed 7
+    records[-1]["divergence"][0] |= {"status": "missing", "per_score": []}
+    found = judge(records)
+    assert found.recommendations[0].chosen is None
+    assert "but the counterpart of 1 of 8 is missing" in text(found, "Recommendation")
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted"])
+def test_a_seed_that_is_still_to_come_is_named_but_forbids_nothing(status: str) -> None:
+    found = judge(lost(study({("bf16", "lora"): STEADY}), -1, status))
+    assert found.recommendations[0].chosen is not None
+    assert "1 of 8 of its runs did not finish." in text(found, "Recommendation")
+
+
+def test_another_equivalent_recipe_is_taken_where_the_cheapest_lost_a_seed() -> None:
+    costs = {("bf16", "lora"): CHEAP, ("fp16", "lora"): [1.5 * c for c in CHEAP]}
+    records = costing(costs)
+    place = next(i for i, r in enumerate(records) if r["choices"]["precision"] == "bf16" and r["seed"] == 3)
+    found = memory_only(lost(records, place, "oom"))
+    chosen = found.recommendations[0].chosen
+    assert chosen is not None
+    assert chosen.recipe.label == "fp16 · lora"
+    assert "bf16 · lora is equivalent on the 7 seeds that could be compared" in text(found, "Recommendation")
+
+
+# --- one recipe under two names --------------------------------------------------------------------------------------
+
+
+def two_names(second: dict[str, int] | None = None, apart: float = 0.0) -> list[dict[str, Any]]:
+    """LoRA and LoRA on all layers, which adapt the same ones unless `second` says otherwise, in two formats."""
+    moved = [x + apart for x in STEADY]
+    cells = {(form, peft): STEADY if peft == "lora" else moved for form in ("bf16", "fp16") for peft in LORAS}
+    records = study(cells)
+    for record in records:
+        peft = record["choices"]["peft"]
+        if peft == "none":
+            continue
+        adapted = {"in_proj": 2, "out_proj": 2, "dt_proj": 0} | ((second or {}) if peft == "lora_all" else {})
+        record["peft"]["coverage"] = {name: {"adapted": n, "present": 2} for name, n in adapted.items()}
+        record["config"] = record["config"] | {"peft": {"name": peft, "targets": LORAS[peft], "r": 8}}
+    return records
+
+
+LORAS = {"lora": "auto", "lora_all": "all"}
+
+
+def test_a_recipe_under_two_names_counts_once_in_holm_and_is_named() -> None:
+    once, twice = judge(two_names()), judge(two_names({"dt_proj": 2}))
+    by_label = {row.recipe.label: row for row in once.rows}
+    assert {row.comparison.family for row in once.rows} == {2}
+    assert {row.comparison.family for row in twice.rows} == {4}
+    assert by_label["bf16 · lora"].comparison == by_label["bf16 · lora_all"].comparison
+    alone = stats.ttest_1samp(np.array(STEADY) + 1.0, 0.0, alternative="greater").pvalue
+    for found, family in ((once, 2), (twice, 4)):
+        assert found.rows[0].comparison.p_equivalent == pytest.approx(
+            family * max(alone, stats.ttest_1samp(np.array(STEADY) - 1.0, 0.0, alternative="less").pvalue)
+        )
+    assert {one.comparison.family for one in once.scores} == {4}  # two formats, 0 and 5 shots
+    assert text(once, "One recipe under two names") == (
+        "mamba_tiny on skills: lora and lora_all adapt the same layers (in_proj, out_proj) and are one recipe in bf16 "
+        "and fp16: where they came out alike they count once in every correction."
+    )
+    assert text(twice, "One recipe under two names") == ""
+    assert once.tables["recipes"].same_as.tolist() == ["", "bf16 · lora", "", "fp16 · lora"]
+    (advice,) = once.recommendations
+    assert not any(row.recipe.peft == "lora_all" for row in advice.tied)
+
+
+def test_two_names_that_came_out_differently_are_two_tests() -> None:
+    assert {row.comparison.family for row in judge(two_names(apart=0.1)).rows} == {4}
+    records = two_names()
+    for record in records:
+        if record["choices"]["peft"] == "lora_all":
+            record["config"]["peft"]["r"] = 16
+    assert {row.comparison.family for row in judge(records).rows} == {4}
