@@ -11,7 +11,7 @@ from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lyapft import backbone, config, precision, records, recurrence, tasks, trust
+from lyapft import backbone, config, containment, precision, records, recurrence, tasks, trust
 from lyapft.cell import CellFailed, disk_message
 from lyapft.environment import describe, resolve_device, resolve_threads
 from lyapft.errors import InputError
@@ -69,6 +69,7 @@ def _score(cfg: DictConfig, folder: Path, record: Record, cell: DictConfig, task
     torch.set_num_threads(science["threads"])
     identity = config.identity(science)
     target = folder / FOLDER / f"{identity}.json"
+    containment.check(folder, [target.parent])
     target.parent.mkdir(exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         _score_once(cfg, target, record, cell, task, task_node, science, device)

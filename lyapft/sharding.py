@@ -103,7 +103,11 @@ def apart(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients as one vector, in float32."""
+    """The Euclidean norm of all gradients as one vector, in float32.
+
+    >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+    tensor(5.)
+    """
     norms = [whole(nn.utils.get_total_norm([g.float() for g in own])) for own in kin(gradients)]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 

@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lyapft import launch
+from lyapft import containment, launch
 from lyapft.config import register
 from lyapft.errors import InputError
 
@@ -61,9 +61,13 @@ def _folder(config: DictConfig) -> Path | None:
         return None
     folder = Path(runs) / name
     try:
+        containment.check(Path(runs), [folder])
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):  # asks also whether its file system is read-only
             raise OSError(errno.EACCES, "no right to write, or a read-only file system")
+    except InputError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
     except OSError as error:
         print(
             f"runs={runs} cannot be made or written ({error.strerror}): set runs=FOLDER to a folder of your own",
@@ -146,15 +150,18 @@ def _come_back() -> int:
 
 def _show(folder: Path) -> int:
     """Print the table and write the report; 1 if that fails, so that no failure is silent."""
-    from lyapft import records, report
+    from lyapft import report
     from lyapft.plan import file
 
     try:
-        found = records.load_study(folder)
-        print(report.summary_table(found))
+        found = report.load_study(folder)
+        for note in found.notes:
+            print(note, file=sys.stderr)
+        records = [cell.record for cell in found.cells]
+        print(report.summary_table(records))
         if planned := file.load(folder):
-            print(file.summary(file.states(planned, [record for _, record in found])))
-        print(f"report: {report.write(folder)}")
+            print(file.summary(file.states(planned, records)))
+        print(f"report: {report.write(folder, found=found)}")
     except (InputError, OSError) as error:
         print(f"no report: {error}", file=sys.stderr)
         return 1

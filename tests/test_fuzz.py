@@ -5,6 +5,7 @@ an InputError is a failure. `python -m tests.campaigns.fuzz MINUTES` does the sa
 """
 
 import copy
+import io
 import json
 import shutil
 import tempfile
@@ -13,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hydra.errors import HydraException
@@ -24,9 +27,11 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 
 from lyapft import backbone, cell, config, data, rates, records, recurrence, tasks
+from lyapft.data.streaming import good_examples
 from lyapft.errors import InputError
+from lyapft.experiments import stall
 from lyapft.plan import file as plan_file
-from lyapft.report import summary_table
+from lyapft.report import experiments, summary_table
 from lyapft.report.cells import load_study
 from lyapft.resume import CheckpointFiles
 from lyapft.resume.files import CHECKSUM, STATE
@@ -138,7 +143,7 @@ def test_records(data_of):
         (folder / "cell" / records.RECORD).write_bytes(content)
         found = records.load_study(folder)
         assert found
-        summary_table(found)
+        summary_table([record for _, record in found])
         return found
 
     in_a_folder(read)
@@ -178,15 +183,25 @@ def test_plans(data_of):
     in_a_folder(read)
 
 
+@cache
+def an_experiment() -> dict[str, Any]:
+    """The record of a small one."""
+    found = stall.run(step=1e-3, starts=[0.0], tokens=200, draws=2, sweep=[1e-3], seed=0)
+    return json.loads(json.dumps({"name": "stall", "rows": found.rows, "series": found.series}))
+
+
 @given(st.data())
 def test_experiments(data_of):
-    content = data_of.draw(files(b'{"name": "theorem", "created": "x", "wall_s": 1.0}'))
+    content = data_of.draw(json_files(an_experiment()))
 
     def read(folder):
         shutil.copytree(a_run(), folder / "cell")
         (folder / records.EXPERIMENTS).mkdir()
-        (folder / records.EXPERIMENTS / "theorem-0.json").write_bytes(content)
-        return load_study(folder)
+        (folder / records.EXPERIMENTS / "stall-0.json").write_bytes(content)
+        study = load_study(folder)
+        for one in study.experiments:
+            clear(lambda one=one: experiments.figures(one))
+        return study
 
     assert in_a_folder(read) is not None
 
@@ -299,11 +314,34 @@ def test_data(data_of):
     in_a_folder(read)
 
 
+@cache
+def streamable() -> dict[str, bytes]:
+    table = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(EXAMPLES["Alpaca"]), table)
+    return {"jsonl": b"\n".join(map(as_json, EXAMPLES["Alpaca"])), "parquet": table.getvalue()}
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_streamed_data(data_of):
+    suffix = data_of.draw(st.sampled_from(sorted(streamable())))
+    content = data_of.draw(files(streamable()[suffix]))
+    fraction = data_of.draw(st.sampled_from([0.01, 1.0]))
+
+    def read(folder):
+        (folder / f"data.{suffix}").write_bytes(content)
+        source = data.Alpaca("name", str(folder), streaming=True, max_bad_fraction=fraction)
+        source.fingerprint()
+        return good_examples(source, iter(source.reader()), 9)
+
+    in_a_folder(read)
+
+
 @given(st.binary(max_size=64) | st.text(max_size=64).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_text(content):
     def read(folder):
         (folder / "data.txt").write_bytes(content)
-        return data.TextFile("text", str(folder / "data.txt")).fingerprint()
+        return [data.TextFile("text", str(folder / "data.txt"), streaming=on).fingerprint() for on in (False, True)]
 
     in_a_folder(read)
 

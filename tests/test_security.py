@@ -6,21 +6,26 @@ import io
 import json
 import os
 import pickle
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
+import psutil
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lyapft import admission, backbone, cell, config, data, evaluation, records, recurrence, report, secrets
+from lyapft import admission, backbone, cell, config, data, evaluation, records, recurrence, report, secrets, tasks
 from lyapft.config import ModelConfig
 from lyapft.errors import InputError
 from lyapft.peft import Lora
 from lyapft.peft import __main__ as peft_command
 from lyapft.peft.base import ADAPTER_FOLDER, TENSORS
+from lyapft.report.experiments import page as experiments_page
+from lyapft.resume import CheckpointFiles
+from tests.campaigns import kills
 from tests.test_cell import prepared
 from tests.test_cli import ROOT, SMALL, typed  # noqa: F401 - a fixture
 
@@ -35,43 +40,96 @@ def command(*arguments: str, name: str = "train") -> list[str]:
 # -- credentials
 
 
-def test_a_run_leaves_no_credential_anywhere(tmp_path):
-    """Everything that a run writes, prints and shows in the process list, with W&B offline and all probes."""
-    environment = os.environ | {"WANDB_API_KEY": CANARY * 2, "HF_TOKEN": f"hf_{CANARY}", "WANDB_MODE": "offline"}
-    environment |= {key: str(tmp_path / "caches") for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
-    environment.pop("WANDB_SERVICE", None)  # of this process: the command's files must be whole when the command ends
-    output, titles = tmp_path / "printed", set()
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            command("logger=wandb", "probe=all", "runs=r"), cwd=tmp_path, env=environment, stdout=file, stderr=file
-        )
-        while process.poll() is None:
-            titles |= titles_of(process.pid)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.2)
-    printed = output.read_bytes()
-    assert process.returncode == 0, printed.decode()
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"record.json", "cell.log", "report.html"} <= {path.name for path in written}
-    assert any(path.suffix == ".wandb" for path in written)
-    leaks = [str(path) for path in written if CANARY.encode() in path.read_bytes() or CANARY in path.name]
-    assert leaks == []
-    assert CANARY.encode() not in printed
-    assert titles
-    assert not any(CANARY in title for title in titles)
-
-
-def titles_of(pid: int) -> set[str]:
-    """Command lines of a process and its children, as `ps` shows them to everyone."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if pid in (int(folder.name), parent):
-                found.add((folder / "cmdline").read_text().replace("\0", " "))
-        except (OSError, ValueError):  # it ended meanwhile
-            continue
+def secretive(folder: Path) -> dict[str, str]:
+    """An environment with credentials, where W&B keeps all of its files in this folder."""
+    found = os.environ | {"WANDB_API_KEY": CANARY * 2, "HF_TOKEN": f"hf_{CANARY}", "WANDB_MODE": "offline"}
+    found |= {key: str(folder / "caches") for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
+    found.pop("WANDB_SERVICE", None)  # of this process: a command's files must be whole when the command ends
     return found
+
+
+def leaks(folder: Path) -> list[str]:
+    """Every file below that has a credential in it, or in its name."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [str(path) for path in files if CANARY.encode() in path.read_bytes() or CANARY in path.name]
+
+
+def swept(folder: Path) -> set[str]:
+    """Run a sweep over two processes with credentials, all probes and W&B; the titles of its processes."""
+    titles: set[str] = set()
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", "-m")
+    arguments = command("logger=wandb", "probe=all", "runs=r", "reference=off", *launcher)
+    with (folder / "printed").open("wb") as file:
+        process = psutil.Popen(arguments, cwd=folder, env=secretive(folder), stdout=file, stderr=file)
+        while process.poll() is None:
+            titles |= titles_of(process)
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(0.2)
+    assert process.returncode == 0, (folder / "printed").read_text()
+    return titles
+
+
+def titles_of(process: psutil.Process) -> set[str]:
+    """Command lines of a process and those that it started, as `ps` shows them to everyone."""
+    found = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.add(" ".join(one.cmdline()))
+    return found
+
+
+def typed_alone(folder: Path, *words: str) -> tuple[int, str]:
+    """Exit code and output of a command with credentials in a process of its own, forked: the imports are paid."""
+    output = folder / "printed"
+
+    def work() -> None:
+        os.environ.clear()
+        os.environ.update(secretive(folder))
+        os.chdir(folder)
+        with output.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
+        sys.argv = list(words)
+        if words[0].endswith(".py"):
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        else:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+    code = kills.ended(kills.child(work), 120)
+    assert code is not None, output.read_text()
+    return code, output.read_text()
+
+
+WINOGRANDE = ("task=winogrande", f"task.path={ROOT / 'tests' / 'fixtures' / 'winogrande.jsonl'}", "task.shots=[0]")
+COMMANDS = {  # what is typed after the sweep, its exit code, and what it leaves
+    "evaluate": (("evaluate.py", "run={cell}", "progress=false", *WINOGRANDE), 0, "evaluations/*.json"),
+    "experiment": (("evaluate.py", "experiment=stall", "experiment.tokens=500", "run={study}"), 0, "stall-*.html"),
+    "report": (("lyapft.report", "{study}", "--output=again.html"), 0, "again.html"),
+    "plan": (("lyapft.plan", "study=smoke", "--gpu"), 0, "printed"),
+    "failed": (("train.py", *SMALL, "runs=r", "data=alpaca", "data.path=none.json"), 1, "printed"),
+    "other": (("train.py", *SMALL, "runs=r", "study.name=other", "reference=off"), 0, "other/*/record.json"),
+    "dashboard": (("lyapft.dashboard", "push", "r/other"), 0, "other/wandb/*/*.wandb"),
+}
+
+
+def test_no_command_leaves_a_credential_anywhere(tmp_path):
+    """Everything that is written, printed and shown in the process list."""
+    titles = swept(tmp_path)
+    written = [path.name for path in tmp_path.rglob("*")]
+    assert {"record.json", "cell.log", "report.html", "plan.json", "printed"} <= set(written)
+    assert sum(name.endswith(".wandb") for name in written) == 2
+    assert leaks(tmp_path) == []
+    assert any("loky" in title for title in titles)
+    assert not any(CANARY in title for title in titles)
+    study = tmp_path / "r" / "default"
+    run = next(path.parent for path in study.glob("*/record.json"))
+    for name, (words, expected, left) in COMMANDS.items():
+        code, printed = typed_alone(tmp_path, *(word.format(cell=run, study=study) for word in words))
+        assert code == expected, (name, printed)
+        assert list(tmp_path.rglob(left)), name
+        assert leaks(tmp_path) == [], name
 
 
 REFUSED = {
@@ -112,6 +170,14 @@ def test_no_shipped_setting_looks_like_a_credential(name):
 # -- folders
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    one = prepared(tmp_path_factory.mktemp("runs"), "reference=off")
+    assert cell.ensure(one)["status"] == "ok"
+    return one.folder
+
+
 OUTSIDE = ("study.name=../x", "study.name=..", "study.name=/tmp/x", "model.name=../../x", "study.name=.git")
 
 
@@ -130,6 +196,40 @@ def test_a_swept_name_that_leads_out_is_refused(typed, tmp_path):  # noqa: F811
     assert code == 1
     assert "'../x' must be a plain folder name" in printed
     assert not any(tmp_path.iterdir())
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+LINKS = ("default", "default/{cell}", "default/.locks", *(f"default/{{cell}}/{n}" for n in ("cell.log", "adapter")))
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_link_that_leads_out_of_the_folder_is_refused(typed, tmp_path, link):  # noqa: F811
+    runs, outside = tmp_path / "runs", tmp_path / "outside"
+    (outside / "kept").mkdir(parents=True)
+    (outside / "kept" / "file").write_text("as it was")
+    place = runs / link.format(cell=prepared(tmp_path / "runs", *SMALL, "reference=off").folder.name)
+    place.parent.mkdir(parents=True)
+    place.symlink_to(outside / "kept" / "file" if link.endswith(".log") else outside / "kept")
+    code, printed = typed(*SMALL, "reference=off")
+    assert code == 1
+    assert f"leads out of {Path('runs')}" in printed
+    assert "Traceback" not in printed
+    assert content_of(outside) == {"kept/file": b"as it was"}
+
+
+def test_a_folder_of_runs_may_be_a_link_and_an_evaluation_follows_none(finished, typed, tmp_path):  # noqa: F811
+    shutil.copytree(finished, tmp_path / "disk" / "run")
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    (tmp_path / "outside").mkdir()
+    assert typed(f"run={tmp_path / 'runs' / 'run'}", "progress=false", *WINOGRANDE, name="evaluate")[0] == 0
+    shutil.rmtree(tmp_path / "disk" / "run" / "evaluations")
+    (tmp_path / "disk" / "run" / "evaluations").symlink_to(tmp_path / "outside")
+    code, printed = typed(f"run={tmp_path / 'runs' / 'run'}", *WINOGRANDE, name="evaluate")
+    assert (code, "leads out of" in printed) == (1, True)
+    assert not any((tmp_path / "outside").iterdir())
 
 
 # -- processes
@@ -237,6 +337,24 @@ def test_a_pickle_as_data_set_is_refused_unread(payload, tmp_path, kind):
         kind(name="x", path=str(tmp_path / "rows.pkl")).fingerprint()
 
 
+@pytest.mark.parametrize("kind", [tasks.Winogrande, tasks.Hellaswag, tasks.Piqa, tasks.Arc])
+def test_a_pickle_as_task_is_refused_unread(payload, tmp_path, kind):
+    (tmp_path / "rows.jsonl").write_bytes(payload)
+    with pytest.raises(InputError):
+        kind("x", str(tmp_path / "rows.jsonl"), [0]).queries(0)
+
+
+def test_a_pickle_as_checkpoint_of_a_training_is_passed_over_unread(payload, tmp_path, caplog):
+    one = prepared(tmp_path / "runs", *SMALL, "reference=off")
+    files = CheckpointFiles(one.folder)
+    one.folder.mkdir(parents=True)
+    for path in (files.newest, files.before):
+        path.write_bytes(payload)
+    record = cell.ensure(one)
+    assert (record["status"], record["resumed"]["at_steps"]) == ("ok", [])
+    assert caplog.text.count("cannot be read") == 2
+
+
 def test_a_pickle_as_adapter_of_a_run_is_refused_unread(payload, tmp_path):
     base = backbone.load(ModelConfig(name="mamba_tiny"))
     peft = Lora(name="lora", targets=["in_proj"], min_coverage=1.0, memory_buffer="tied")
@@ -265,14 +383,6 @@ def test_code_that_comes_with_a_model_runs_only_by_its_own_key_and_is_recorded(t
 
 
 # -- records from elsewhere
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """The folder of a finished run."""
-    one = prepared(tmp_path_factory.mktemp("runs"), "reference=off")
-    assert cell.ensure(one)["status"] == "ok"
-    return one.folder
 
 
 TARGETS = {
@@ -357,3 +467,45 @@ def test_markup_in_data_is_shown_in_the_report_and_not_run(typed, tmp_path):  # 
     clean, marked = pages
     assert (marked.scripts, marked.images, marked.handlers) == (clean.scripts, clean.images, clean.handlers)
     assert any(mark in text for text in marked.texts)
+
+
+MARK = '"\'><img src=x onerror="alert(1)"><script>alert(2)</script>'
+KEPT = ("status", "metric", "counterpart", "method", "kind")  # words that a report compares with its own
+
+
+def marked(value, key: str = ""):
+    """A JSON tree whose texts, and names of kernels, all end in markup."""
+    if isinstance(value, dict):
+        suffix = MARK if key in ("kernels", "kernel_fallbacks") else ""
+        return {name + suffix: marked(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [marked(entry, key) for entry in value]
+    return value + MARK if isinstance(value, str) and key not in KEPT else value
+
+
+def test_markup_in_any_text_of_a_study_is_shown_and_not_run(finished, typed, tmp_path):  # noqa: F811
+    """Every text of records, plans, tables and experiments; that of a failed cell too."""
+    study = tmp_path / "study"
+    shutil.copytree(finished, study / "cell")
+    shutil.copytree(finished, study / "failed")
+    record = json.loads((study / "failed" / records.RECORD).read_text())
+    record |= {"id": "f" * 12, "status": "failed", "error": {"type": "InputError", "message": "row 3"}}
+    (study / "failed" / records.RECORD).write_text(json.dumps(record))
+    assert typed("experiment=stall", "experiment.tokens=500", f"run={study}", "progress=false", name="evaluate")[0] == 0
+    clean = [Page(path.read_text()) for path in (report.write(study), *study.rglob("stall-*.html"))]
+    for path in study.rglob("*.json"):
+        if path.parent.name != "adapter":
+            path.write_text(json.dumps(marked(json.loads(path.read_text()))))
+    for path in study.rglob("*.parquet"):
+        table = pd.read_parquet(path)
+        for name in table.select_dtypes(["object", "string"]).columns.difference(KEPT):
+            table[name] = [value + MARK if isinstance(value, str) else value for value in table[name]]
+        table.to_parquet(path, index=False)
+    experiment = next(study.rglob("stall-*.json"))
+    content = json.loads(experiment.read_text()) | {"name": "stall"}
+    experiment.write_text(json.dumps(content))
+    shown = experiments_page.write(content, experiment.with_suffix(".html"))
+    for before, path in zip(clean, (report.write(study), shown), strict=True):
+        page = Page(path.read_text())
+        assert (page.scripts, page.images, page.handlers) == (before.scripts, before.images, before.handlers), path
+        assert any(MARK in text for text in page.texts), path

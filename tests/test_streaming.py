@@ -1,7 +1,9 @@
 """Data that are read as they are needed: the same rows, each once a pass, from any place on, in little memory."""
 
 import json
+import multiprocessing
 import signal
+import subprocess
 import tracemalloc
 from collections import Counter
 from itertools import islice
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lyapft import cell, records
+from lyapft import cell, records, tasks
 from lyapft.data import Alpaca, Sharegpt, Stream, Table, TextFile, build, hub, pack, readers
 from lyapft.data.readers import Files, read_rows
 from lyapft.errors import InputError
@@ -193,6 +195,22 @@ def test_processes_that_read_ahead_change_nothing(folders, tokenizer, workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_signal_to_every_process_leaves_those_that_read_ahead_at_work(folders, tokenizer):
+    source = table("alpaca", folders["alpaca"], shuffle_buffer=5, workers=2)
+    whole = drawn_from(stream(table("alpaca", folders["alpaca"], shuffle_buffer=5), tokenizer).batches(2, 30, 1))
+    loader = iter(stream(source, tokenizer).batches(2, 30, 1))
+    first, readers_ahead = drawn_from(islice(loader, 3)), multiprocessing.active_children()
+    assert len(readers_ahead) == 2
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for one in readers_ahead:
+            subprocess.run(["kill", f"-{int(number)}", str(one.pid)], check=True)  # by another process
+    assert first + drawn_from(islice(loader, 17)) == whole[:20]
+    for one in readers_ahead:
+        one.terminate()
+        one.join(5)
+    assert [one.exitcode for one in readers_ahead] == [0, 0]
+
+
 def test_the_first_rows_are_kept_from_training(folders, tokenizer):
     rows = build(Alpaca("alpaca", folders["alpaca"]), tokenizer, LENGTH)
     train, held_out = stream(table("alpaca", folders["alpaca"], shuffle_buffer=4), tokenizer).split(5)
@@ -222,7 +240,7 @@ def test_text_is_read_in_pieces_and_its_tokens_are_those_of_the_whole(tmp_path, 
     assert found == whole.ids.tolist()
     assert found.count(tokenizer.eos_token_id) == 2
     one = table("text", str(tmp_path), limit=1)
-    assert [row["ends"] for row in one.reader()].count(True) == 1
+    assert [row[readers.ENDS] for row in one.reader()].count(True) == 1
 
 
 # errors
@@ -324,6 +342,10 @@ def overrides(path: str, *more: str) -> list[str]:
     return ["reference=off", "precision=fp32", "trainer.checkpoint_every_s=0", *how, *more]
 
 
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("how", [[], ["data.packing=true", "trainer.accumulate=2"], ["data.workers=2"]])
 def test_a_streamed_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path, folders, monkeypatch, how):
     asked = overrides(folders["alpaca"], "data.streaming=true", "trainer.steps=9", "trainer.validation_rows=3", *how)
@@ -335,6 +357,10 @@ def test_a_streamed_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_pat
     assert record["validation"]["rows"] == 3
     for step in (1, 6):
         assert cut(monkeypatch, torn, step, signal.SIGTERM) == 128 + signal.SIGTERM
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cell.ensure(torn)
     assert cell.ensure(torn)["resumed"]["at_steps"] == [2, 7]
     same(whole, torn)
     assert records.load(torn.folder)["data"] == record["data"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from lyapft import scan
 from lyapft.data import pydoc
 from lyapft.errors import InputError
 from lyapft.experiments import certificate, subjects
@@ -21,8 +22,7 @@ def test_entries_are_states_of_the_models_own_cache(name):
         cache = subject.model(input_ids=ids, use_cache=True).cache_params
         for index, (layer, entries) in enumerate(found.items()):
             assert layer == subject.seam.layers[index].name
-            kernel = "ssd" if entries.family == "ssd" else "torch"
-            last = certificate._computed(kernel, entries)[:, -1]
+            last = certificate._computed("torch", entries)[:, -1]
             stored = cache.layers[index].recurrent_states[0] if hasattr(cache, "layers") else cache.ssm_states[index]
             assert_close(last.sort(1).values, stored.flatten(1).float().sort(1).values, **TOL[torch.float32])
             exact = entries.recurrence().states()[:, -1]
@@ -40,7 +40,7 @@ def test_no_promise_is_broken_and_coarser_formats_deviate_more(form):
         relative = 2e-6 if form == "fp32" else 0.2
         assert row["measured"] < relative * 50
         assert (row["measured"] > 1e-5) == (form != "fp32")
-    assert {row["kernel"] for row in found.rows if row["family"] == "ssd"} == {"ssd"}
+    assert {row["kernel"] for row in found.rows} == {"torch" if scan.available()["cpu"] else "cpu"}
 
 
 def test_a_transformer_has_no_state_to_certify():

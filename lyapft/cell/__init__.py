@@ -20,12 +20,12 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
-from lyapft import config, dashboard, divergence, rates, records, study
+from lyapft import config, containment, dashboard, divergence, rates, records, study
 from lyapft.cell import answers, summary
 from lyapft.cell.crew import crew, follow
 from lyapft.cell.execution import execute
 from lyapft.cell.preparation import Cell, prepare
-from lyapft.cell.state import is_elsewhere, log_file, only_one
+from lyapft.cell.state import LOCKS, is_elsewhere, log_file, only_one
 from lyapft.errors import InputError
 from lyapft.halving import Halvings, OutOfMemory, until_it_fits
 from lyapft.module import TrainingStopped
@@ -102,6 +102,8 @@ def ensure(cell: Cell) -> Record:
     """The finished record of a cell: found, or made under a lock so that parallel processes make it once."""
     if cell.id in _failed_references:
         return _failed_references[cell.id]
+    entries = cell.folder.iterdir() if cell.folder.is_dir() else ()
+    containment.check(Path(cell.config.runs), [cell.study / LOCKS, cell.folder, *entries])
     try:
         with only_one(cell):
             found = None
@@ -181,7 +183,9 @@ def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
             records.save(cell.folder, record)
             if records.is_final(record):
                 CheckpointFiles(cell.folder).remove()
-            dashboard.finish(loggers, record)
+            if lost := dashboard.finish(loggers, record):
+                record["dashboard"] = lost
+                records.save_dashboard(cell.folder, lost)
     return record
 
 

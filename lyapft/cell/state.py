@@ -18,6 +18,7 @@ from lyapft.environment import keep_freed_memory
 log = logging.getLogger(__name__)
 
 
+LOCKS = ".locks"  # folder of a study
 LEASE_S = 60.0  # without a sign of life for so long, a process on another machine is taken for dead
 
 
@@ -50,7 +51,7 @@ def is_elsewhere(cell: Cell) -> bool:
 
 
 def _locks(cell: Cell) -> tuple[FileLock, SoftFileLease]:
-    folder = cell.study / ".locks"
+    folder = cell.study / LOCKS
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / f"{cell.id}.lock"), SoftFileLease(folder / f"{cell.id}.lease", lease_duration=LEASE_S)
 

@@ -19,6 +19,7 @@ from lyapft.data.files import Row, parse_line
 from lyapft.errors import InputError
 
 PIECE = 10_000  # characters of plain text tokenised at once
+BEGINS, ENDS = "lyapft:begins", "lyapft:ends"  # of a piece: whether its text does; no column is called so
 AT_ONCE = 1024  # rows of a Parquet file in memory
 Position = Sequence[int]  # bytes and lines, or rows, that were read of a file
 START: Position = (0, 0)
@@ -82,7 +83,7 @@ def read_rows(path: Path, position: Position) -> Iterator[tuple[Row, Position]]:
 
 
 def read_pieces(path: Path, position: Position) -> Iterator[tuple[Row, Position]]:
-    """A text in pieces of some `PIECE` characters, whole lines each: `text`, and whether it `begins` and `ends` there.
+    """A text in pieces of some `PIECE` characters, whole lines each, with `BEGINS` and `ENDS`.
 
     Raises:
         InputError: not UTF-8.
@@ -92,7 +93,7 @@ def read_pieces(path: Path, position: Position) -> Iterator[tuple[Row, Position]
         piece += _decoded(path, line, behind[1]).replace("\r\n", "\n").replace("\r", "\n")
         ends = behind[0] == size
         if len(piece) > PIECE or ends:
-            yield {"text": piece, "begins": begins, "ends": ends}, behind
+            yield {"text": piece, BEGINS: begins, ENDS: ends}, behind
             piece, begins = "", False
 
 
@@ -137,7 +138,7 @@ def _parquet(path: Path, position: Position) -> Iterator[tuple[Row, Position]]:
             for row in rows_left:
                 done += 1
                 yield row, (done, done)
-    except ArrowException as error:
+    except (ArrowException, OSError, ValueError) as error:  # what Arrow says of other bytes than it expects
         raise InputError(f"{path} is no Parquet file, or a damaged one: {error}") from None
 
 

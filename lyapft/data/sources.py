@@ -20,7 +20,7 @@ from datasets import Dataset
 from lyapft.data.examples import Example, Segment, digest
 from lyapft.data.files import Row, check_columns, local_files, read_json, read_text
 from lyapft.data.hub import commit_of, load_rows, stream_rows
-from lyapft.data.readers import PIECE, START, Files, Reader, content, read_pieces, read_rows
+from lyapft.data.readers import ENDS, PIECE, START, Files, Reader, content, read_pieces, read_rows
 from lyapft.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ class TextFile(Table):
             if len(pieces[-1]) > PIECE:
                 pieces.append("")
             pieces[-1] += line
-        last = len(pieces) - 1 if row.get("ends", True) else None
+        last = len(pieces) - 1 if row.get(ENDS, True) else None
         return tuple(Segment(piece, target=True, end=i == last) for i, piece in enumerate(pieces))
 
     def read(self, file: Path) -> list[Row]:

@@ -6,6 +6,9 @@ again and its rows that were given are passed over. Several processes draw the s
 takes its share of the batches, as `batches.Order` has it.
 """
 
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -20,7 +23,7 @@ from lyapft.data.batches import TokenDataset, nothing_left, pad_id, shuffled, to
 from lyapft.data.examples import Example
 from lyapft.data.files import Row
 from lyapft.data.packing import pack
-from lyapft.data.readers import Reader
+from lyapft.data.readers import BEGINS, Reader
 from lyapft.data.sources import ENOUGH, Table
 from lyapft.errors import InputError
 
@@ -103,13 +106,13 @@ class Stream:
         """
         while True:
             reader, rows = self._opened(place)
-            found, last = 0, False
+            last = False
             while not last:
                 window = self._next(reader, rows, place, self.table.shuffle_buffer)
-                found, place, last = found + len(window.rows), window.behind, window.last
+                place, last = window.behind, window.last
                 if len(window.rows):
                     yield window
-            if not (found or place.rows > self.start.rows):
+            if place.rows == self.start.rows:
                 counts = place.counts
                 raise nothing_left(self.table.name, self.max_length, counts["rows_dropped"], counts["rows_bad"])
             place = replace(self.start, passes=place.passes + 1, counts=place.counts)
@@ -168,7 +171,7 @@ def good_examples(table: Table, rows: Iterator[Row], wanted: int, before: int = 
     while len(good) < wanted and (row := next(rows, None)) is not None:
         read += 1
         if table.fault(row) is None:
-            good.append(Example(f"row {before + read}", table.segments(row), bool(row.get("begins", True))))
+            good.append(Example(f"row {before + read}", table.segments(row), bool(row.get(BEGINS, True))))
     return good, read
 
 
@@ -206,7 +209,14 @@ class StreamedBatches:
         if not workers:
             return rounds
         generator = torch.Generator().manual_seed(self.seed)  # or the global one would be drawn from
-        return DataLoader(rounds, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=generator)
+        return DataLoader(
+            rounds,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_undisturbed,
+            generator=generator,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Batches given so far, and where in the data the next one begins."""
@@ -256,3 +266,22 @@ class _Rounds(IterableDataset[Any]):
 
 def _as_it_is(made: Any) -> Any:
     return made
+
+
+def _undisturbed(worker: int) -> None:
+    """In a process that reads ahead: leave signals to the training, which finishes its step first.
+
+    Terminals and launchers send them to every process; a reader that ended by one would end the training with an error.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    """Of SIGTERM, heed the one that the training itself sends."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -22,6 +22,7 @@ from lyapft.experiments import subjects
 from lyapft.experiments.frame import Result, correlation_interval, track
 from lyapft.lyapunov.certificate import KERNELS, certificate
 from lyapft.lyapunov.rounding import Inputs
+from lyapft.lyapunov.ssd_certificate import KERNELS as SSD_KERNELS
 from lyapft.lyapunov.ssd_certificate import ssd_certificate
 from lyapft.recurrence import Layer
 from lyapft.scan.ssd import CHUNK
@@ -94,7 +95,7 @@ def _layers(name: str, prompts: int, tokens: int, entries: int, form: str, seed:
         raise InputError(f"experiment.models: {name} has no recurrence that the certificate covers (Mamba, Mamba-2)")
     found = []
     for layer, reference in exact.items():
-        kernel = "ssd" if reference.family == "ssd" else "torch" if scan.available()["cpu"] else "cpu"
+        kernel = "torch" if scan.available()["cpu"] else "cpu"
         both = _promised_and_measured(kernel, reference, given[layer])
         found.append(_Layer(layer, reference.family, kernel, chosen.name, *both))
     return found
@@ -153,8 +154,8 @@ def _promised_and_measured(kernel: str, reference: Entries, given: Entries) -> t
     """(B, K) largest bound and largest deviation over tokens; of ssd, which shows no other state, at the last token."""
     exact, read, factor = reference.recurrence(), given.recurrence(), float(given.B.abs().max())
     states = exact.states()
-    if kernel == "ssd":
-        bound = ssd_certificate(exact, read, states, chunk=CHUNK, write_factor=factor)
+    if given.family == "ssd":
+        bound = ssd_certificate(SSD_KERNELS[kernel], exact, read, states, chunk=CHUNK, write_factor=factor)
     else:
         bound = certificate(KERNELS[kernel], exact, read, states, write_factor=factor)
     computed = _computed(kernel, given)
@@ -164,9 +165,9 @@ def _promised_and_measured(kernel: str, reference: Entries, given: Entries) -> t
 
 def _computed(kernel: str, given: Entries) -> Tensor:
     """(B, L, K) states that the kernel computes; of ssd the last alone, (B, 1, K)."""
-    if kernel == "ssd":
+    if given.family == "ssd":
         B = given.B[..., None]  # a group for each entry
-        return scan.ssd(given.inputs[..., None], given.delta, given.A, B, B, kernel="torch")[1].flatten(1)[:, None]
+        return scan.ssd(given.inputs[..., None], given.delta, given.A, B, B, kernel=kernel)[1].flatten(1)[:, None]
     states = torch.empty_like(given.inputs)
     for key in given.key.unique():  # channels that share b; with C = 1 the output is the state
         own = given.key == key

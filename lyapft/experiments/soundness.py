@@ -13,10 +13,11 @@ from torch import Tensor
 from lyapft import scan
 from lyapft.lyapunov.certificate import KERNELS, certificate
 from lyapft.lyapunov.rounding import Inputs
+from lyapft.lyapunov.ssd_certificate import KERNELS as SSD_KERNELS
 from lyapft.lyapunov.ssd_certificate import ssd_certificate
 from lyapft.scan.ssd import CHUNK
 
-NAMES = [*KERNELS, "ssd"]
+NAMES = [*KERNELS, *(f"ssd {name}" for name in SSD_KERNELS)]
 CHANNELS = 4
 LENGTHS = (16, 64, 256, 1024, 4096)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,9 +56,9 @@ def draw(layers: int, length: int, generator: torch.Generator) -> Draws:
 
 def computed(kernel: str, delta: Tensor, A: Tensor, inputs: Tensor, B: Tensor, initial: Tensor) -> Tensor:
     """(1, L, D) states that a kernel really computes from inputs in its own format; ssd shows the last one only."""
-    if kernel == "ssd":
+    if kernel.startswith("ssd"):
         head = (inputs[..., None], delta, A, B[None, :, None, None], B[None, :, None, None], initial[..., None, None])
-        return scan.ssd(*head, kernel="torch")[1].flatten(1)[:, None]
+        return scan.ssd(*head, kernel=kernel.split()[1])[1].flatten(1)[:, None]
     if kernel in ("torch", "cpu"):
         ones = torch.ones_like(B)[None, :, None]
         return scan.selective_scan(
@@ -81,11 +82,13 @@ def bound_and_measure(kernel: str, draws: Draws) -> tuple[Tensor, Tensor]:
     dtype = DTYPES[kernel.split()[1]] if kernel.startswith("loop") else torch.float32
     exact = _inputs(draws.delta, draws.A, draws.inputs, draws.B, draws.initial)
     read = [t.to(dtype) for t in (draws.delta, draws.adapted, draws.inputs, draws.B)]
-    initial = draws.initial.to(DTYPES[kernel.split()[1]] if " " in kernel else dtype)
+    initial = draws.initial.to(DTYPES[kernel.split()[1]] if kernel.startswith(("loop", "stored")) else dtype)
     given, states = _inputs(*(t.double() for t in (*read, initial))), exact.states()
     factor = float(read[3].abs().max())
-    if kernel == "ssd":
-        bound = ssd_certificate(exact, given, states, chunk=CHUNK, write_factor=factor)[:, -1:]
+    if kernel.startswith("ssd"):
+        bound = ssd_certificate(SSD_KERNELS[kernel.split()[1]], exact, given, states, chunk=CHUNK, write_factor=factor)[
+            :, -1:
+        ]
     else:
         bound = certificate(KERNELS[kernel], exact, given, states, write_factor=factor)
     delta, A, inputs, B = read

@@ -5,8 +5,8 @@
 
 A cell tells how far it is, so that it is hit between two chosen steps or in its evaluation, not in its start-up.
 
-Children are forked from a process that has everything imported, so that a kill costs a second. Says on standard error
-what is done so far, prints one JSON line at the end; exits with 1 if anything differs.
+Children are forked from a process that has everything imported and compiled, so that a kill costs a second or two. Says
+on standard error what is done so far, prints one JSON line at the end; exits with 1 if anything differs.
 """
 
 import json
@@ -176,7 +176,7 @@ def resume(goal: int, folder: Path, draw: random.Random) -> dict:
         whole = prepared(folder / "whole", *settings, *hows[how], seed)
         every = f"trainer.checkpoint_every_s={draw.choice(CHECKPOINTS_S)}"
         one = prepared(folder / f"torn{cells}", *settings, *hows[how], seed, every)
-        attempt(whole, NOWHERE, lambda _: None)
+        assert cell.ensure(whole)["status"] == "ok"  # here: forks have its kernels ready
         places = [*sorted(draw.sample(range(2, STEPS), 2)), EVALUATION]
         counts += torn(whole, one, [(place, draw.choice(WAYS)) for place in places], draw)
         cells += 1
