@@ -29,8 +29,9 @@ from safetensors.torch import save_file
 from lyapft import backbone, cell, config, data, rates, records, recurrence, tasks
 from lyapft.data.streaming import good_examples
 from lyapft.errors import InputError
+from lyapft.experiments import stall
 from lyapft.plan import file as plan_file
-from lyapft.report import summary_table
+from lyapft.report import experiments, summary_table
 from lyapft.report.cells import load_study
 from lyapft.resume import CheckpointFiles
 from lyapft.resume.files import CHECKSUM, STATE
@@ -182,15 +183,25 @@ def test_plans(data_of):
     in_a_folder(read)
 
 
+@cache
+def an_experiment() -> dict[str, Any]:
+    """The record of a small one."""
+    found = stall.run(step=1e-3, starts=[0.0], tokens=200, draws=2, sweep=[1e-3], seed=0)
+    return json.loads(json.dumps({"name": "stall", "rows": found.rows, "series": found.series}))
+
+
 @given(st.data())
 def test_experiments(data_of):
-    content = data_of.draw(files(b'{"name": "theorem", "created": "x", "wall_s": 1.0}'))
+    content = data_of.draw(json_files(an_experiment()))
 
     def read(folder):
         shutil.copytree(a_run(), folder / "cell")
         (folder / records.EXPERIMENTS).mkdir()
-        (folder / records.EXPERIMENTS / "theorem-0.json").write_bytes(content)
-        return load_study(folder)
+        (folder / records.EXPERIMENTS / "stall-0.json").write_bytes(content)
+        study = load_study(folder)
+        for one in study.experiments:
+            clear(lambda one=one: experiments.figures(one))
+        return study
 
     assert in_a_folder(read) is not None
 

@@ -156,7 +156,7 @@ def test_imports_and_dependencies_are_the_same_set(project, root):
     assert not runtime.keys() - used - INDIRECT.keys(), "declared but never imported"
     test_sources = [path for folder in ("tests", "benchmarks") for path in (root / folder).rglob("*.py")]
     used_in_tests = imported(test_sources) - {"packaging"}  # packaging comes with pytest itself
-    declared = set(runtime).union(*(extras[name].keys() for name in ("dev", "cuda", "kernels", "dashboards")))
+    declared = set(runtime).union(*(extras[name].keys() for name in ("dev", "cuda", "kernels", "dashboards", "fuzz")))
     assert not used_in_tests - declared, "imported but not declared"
     assert not extras["dev"].keys() - used_in_tests - COMMANDS, "declared but never used"
 

@@ -11,17 +11,20 @@ import shutil
 import sys
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lyapft import admission, backbone, cell, config, data, evaluation, records, recurrence, report, secrets
+from lyapft import admission, backbone, cell, config, data, evaluation, records, recurrence, report, secrets, tasks
 from lyapft.config import ModelConfig
 from lyapft.errors import InputError
 from lyapft.peft import Lora
 from lyapft.peft import __main__ as peft_command
 from lyapft.peft.base import ADAPTER_FOLDER, TENSORS
+from lyapft.report.experiments import page as experiments_page
+from lyapft.resume import CheckpointFiles
 from tests.campaigns import kills
 from tests.test_cell import prepared
 from tests.test_cli import ROOT, SMALL, typed  # noqa: F401 - a fixture
@@ -334,6 +337,24 @@ def test_a_pickle_as_data_set_is_refused_unread(payload, tmp_path, kind):
         kind(name="x", path=str(tmp_path / "rows.pkl")).fingerprint()
 
 
+@pytest.mark.parametrize("kind", [tasks.Winogrande, tasks.Hellaswag, tasks.Piqa, tasks.Arc])
+def test_a_pickle_as_task_is_refused_unread(payload, tmp_path, kind):
+    (tmp_path / "rows.jsonl").write_bytes(payload)
+    with pytest.raises(InputError):
+        kind("x", str(tmp_path / "rows.jsonl"), [0]).queries(0)
+
+
+def test_a_pickle_as_checkpoint_of_a_training_is_passed_over_unread(payload, tmp_path, caplog):
+    one = prepared(tmp_path / "runs", *SMALL, "reference=off")
+    files = CheckpointFiles(one.folder)
+    one.folder.mkdir(parents=True)
+    for path in (files.newest, files.before):
+        path.write_bytes(payload)
+    record = cell.ensure(one)
+    assert (record["status"], record["resumed"]["at_steps"]) == ("ok", [])
+    assert caplog.text.count("cannot be read") == 2
+
+
 def test_a_pickle_as_adapter_of_a_run_is_refused_unread(payload, tmp_path):
     base = backbone.load(ModelConfig(name="mamba_tiny"))
     peft = Lora(name="lora", targets=["in_proj"], min_coverage=1.0, memory_buffer="tied")
@@ -446,3 +467,45 @@ def test_markup_in_data_is_shown_in_the_report_and_not_run(typed, tmp_path):  # 
     clean, marked = pages
     assert (marked.scripts, marked.images, marked.handlers) == (clean.scripts, clean.images, clean.handlers)
     assert any(mark in text for text in marked.texts)
+
+
+MARK = '"\'><img src=x onerror="alert(1)"><script>alert(2)</script>'
+KEPT = ("status", "metric", "counterpart", "method", "kind")  # words that a report compares with its own
+
+
+def marked(value, key: str = ""):
+    """A JSON tree whose texts, and names of kernels, all end in markup."""
+    if isinstance(value, dict):
+        suffix = MARK if key in ("kernels", "kernel_fallbacks") else ""
+        return {name + suffix: marked(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [marked(entry, key) for entry in value]
+    return value + MARK if isinstance(value, str) and key not in KEPT else value
+
+
+def test_markup_in_any_text_of_a_study_is_shown_and_not_run(finished, typed, tmp_path):  # noqa: F811
+    """Every text of records, plans, tables and experiments; that of a failed cell too."""
+    study = tmp_path / "study"
+    shutil.copytree(finished, study / "cell")
+    shutil.copytree(finished, study / "failed")
+    record = json.loads((study / "failed" / records.RECORD).read_text())
+    record |= {"id": "f" * 12, "status": "failed", "error": {"type": "InputError", "message": "row 3"}}
+    (study / "failed" / records.RECORD).write_text(json.dumps(record))
+    assert typed("experiment=stall", "experiment.tokens=500", f"run={study}", "progress=false", name="evaluate")[0] == 0
+    clean = [Page(path.read_text()) for path in (report.write(study), *study.rglob("stall-*.html"))]
+    for path in study.rglob("*.json"):
+        if path.parent.name != "adapter":
+            path.write_text(json.dumps(marked(json.loads(path.read_text()))))
+    for path in study.rglob("*.parquet"):
+        table = pd.read_parquet(path)
+        for name in table.select_dtypes(["object", "string"]).columns.difference(KEPT):
+            table[name] = [value + MARK if isinstance(value, str) else value for value in table[name]]
+        table.to_parquet(path, index=False)
+    experiment = next(study.rglob("stall-*.json"))
+    content = json.loads(experiment.read_text()) | {"name": "stall"}
+    experiment.write_text(json.dumps(content))
+    shown = experiments_page.write(content, experiment.with_suffix(".html"))
+    for before, path in zip(clean, (report.write(study), shown), strict=True):
+        page = Page(path.read_text())
+        assert (page.scripts, page.images, page.handlers) == (before.scripts, before.images, before.handlers), path
+        assert any(MARK in text for text in page.texts), path

@@ -52,7 +52,7 @@ def stability(study: Study) -> list[Figure]:
     figures = [_stability_lines(study, cells)] if cells else []
     if several:
         figures.append(_stability_heatmaps(_worst_of_their_kind(several)))
-    if ended := [cell for cell in _worst_of_their_kind(cells) if cell.stability is not None]:
+    if ended := [cell for cell in _worst_of_their_kind(cells) if _has_spectrum(cell)]:
         figures.append(_spectra(study, ended))
     return figures
 
@@ -66,6 +66,10 @@ def _worst_of_their_kind(cells: Sequence[Cell]) -> list[Cell]:
         if key not in worst or cell.steps["margin"].min() < worst[key].steps["margin"].min():
             worst[key] = cell
     return [cell for cell in cells if worst[cell.facet, cell.kind] is cell]
+
+
+def _has_spectrum(cell: Cell) -> bool:
+    return cell.stability is not None and bool((cell.stability["kind"] == "spectrum").any())
 
 
 def _spectra(study: Study, cells: Sequence[Cell]) -> Figure:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from plotly.offline import get_plotlyjs
 
 from lyapft.divergence import SPIKE_POINTS, is_spike
+from lyapft.errors import InputError
 from lyapft.records import divergence_entry
 from lyapft.report import columns, experiments, figures, stability
 from lyapft.report.cells import COUNTERPARTS, Study, choice, read
@@ -82,7 +83,10 @@ def render(study: Study, verdict: Verdict, written: str | None = None) -> str:
     shown = drawings(figures.score_figures(part), "scores") + _signed(part)
     training = stability.cards(part) + drawings(figures.training_figures(part), "training")
     for index, content in enumerate(study.experiments, start=1):
-        training += drawings(experiments.figures(content), f"{content['name']}-{index}")
+        try:
+            training += drawings(experiments.figures(content), f"{content['name']}-{index}")
+        except InputError as error:
+            training += f'<p class="sub">{html.escape(str(error))}</p>'
     return document(
         f"Study {study.name}",
         f"{_subtitle(study)} · written {written}",

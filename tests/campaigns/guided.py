@@ -1,6 +1,6 @@
 """The targets of tests/test_fuzz.py with inputs that libFuzzer chooses by the lines of lyapft that they reach.
 
-    pip install atheris
+    pip install -e '.[fuzz]'
     python -m tests.campaigns.guided 10          # minutes, shared by every target
     python -m tests.campaigns.guided 10 records  # those whose name has this in it
 
