@@ -92,6 +92,11 @@ def save_divergence(folder: Path, entries: list[dict[str, Any]]) -> Record:
     return record
 
 
+def save_dashboard(folder: Path, lost: dict[str, Any]) -> None:
+    """Say in a record that was written what its W&B run lacks; nothing else changes."""
+    save_json(folder / RECORD, load(folder) | {"dashboard": lost})
+
+
 def save_json(path: Path, content: Any) -> None:
     """Write JSON atomically, numbers that are not finite as null."""
     text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

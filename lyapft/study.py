@@ -150,15 +150,18 @@ def _come_back() -> int:
 
 def _show(folder: Path) -> int:
     """Print the table and write the report; 1 if that fails, so that no failure is silent."""
-    from lyapft import records, report
+    from lyapft import report
     from lyapft.plan import file
 
     try:
-        found = records.load_study(folder)
-        print(report.summary_table(found))
+        found = report.load_study(folder)
+        for note in found.notes:
+            print(note, file=sys.stderr)
+        records = [cell.record for cell in found.cells]
+        print(report.summary_table(records))
         if planned := file.load(folder):
-            print(file.summary(file.states(planned, [record for _, record in found])))
-        print(f"report: {report.write(folder)}")
+            print(file.summary(file.states(planned, records)))
+        print(f"report: {report.write(folder, found=found)}")
     except (InputError, OSError) as error:
         print(f"no report: {error}", file=sys.stderr)
         return 1

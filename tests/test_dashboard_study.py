@@ -26,7 +26,20 @@ def study(tmp_path: Path) -> Path:
     cells = [synthetic.record(), synthetic.record(precision="fp32", peft="none")]
     cells[0]["alerts"] = [ALERT]
     synthetic.study(folder, cells, n_steps=5, n_items=8)
+    add_answers(folder / cells[0]["name"])
     return folder
+
+
+def add_answers(home: Path) -> None:
+    """Two counterparts and the answers beside theirs, as a cell counts them."""
+    record = records.load(home)
+    (entry,) = (one for one in record["divergence"] if one["status"] == "ok")
+    entry |= {"flips": {"n": 64, "flipped": 16, "gained": 9, "lost": 7, "unpaired": 0}}
+    entry |= {"answer_shift": {"n": 60, "kl": 0.125, "nll_gold": -0.5, "left_out": 4}}
+    shift = {"n": 0, "kl": None, "nll_gold": None, "left_out": 64}  # no likelihood was finite
+    scores = [score | {"signed_points": -score["signed_points"]} for score in entry["per_score"]]
+    other = entry | {"counterpart": "precision_only", "per_score": scores, "answer_shift": shift}
+    records.save_divergence(home, [entry, other])
 
 
 def runs(folder: Path) -> dict[str, tuple[dict[str, Any], Path]]:
@@ -73,10 +86,32 @@ def test_alerts_and_charts_are_in_the_pushed_run(study: Path) -> None:
     assert run["alerts"] == [("lyapft: edge", "step 7: margin is 0.01")]
     prefix = "_wandb/visualize/"
     charts = {name.removeprefix(prefix): chart for name, chart in run["config"].items() if name.startswith(prefix)}
-    assert set(charts) == {"charts/score", "charts/divergence", "charts/margin"}
+    drawn = {"score", "divergence", "divergence_same_peft", "flip_rate", "margin"}
+    assert set(charts) == {f"charts/{name}" for name in drawn}
     assert charts["charts/score"]["panel_config"]["fieldSettings"] == {"x": "shots", "y": "value", "stroke": "series"}
     margins = table(home, run, "charts/margin_table")
     assert margins["margin"].tolist() == [layer["margin"] for layer in cell["stability"]["layers"]]
+
+
+def test_both_counterparts_and_the_answers_are_in_the_pushed_run(study: Path) -> None:
+    dashboard.push(study, "offline", "p")
+    (cell,) = [record for _, record in records.load_study(study) if record.get("alerts")]
+    run, home = runs(study)[cell["name"]]
+    for entry in cell["divergence"]:
+        points = [score["signed_points"] for score in entry["per_score"]]
+        name = {"paper": "divergence", "precision_only": "divergence_same_peft"}[entry["counterpart"]]
+        for stored in (table(home, run, f"tables/{name}"), table(home, run, f"charts/{name}_table")):
+            assert stored["signed_points"].tolist() == pytest.approx(points)
+    answers = table(home, run, "tables/answers").set_index("counterpart")
+    assert answers.loc["paper", ["flipped", "gained", "lost", "flip_rate", "kl", "nll_gold"]].tolist() == [
+        16, 9, 7, 0.25, 0.125, -0.5,
+    ]  # fmt: skip
+    assert answers.loc["precision_only", "flip_rate"] == 0.25
+    assert answers.loc["precision_only"].isna()[["kl", "nll_gold"]].all()
+    summary = run["summary"]
+    assert summary["divergence/paper/flip_rate"] == summary["divergence/precision_only/flip_rate"] == 0.25
+    assert (summary["divergence/paper/kl"], summary["divergence/paper/nll_gold"]) == (0.125, -0.5)
+    assert "divergence/precision_only/kl" not in summary
 
 
 def test_a_second_push_has_the_same_runs(study: Path) -> None:
@@ -108,7 +143,7 @@ def test_a_live_run_carries_the_same_tables(study: Path) -> None:
     (home,) = folder.glob("wandb/offline-run-*")
     items = pd.read_parquet(folder / records.ITEMS)
     assert table(home, live, "tables/items")["choice"].tolist() == items["choice"].tolist()
-    for name in ("scores", "divergence", "layers"):
+    for name in ("scores", "divergence", "divergence_same_peft", "answers", "layers"):
         assert len(table(home, live, f"tables/{name}"))
     assert dashboard.summary(record).items() <= live["summary"].items()
 
@@ -137,15 +172,22 @@ def test_every_panel_of_the_views_shows_a_number_that_a_run_has(study: Path) -> 
     found = [record for _, record in records.load_study(study)]
     steps = pd.concat(pd.read_parquet(folder / records.STEPS) for folder, _ in records.load_study(study))
     summaries = {name for record in found for name in dashboard.summary(record)}
+    tables = {f"tables/{name}" for record in found for name in content.tables(record, pd.DataFrame({"task": ["t"]}))}
     made = views.views(found)
     assert [view.name for view in made] == ["matrix", "stability", "divergence", "cost"]
     for view in made:
         for panel in view.panels:
             # synthetic series have no loss scale, real ones do
-            known = {"line": {*steps, "loss_scale"}, "bar": summaries, "table": {"tables/items"}}[panel.kind]
+            known = {"line": {*steps, "loss_scale"}, "bar": summaries, "table": tables}[panel.kind]
             assert set(panel.metrics) <= known, (view.name, panel)
     shown = {metric for view in made for panel in view.panels if panel.kind == "bar" for metric in panel.metrics}
-    assert {name for name in summaries if name.startswith("score/")} <= shown
+    numbers = {
+        name for name in summaries if name.startswith(("score/", "divergence/")) and not name.endswith("/status")
+    }
+    assert numbers <= shown
+    assert {panel.metrics[0] for panel in made[2].panels if panel.kind == "table"} == {
+        "tables/divergence", "tables/divergence_same_peft", "tables/answers",
+    }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pydantic, in wandb_workspaces

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import wandb
 
 from lyapft import cell, records
 from lyapft.cell import execution
@@ -221,7 +222,9 @@ def test_an_unreachable_dashboard_is_named_before_anything_is_trained(tmp_path, 
         "WANDB_INIT_TIMEOUT": "2",  # by itself W&B tries for a minute and a half
     }.items():
         monkeypatch.setenv(name, value)
+    wandb.teardown()  # which has read the environment once and for all, if an earlier test used it
     record = cell.ensure(prepared(tmp_path, "reference=off", "logger=wandb"))
+    wandb.teardown()
     assert record["status"] == "failed"
     assert "W&B could not start a run in mode online" in record["error"]["message"]
     assert "WANDB_MODE=offline" in record["error"]["message"]

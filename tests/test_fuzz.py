@@ -143,7 +143,7 @@ def test_records(data_of):
         (folder / "cell" / records.RECORD).write_bytes(content)
         found = records.load_study(folder)
         assert found
-        summary_table(found)
+        summary_table([record for _, record in found])
         return found
 
     in_a_folder(read)

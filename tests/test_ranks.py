@@ -1,5 +1,6 @@
 """One cell over several processes gives the numbers of one process, and goes on where it was cut off."""
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -13,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -196,10 +198,22 @@ def kill(number: int, trainer, *_) -> None:
         os.kill(os.getpid(), number)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two(tmp_path_factory) -> tuple[Path, dict[tuple[str, int], int]]:
-    """The folders of all commands, and how each ended in each process."""
-    runs = tmp_path_factory.mktemp("two")
+    """The folders of all commands, and how each ended in each process; one for all workers of pytest-xdist."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a folder of its own below that of the session
+        shared = shared.parent
+    runs, ends = shared / "two", shared / "two.json"
+    with FileLock(shared / "two.lock"):
+        if not ends.exists():
+            runs.mkdir()
+            ends.write_text(json.dumps(run_all(runs)))
+    return runs, {(name, rank): code for name, rank, code in json.loads(ends.read_text())}
+
+
+def run_all(runs: Path) -> list[tuple[str, int, int]]:
+    """Every command on two processes: its name, the rank, and what the process ended with."""
     with ExitStack() as free:
         sockets = [free.enter_context(socket.socket()) for _ in COMMANDS]
         for one in sockets:
@@ -211,11 +225,10 @@ def two(tmp_path_factory) -> tuple[Path, dict[tuple[str, int], int]]:
     for process in processes:
         process.start()
     try:
-        ended = [queue.get(timeout=120) for _ in range(2 * len(COMMANDS) - 1)]  # one process is lost
+        return [queue.get(timeout=120) for _ in range(2 * len(COMMANDS) - 1)]  # one process is lost
     finally:
         for process in processes:
             process.kill()
-    return runs, {(name, rank): code for name, rank, code in ended}
 
 
 def folder_of(runs: Path) -> Path:

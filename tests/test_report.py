@@ -15,7 +15,7 @@ import pytest
 
 from lyapft import records, report
 from lyapft.errors import InputError
-from lyapft.report import cells, drawing, figures, stability
+from lyapft.report import cells, drawing, figures, stability, summary
 from lyapft.report.__main__ import main
 from lyapft.report.page import render
 from lyapft.verdict import judge
@@ -280,7 +280,7 @@ def test_a_study_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
     assert page.of("cell")[0][-1][:2] == ["mamba_tiny · bf16 · lora · s0", "… running"]
     assert page.captions == 0
-    assert "… running" in report.summary_table(records.load_study(tmp_path))
+    assert "… running" in report.summary_table(loaded(tmp_path))
 
 
 def test_broken_files_are_named_and_hide_nothing_else(tmp_path: Path) -> None:
@@ -375,11 +375,15 @@ def test_labels_are_unique_and_name_what_differs() -> None:
     assert len(set(cells.labels([base, twin]))) == 2
 
 
+def loaded(folder: Path) -> list[dict[str, Any]]:
+    return [record for _, record in records.load_study(folder)]
+
+
 def test_the_terminal_table_has_a_row_per_cell_and_the_errors(
     unfinished: tuple[Path, list[dict[str, Any]]],
 ) -> None:
     folder, made = unfinished
-    text = report.summary_table(records.load_study(folder), width=400)
+    text = report.summary_table(loaded(folder), width=400)
     lines = text.splitlines()
     rows = [line for line in lines if re.search(r" · s0  ", line)]
     assert len(rows) == len(made)
@@ -393,19 +397,36 @@ def test_the_terminal_table_has_a_row_per_cell_and_the_errors(
 
 
 def test_the_terminal_table_says_n_a_for_transformers(matrix: tuple[Path, list[dict[str, Any]]]) -> None:
-    text = report.summary_table(records.load_study(matrix[0]), width=400)
+    text = report.summary_table(loaded(matrix[0]), width=400)
     row = next(line for line in text.splitlines() if line.startswith("llama_tiny · bf16 · lora"))
     assert row.count("n/a") == 2
 
 
 @pytest.mark.parametrize("width", [100, 140, 200])
 def test_the_terminal_table_keeps_to_its_width(matrix: tuple[Path, list[dict[str, Any]]], width: int) -> None:
-    text = report.summary_table(records.load_study(matrix[0]), width=width)
+    text = report.summary_table(loaded(matrix[0]), width=width)
     assert max(len(line) for line in text.splitlines()) <= width
-    wide = report.summary_table(records.load_study(matrix[0]), width=1000)
+    wide = report.summary_table(loaded(matrix[0]), width=1000)
     assert set(wide.split()) == set(text.split()) - {"─" * n for n in range(1001)} | {
         word for word in wide.split() if "─" in word
     }
+
+
+def test_of_a_very_large_study_the_terminal_shows_the_first_cells_and_counts_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = synthetic.matrix(seeds=5)
+    for record in made[3:10]:
+        record |= {"status": "failed", "error": {"type": "OSError", "message": "made-up"}}
+    assert "…" not in report.summary_table(made, width=300)
+    monkeypatch.setattr(summary, "MOST_CELLS", 12)
+    monkeypatch.setattr(summary, "MOST_ERRORS", 3)
+    text = report.summary_table(made, width=300)
+    rows = [line for line in text.splitlines() if re.search(r"· s\d  ", line)]
+    assert [row.split("  ")[0] for row in rows] == cells.labels(cells.ordered(made))[:12]
+    assert "… the first 12 of 30 cells (23 ok, 7 failed); all of them are in tables/cells.parquet" in text
+    assert text.count("OSError: made-up") == 3
+    assert text.endswith("✗ and 4 more: their errors are in the report and in each cell's log")
 
 
 def test_nothing_to_show_is_said() -> None:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lyapft import report
-from lyapft.report import exports, verdict_tables
+from lyapft.report import exports, latex, verdict_tables
 from lyapft.report.__main__ import main
 from lyapft.report.tables import Column
 from lyapft.report.verdict_tables import SPECS, text_columns
@@ -55,15 +55,87 @@ def test_markdown_holds_every_sentence_and_every_row(folder: Path, verdict: Verd
     assert "loss is nan \\| &lt;b>&amp;" in text
 
 
-def test_latex_rows_have_as_many_columns_as_their_table(folder: Path, verdict: Verdict) -> None:
+# Widths of cmr10 in thousandths of an em (Knuth, Computer Modern Typefaces), by which TeX would set the tables.
+CMR10 = dict(zip("abcdefghijklmnopqrstuvwxyz", (
+    500, 556, 444, 556, 444, 306, 500, 556, 278, 306, 528, 278, 833, 556, 500, 556, 528, 392, 394, 389, 556, 528, 722,
+    528, 528, 444,
+), strict=True)) | dict.fromkeys("0123456789", 500) | dict(zip(".,:;()[]' /-%+=&_", (
+    278, 278, 278, 278, 389, 389, 278, 278, 278, 333, 500, 333, 833, 778, 778, 778, 300,
+), strict=True))  # fmt: skip
+FOOTNOTESIZE = 8 * 1.062  # cmr8 is wider than cmr10 at its size
+TEXT_WIDTH, GAP = 345, 6  # points
+
+
+def points(cell: str) -> float:
+    """Width of a LaTeX cell: mathematics and capitals as wide as the widest of them."""
+    plain = re.sub(r"\$[^$]*\$", "+", cell.replace(r"\textbackslash{}", "+"))
+    plain = plain.replace("--", "-").replace("\\", "").replace("{", "").replace("}", "")
+    return sum(CMR10.get(char, 780) for char in plain) * FOOTNOTESIZE / 1000
+
+
+def parts(text: str) -> list[tuple[str, list[list[str]]]]:
+    """Alignment, titles and rows of each tabular of a file."""
+    found = []
+    for align, body in re.findall(
+        r"\\begin\{(?:tabular|longtable)\}\{@\{\}(.*?)@\{\}\}\n(.*?)\\end\{(?:tab|long)", text, re.S
+    ):
+        first, _, rest = body.partition("\\endfirsthead")  # after which a longtable has its head once more
+        body = first + rest.partition("\\endhead")[2]
+        lines = [line for line in body.splitlines() if line.endswith(r" \\") and "multicolumn" not in line]
+        found.append((align, [re.split(r"(?<!\\) ?& ?", line.removesuffix(r" \\")) for line in lines]))
+    return found
+
+
+def columns_of(align: str) -> list[float | None]:
+    """The set width of each column, None where it is as wide as its widest cell."""
+    return [float(width) if width else None for width in re.findall(r"p\{(\d+)pt\}|[lr]", align)]
+
+
+def test_latex_parts_fit_the_text_width_and_lose_no_column(folder: Path, verdict: Verdict) -> None:
     for name, table in verdict.tables.items():
         text = (folder / exports.TABLES / f"{name}.tex").read_text(encoding="utf-8")
-        width = len(re.search(r"\\begin\{tabular\}\{(\w+)\}", text)[1])  # type: ignore[index]
-        rows = [line for line in text.splitlines() if line.endswith(r" \\")]
-        assert len(rows) == len(table) + 1
-        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {width - 1}
-        assert width == len(text_columns(verdict, name))
         assert text.isascii()
+        titles: list[str] = []
+        for align, rows in parts(text):
+            widths = columns_of(align)
+            assert {len(row) for row in rows} == {len(widths)}
+            assert len(rows) == len(table) + 1
+            natural = [max(map(points, column)) for column in zip(*rows, strict=True)]
+            used = [width or own for width, own in zip(widths, natural, strict=True)]
+            assert sum(used) + GAP * (len(used) - 1) <= TEXT_WIDTH, (name, rows[0])
+            titles += rows[0]
+        expected = [latex._escaped(column.title) for column in text_columns(verdict, name)]
+        assert list(dict.fromkeys(titles)) == list(dict.fromkeys(expected))
+
+
+def test_a_wide_table_repeats_the_names_of_its_rows(folder: Path) -> None:
+    text = (folder / exports.TABLES / "recipes.tex").read_text(encoding="utf-8")
+    found = parts(text)
+    assert len(found) > 2
+    names = [[row[:2] for row in rows] for _, rows in found]
+    assert all(one == names[0] for one in names)
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == len(found)
+    assert r"\label{tab:recipes}" in text
+    assert r"\label{tab:recipes-2}" in text
+    assert f"(part 2 of {len(found)})" in text
+    assert re.search(r"\\multicolumn\{2\}\{c\}\{score\}", text)
+
+
+def test_a_long_table_is_broken_over_pages_and_long_text_into_lines() -> None:
+    columns = [
+        Column("", "model", [f"m{i}" for i in range(60)], numeric=False),
+        Column("", "recipe", ["lora · trainer.learning_rate=0.001 · data.max_length=512"] * 60, numeric=False),
+        Column("", "error", ["no space left for the checkpoint: free some of it " * 5] * 60, numeric=False),
+    ]
+    text = exports.as_latex(columns, "c", "l")
+    assert text.count(r"\begin{longtable}") == text.count(r"\end{longtable}") == 1
+    assert r"\endhead" in text
+    ((align, _),) = parts(text)
+    widths = columns_of(align)
+    assert widths[0] is None
+    assert widths[1] is not None
+    assert widths[2] is not None
+    assert 300 < 20 + widths[1] + widths[2] <= TEXT_WIDTH
 
 
 def test_text_cannot_leave_its_latex_cell() -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from itertools import count
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -25,6 +26,7 @@ from tests.test_cell import prepared, same_weights
 numbers_of_machines = count()
 OF_THE_MACHINE = r"step_s|tokens_per_s|shadow_s|cpu_percent|memory_.*"  # columns that say nothing of the training
 EVENTS = ("guard_actions", "nonfinite", "scaler_skips", "alerts")  # of a record
+ALPACA = Path(__file__).parent / "fixtures" / "alpaca.jsonl"
 NEVER = ["reference=off", "trainer.steps=6", "trainer.checkpoint_every_s=0"]
 HOW = {
     "fp32": ["precision=fp32"],
@@ -64,6 +66,13 @@ MORE_HOW = {  # with HOW every peft and every precision that a CPU has; the camp
     "full unpinned": ["precision=bf16_true_unpinned", "peft=none"],
     "packed": ["precision=bf16", "data.packing=true", "trainer.accumulate=2"],
     "all probes": ["precision=bf16", "probe=all", "guard=skip"],
+    "streamed": [
+        "data=alpaca",
+        f"data.path={ALPACA}",
+        "data.streaming=true",
+        "data.shuffle_buffer=5",
+        "data.workers=1",
+    ],
     "rollback that waits": ["precision=fp16", "guard=rollback"],
 }
 

@@ -1,7 +1,9 @@
 """Data that are read as they are needed: the same rows, each once a pass, from any place on, in little memory."""
 
 import json
+import multiprocessing
 import signal
+import subprocess
 import tracemalloc
 from collections import Counter
 from itertools import islice
@@ -191,6 +193,22 @@ def test_processes_that_read_ahead_change_nothing(folders, tokenizer, workers):
     assert drawn_from(resumed) == whole[4:]
     assert resumed.state_dict() == alone.state_dict()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_signal_to_every_process_leaves_those_that_read_ahead_at_work(folders, tokenizer):
+    source = table("alpaca", folders["alpaca"], shuffle_buffer=5, workers=2)
+    whole = drawn_from(stream(table("alpaca", folders["alpaca"], shuffle_buffer=5), tokenizer).batches(2, 30, 1))
+    loader = iter(stream(source, tokenizer).batches(2, 30, 1))
+    first, readers_ahead = drawn_from(islice(loader, 3)), multiprocessing.active_children()
+    assert len(readers_ahead) == 2
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for one in readers_ahead:
+            subprocess.run(["kill", f"-{int(number)}", str(one.pid)], check=True)  # by another process
+    assert first + drawn_from(islice(loader, 17)) == whole[:20]
+    for one in readers_ahead:
+        one.terminate()
+        one.join(5)
+    assert [one.exitcode for one in readers_ahead] == [0, 0]
 
 
 def test_the_first_rows_are_kept_from_training(folders, tokenizer):

@@ -183,7 +183,9 @@ def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
             records.save(cell.folder, record)
             if records.is_final(record):
                 CheckpointFiles(cell.folder).remove()
-            dashboard.finish(loggers, record)
+            if lost := dashboard.finish(loggers, record):
+                record["dashboard"] = lost
+                records.save_dashboard(cell.folder, lost)
     return record
 
 

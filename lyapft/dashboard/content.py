@@ -9,6 +9,7 @@ import pandas as pd
 
 from lyapft.records import Record, costs, divergence_entry
 
+ANSWERS = ("flip_rate", "kl", "nll_gold")  # of a summary: of the chosen answers, and in nats of all of them
 ITEM_COLUMNS = ("task", "subset", "item", "shots", "gold", "choice", "correct", "nll_gold")
 
 
@@ -28,21 +29,21 @@ class Chart:
 CHARTS = (
     Chart("score", "line", "scores", "shots", "value", "score against shots", {"stroke": "series"}),
     Chart("divergence", "bar", "divergence", "score", "signed_points", "points from full-precision fine-tuning"),
+    Chart(
+        "divergence_same_peft", "bar", "divergence_same_peft", "score", "signed_points", "points from fp32, same peft"
+    ),
+    Chart("flip_rate", "bar", "answers", "counterpart", "flip_rate", "share of answers that flipped"),
     Chart("margin", "bar", "layers", "layer", "margin", "margin by layer, nats per token"),
 )
 
 
 def tables(record: Record, items: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
-    """The tables of a run: `items` (the answer to each item), `scores`, `divergence`, `layers`; only those with rows.
+    """The tables of a run, those with rows: `items` (the answer to each item), `scores`, `layers`; of the divergence
+    `divergence` (from full precision and all weights), `divergence_same_peft`, and `answers` (flips, KL, ΔNLL).
 
     >>> list(tables({"scores": [{"task": "mmlu", "shots": 5, "metric": "acc", "value": 0.5, "n": 9}]}, None))
     ['scores']
     """
-    paper = divergence_entry(record, "paper") or {}
-    points = [
-        {"score": f"{s['task']} {s['shots']}-shot", "signed_points": s["signed_points"]}
-        for s in paper.get("per_score") or []
-    ]
     layers = (record.get("stability") or {}).get("layers") or []
     scores = [
         score | {"series": score["task"] if score["metric"] == "acc" else f"{score['task']} {score['metric']}"}
@@ -53,10 +54,41 @@ def tables(record: Record, items: pd.DataFrame | None) -> dict[str, pd.DataFrame
         "scores": _columns(
             scores, ("series", "task", "shots", "metric", "value", "stderr", "n", "beyond_trained_length")
         ),
-        "divergence": pd.DataFrame(points),
+        "divergence": _points(record, "paper"),
+        "divergence_same_peft": _points(record, "precision_only"),
+        "answers": pd.DataFrame(
+            [{"counterpart": entry["counterpart"]} | answers(entry) for entry in _compared(record) if answers(entry)]
+        ),
         "layers": _columns(layers, ("layer", "lambda_max", "margin", "norm_bound")),
     }
     return {name: table.astype(object).where(table.notna(), None) for name, table in found.items() if len(table)}
+
+
+def answers(entry: Mapping[str, Any]) -> dict[str, float | int]:
+    """How the answers of a cell differ from one counterpart's: counts of items, a share, and nats.
+
+    >>> answers({"flips": {"n": 8, "flipped": 2, "gained": 1, "lost": 0}, "answer_shift": {"n": 8, "kl": 0.1}})
+    {'n': 8, 'flipped': 2, 'gained': 1, 'lost': 0, 'flip_rate': 0.25, 'kl': 0.1}
+    """
+    flips, shift = entry.get("flips") or {}, entry.get("answer_shift") or {}
+    found = {name: flips[name] for name in ("n", "flipped", "gained", "lost") if name in flips}
+    found |= {"flip_rate": flips["flipped"] / flips["n"]} if flips.get("n") else {}
+    return found | {name: shift[name] for name in ("kl", "nll_gold") if shift.get("n") and name in shift}
+
+
+def _compared(record: Record) -> list[dict[str, Any]]:
+    return [entry for entry in record.get("divergence") or [] if entry.get("status") == "ok"]
+
+
+def _points(record: Record, counterpart: str) -> pd.DataFrame:
+    """Signed divergence of every score from one counterpart, in points."""
+    entry = divergence_entry(record, counterpart) or {}
+    return pd.DataFrame(
+        [
+            {"score": f"{one['task']} {one['shots']}-shot", "signed_points": one["signed_points"]}
+            for one in entry.get("per_score") or []
+        ]
+    )
 
 
 def _columns(rows: list[dict[str, Any]], names: tuple[str, ...]) -> pd.DataFrame:
@@ -95,6 +127,9 @@ def summary(record: Record) -> dict[str, Any]:
         for score in entry.get("per_score") or []:
             name = f"divergence/{entry['counterpart']}/{score['task']}/{score['shots']}-shot"
             flat[name] = score["signed_points"]
+        for name, value in answers(entry).items():
+            if name in ANSWERS:
+                flat[f"divergence/{entry['counterpart']}/{name}"] = value
     return {name: value for name, value in flat.items() if isinstance(value, str) or _finite(value)}
 
 

@@ -46,14 +46,25 @@ def views(records: Sequence[Record]) -> list[View]:
     layers = sorted({name.split("/")[1] for name in names if name.startswith("stability/") and name.count("/") == 2})
     margins = [Panel("line", "margin by layer", tuple(f"margin/{layer}" for layer in layers))] if layers else []
     return [
-        _view("matrix", [*over_steps("loss"), *bars("score/"), Panel("table", "answers", ("tables/items",))]),
+        _view("matrix", [*over_steps("loss"), *bars("score/"), Panel("table", "items", ("tables/items",))]),
         _view(
             "stability",
             [*over_steps("lambda_max", "margin"), *margins, *over_steps("grad_norm", "loss_scale"), *_stable(names)],
         ),
-        _view("divergence", [*bars("divergence/paper/"), *bars("divergence/precision_only/", "mean_abs_points")]),
+        _view("divergence", [*bars("divergence/paper/"), *bars("divergence/precision_only/"), *_tables(names)]),
         _view("cost", [*over_steps("tokens_per_s"), *bars("cost/")]),
     ]
+
+
+def _tables(names: Sequence[str]) -> list[Panel]:
+    """The tables of differences of the runs that are listed, where any has them."""
+    shown_by = {
+        "divergence": "divergence/paper/mean_abs_points",
+        "divergence_same_peft": "divergence/precision_only/mean_abs_points",
+        "answers": "/flip_rate",
+    }
+    found = [table for table, number in shown_by.items() if any(name.endswith(number) for name in names)]
+    return [Panel("table", table, (f"tables/{table}",)) for table in found]
 
 
 def _stable(names: Sequence[str]) -> list[Panel]:

@@ -6,6 +6,9 @@ again and its rows that were given are passed over. Several processes draw the s
 takes its share of the batches, as `batches.Order` has it.
 """
 
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -206,7 +209,14 @@ class StreamedBatches:
         if not workers:
             return rounds
         generator = torch.Generator().manual_seed(self.seed)  # or the global one would be drawn from
-        return DataLoader(rounds, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=generator)
+        return DataLoader(
+            rounds,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_undisturbed,
+            generator=generator,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Batches given so far, and where in the data the next one begins."""
@@ -256,3 +266,22 @@ class _Rounds(IterableDataset[Any]):
 
 def _as_it_is(made: Any) -> Any:
     return made
+
+
+def _undisturbed(worker: int) -> None:
+    """In a process that reads ahead: leave signals to the training, which finishes its step first.
+
+    Terminals and launchers send them to every process; a reader that ended by one would end the training with an error.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    """Of SIGTERM, heed the one that the training itself sends."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -8,6 +8,7 @@ import pandas as pd
 from lyapft import records
 from lyapft.records import accuracies, divergence_entry
 from lyapft.report.cells import COUNTERPARTS, Cell, read
+from lyapft.report.latex import as_latex
 from lyapft.report.tables import Column
 from lyapft.report.verdict_tables import caption, text_columns
 from lyapft.verdict import Verdict
@@ -99,38 +100,3 @@ def _escaped(text: str) -> str:
     """Text in which Markdown sees neither table rules nor tags."""
     flat = " ".join(text.split())
     return flat.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-
-
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-LATEX |= {char: f"\\{char}" for char in "&%$#_{}"}
-LATEX |= {"−": "$-$", "×": r"$\times$", "±": r"$\pm$", "·": r"$\cdot$", "Δ": r"$\Delta$", "α": r"$\alpha$"}
-LATEX |= {"–": "--", "≤": r"$\le$", "≥": r"$\ge$", "<": "$<$", ">": "$>$", "|": "$|$"}
-
-
-def as_latex(columns: Sequence[Column], text: str, label: str) -> str:
-    """A table for `\\usepackage{booktabs}`; any LaTeX engine, no packages for letters."""
-    rows = [[column.cells[i] for column in columns] for i in range(len(columns[0].cells))]
-    heads = [f"{column.group}: {column.title}" if column.group else column.title for column in columns]
-    lines = [" & ".join(map(_latex, row)) + r" \\" for row in (heads, *rows)]
-    align = "".join("r" if column.numeric else "l" for column in columns)
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering\small",
-            rf"\caption{{{_latex(text)}}}",
-            rf"\label{{tab:{label}}}",
-            rf"\begin{{tabular}}{{{align}}}",
-            r"\toprule",
-            lines[0],
-            r"\midrule",
-            *lines[1:],
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def _latex(text: str) -> str:
-    return "".join(LATEX.get(char, char) for char in " ".join(text.split()))

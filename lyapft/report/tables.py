@@ -21,14 +21,14 @@ class Column:
 def as_text(columns: Sequence[Column], width: int) -> str:
     """Columns side by side under two lines of headings, in as many blocks as the width asks for."""
     blocks: list[list[Column]] = [[columns[0]]]
-    for group in _grouped(columns[1:]):
+    for group in grouped(columns[1:]):
         if len(blocks[-1]) > 1 and _block_width([*blocks[-1], *group]) > width:
             blocks.append([columns[0]])
         blocks[-1] += group
     return "\n\n".join(_block(block) for block in blocks)
 
 
-def _grouped(columns: Sequence[Column]) -> list[list[Column]]:
+def grouped(columns: Sequence[Column]) -> list[list[Column]]:
     """Neighbours of one group together; columns without a group alone."""
     groups: list[list[Column]] = []
     for column in columns:
@@ -47,12 +47,12 @@ def _column_widths(group: Sequence[Column]) -> list[int]:
 
 
 def _block_width(block: Sequence[Column]) -> int:
-    widths = [width for group in _grouped(block) for width in _column_widths(group)]
+    widths = [width for group in grouped(block) for width in _column_widths(group)]
     return sum(widths) + 2 * (len(widths) - 1)
 
 
 def _block(block: Sequence[Column]) -> str:
-    groups = _grouped(block)
+    groups = grouped(block)
     widths = [_column_widths(group) for group in groups]
     heads = [group[0].group.center(sum(own) + 2 * (len(own) - 1)) for group, own in zip(groups, widths, strict=True)]
     flat = [width for own in widths for width in own]
@@ -72,7 +72,7 @@ def _block(block: Sequence[Column]) -> str:
 
 def as_html(columns: Sequence[Column], caption: str) -> str:
     """The same columns as an HTML table; every text escaped."""
-    groups = _grouped(columns)
+    groups = grouped(columns)
     top, bottom = [], []
     for group in groups:
         if group[0].group:

@@ -12,7 +12,7 @@ from lyapft.verdict.evidence import (
     ScoreKey,
     Settings,
     beyond_trained_length,
-    mean_scores,
+    mean_scores_of,
     resolution,
     seed_of,
     settings_of,
@@ -92,7 +92,7 @@ def _compared(ours: Recipe, theirs: Recipe, asked: tuple[str, str, str], setting
         wanted = keys if kept is None else [kept]
         used = [pair for pair in own if kept is None or kept in pair.signed]
         grain = max(map(resolution, used)) * (1 if kept is None else max(len(pair.signed) for pair in used))
-        score, other_score = mean_scores(used, wanted)
+        score, other_score = mean_scores_of(used, wanted)
         yield Ablation(
             setting=ours.setting,
             recipe=" · ".join(part for part in ours.label.split(" · ") if not part.startswith(f"{name}=")),

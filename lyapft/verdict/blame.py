@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lyapft.divergence import Estimate, estimate
-from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, Settings, mean_scores
+from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, Settings, mean_scores_of
 from lyapft.verdict.recipes import Row, shares
 from lyapft.verdict.rounding import origin_of
 from lyapft.verdict.words import beyond, difference, interval, joined, raw, signed
@@ -86,7 +86,7 @@ def _told(row: Row, other: Row, more: frozenset[str], keys: Sequence[ScoreKey], 
         return ""
     gain = [theirs[seed].mean_over(keys) - ours[seed].mean_over(keys) for seed in seeds]
     tested = estimate(gain, confidence=confidence)
-    (score, _), (other_score, _) = (mean_scores([side[seed] for seed in seeds], keys) for side in (theirs, ours))
+    (score, _), (other_score, _) = (mean_scores_of([side[seed] for seed in seeds], keys) for side in (theirs, ours))
     layers, it = joined(sorted(more)), "it" if len(more) == 1 else "them"
     wider = row.recipe.adapted < other.recipe.adapted
     doing = f"leaving {layers} alone" if wider else f"adapting {layers}"

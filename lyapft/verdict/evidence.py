@@ -4,8 +4,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any
 
 import pandas as pd
@@ -101,7 +101,7 @@ class Recipe:
             for config in configs
         )
 
-    @property
+    @cached_property
     def adapted(self) -> frozenset[str]:
         """Names of the layers that the peft adapts, as the runs' records have them."""
         return frozenset(
@@ -118,7 +118,8 @@ class Recipe:
     def failed_seeds(self) -> dict[int, Record]:
         """Runs that did not finish, of the seeds that have no other; reruns for the noise floor are none of them."""
         lost = {seed_of(run): run for run in self.failed if not is_rerun(run)}
-        return {seed: run for seed, run in lost.items() if seed not in self.seeds}
+        finished = set(self.seeds)
+        return {seed: run for seed, run in lost.items() if seed not in finished}
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,12 @@ class Pair:
     def mean_abs(self) -> float:
         """Mean size of the difference over tasks and shots: the paper's mean full-precision divergence."""
         return sum(map(abs, self.signed.values())) / len(self.signed)
+
+    @cached_property
+    def score(self) -> float:
+        """Mean score of the run over what is compared, as a fraction; the counterpart's lies `mean_signed` below it."""
+        values = values_of(self.run)
+        return math.fsum(values[key] for key in self.signed) / len(self.signed)
 
     def mean_over(self, keys: Iterable[ScoreKey]) -> float:
         """Mean difference over some of its scores; NaN where it has none of them."""
@@ -201,17 +208,17 @@ def shared_keys(own: Sequence[Pair]) -> list[ScoreKey]:
     return list(dict.fromkeys(key for pair in own for key in pair.signed))
 
 
-def mean_scores(own: Sequence[Pair], keys: Iterable[ScoreKey] | None = None) -> tuple[float, float]:
-    """Means over pairs and their scores, or some of them: of the runs, and of their counterparts; fractions."""
-    wanted = None if keys is None else set(keys)
-    sums, n = [0.0, 0.0], 0
-    for pair in own:
-        kept = [key for key in pair.signed if wanted is None or key in wanted]
-        for side, record in enumerate((pair.run, pair.counterpart)):
-            values = values_of(record)
-            sums[side] += math.fsum(values[key] for key in kept)
-        n += len(kept)
-    return (sums[0] / n, sums[1] / n) if n else (math.nan, math.nan)
+def mean_scores(own: Sequence[Pair]) -> tuple[float, float]:
+    """Means over pairs and their scores: of the runs, and of their counterparts; fractions."""
+    n = sum(len(pair.signed) for pair in own)
+    score = math.fsum(pair.score * len(pair.signed) for pair in own) / n
+    return score, score - math.fsum(math.fsum(pair.signed.values()) for pair in own) / n / 100.0
+
+
+def mean_scores_of(own: Sequence[Pair], keys: Iterable[ScoreKey]) -> tuple[float, float]:
+    """The same over some of the scores, which every pair has."""
+    wanted = set(keys)
+    return mean_scores([replace(p, signed={k: v for k, v in p.signed.items() if k in wanted}) for p in own])
 
 
 def beyond_trained_length(record: Record) -> dict[ScoreKey, int]:

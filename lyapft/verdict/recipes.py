@@ -32,6 +32,7 @@ from lyapft.verdict.evidence import (
     beyond_trained_length,
     items_of,
     mean_scores,
+    mean_scores_of,
     pairs,
     resolution,
     shared_keys,
@@ -144,7 +145,7 @@ def shares(evidence: Evidence, recipe: Recipe, keys: Sequence[ScoreKey]) -> Shar
     if not seeds:
         return None
     total, form = ([side[seed].mean_over(keys) for seed in seeds] for side in sides)
-    _, middle = mean_scores([sides[1][seed] for seed in seeds], keys)
+    _, middle = mean_scores_of([sides[1][seed] for seed in seeds], keys)
     return Shares(estimate([t - f for t, f in zip(total, form, strict=True)]), estimate(form), middle)
 
 
