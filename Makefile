@@ -19,7 +19,7 @@ help: ## this list
 train: $(VENV)/.runtime ## fine-tune, evaluate, compare, report; ARGS="precision=fp16 peft=none" are passed on
 	@$(BIN)/python train.py $(ARGS)
 
-test: check ## every check and test; ARGS="-k lyapunov" are passed on to pytest
+test: check $(VENV)/.kernels ## every check and test; ARGS="-k lyapunov" are passed on to pytest
 	@echo "pytest"
 	@$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
@@ -50,13 +50,19 @@ $(VENV)/.runtime: requirements.lock pyproject.toml lyapft/__init__.py | $(BIN)/p
 	@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	@touch $@
 
-# mamba-ssm is for the tests of the CUDA path; where it cannot be had they are skipped, but not in CI.
-$(VENV)/.dev: requirements-dev.lock requirements-kernels.lock $(VENV)/.runtime
-	@echo "Adding the tools of requirements-dev.lock, and mamba-ssm without CUDA"
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
+	@echo "Adding the tools of requirements-dev.lock"
 	@$(INSTALL) -r requirements.lock -r requirements-dev.lock
-	@MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(INSTALL) --no-deps -r requirements-kernels.lock || \
-	  { echo "mamba-ssm cannot be built here: tests that run its kernels will be skipped" >&2; test -z "$$CI"; }
 	@touch $@
+
+# mamba-ssm is for the tests of the CUDA path; where it cannot be had they are skipped, but not in CI.
+$(VENV)/.kernels: requirements-kernels.lock $(VENV)/.dev
+	@echo "Adding mamba-ssm, built without CUDA"
+	@if MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(INSTALL) --no-deps -r requirements-kernels.lock; then \
+	  touch $@; \
+	else \
+	  echo "mamba-ssm cannot be built here: tests that run its kernels will be skipped" >&2; test -z "$$CI"; \
+	fi
 
 clean: ## remove the environment and caches; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

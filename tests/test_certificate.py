@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lyapft.experiments.soundness import LENGTHS, NAMES, bound_and_measure, draw, run
+from lyapft.experiments.soundness import LENGTHS, NAMES, Draws, bound_and_measure, draw, run
 from lyapft.lyapunov.certificate import KERNELS, Rounding, certificate
 from lyapft.lyapunov.rounding import FORMATS, Inputs
 
@@ -74,6 +74,20 @@ def test_a_bound_without_underflow_is_violated_by_subnormals():
     without = certificate(replace(KERNELS[kernel], tiny=0.0), exact, given, exact.states())
     assert (measured > without).any()
     assert (measured <= bound).all()
+
+
+@pytest.mark.parametrize("bits", [126.0, 126.6, 130.0])
+@pytest.mark.parametrize("kernel", ["torch", "cpu", "ssd torch", "ssd cpu"])
+def test_a_decay_that_is_computed_as_zero_is_within_the_certificate(kernel, bits):
+    """The compiled exp2 is 0 below 2^-126.5, where float32 has subnormal numbers left."""
+    length, channels = 17, 3
+    delta = torch.zeros(1, length, channels, dtype=torch.float64)
+    delta[:, 0], delta[:, -1] = 1.0, bits * math.log(2)
+    A, inputs = -torch.ones(channels, dtype=torch.float64), torch.zeros_like(delta)
+    inputs[:, 0] = torch.tensor([1e3, 1e6, 1e10])
+    draws = Draws(delta, A, A, inputs, torch.ones(length, dtype=torch.float64), torch.zeros(1, channels).double())
+    bound, measured = bound_and_measure(kernel, draws)
+    assert (measured <= bound).all(), (measured - bound).amax()
 
 
 @pytest.mark.parametrize(("name", "stalled"), [("bf16", 0.25), ("fp16", 0.756)])

@@ -88,6 +88,8 @@ def test_a_tuned_state_runs_unfused_and_right(found, kind):
         assert result["logits"] <= RTOL
         assert result["gradients"] <= RTOL
         assert "fused" not in str(result["kernels"])
+        family = "ssd" if kind == "mamba2" else "selective_scan"
+        assert "a tuned state" in result["fallbacks"][f"{family}, fused"]
     if kind == "mamba":  # its CUDA scan cannot begin with a state: said and recorded
         assert "cannot begin" in found["state"][kind]["initial_state"]["fallbacks"]["selective_scan"]
         assert "kernel.require=mamba_ssm" in found["state"][kind]["required"]

@@ -231,3 +231,10 @@ def test_the_verdict_says_what_the_study_still_has_to_run():
     assert "fp16 · lora: not run for seed 0" in said
     assert "Nothing is missing" in text(judge(records), "What is missing")
     assert Path(file.FILE).name == file.FILE
+
+
+def test_choices_are_spanned_without_a_preset():
+    with cells.composing():
+        planned = cells.cells(cells.composed(["model=mamba_tiny,llama_tiny", "seed=range(2)", "reference=off"]))
+    found = [(one.choices["model"], one.seed) for one in planned]
+    assert found == [(model, seed) for model in ("mamba_tiny", "llama_tiny") for seed in range(2)]

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lyapft import recurrence, scan
 from lyapft.errors import InputError
+from lyapft.peft import Lora
+from tests.peft_models import TOKENS, backbone, randomize
 from tests.tolerances import TOL
 
 NUMBA = not scan.available()["cpu"]
@@ -297,6 +299,26 @@ def test_a_block_compiles(kind):
     seam.remove()
     for block, other in zip(blocks, stock.backbone.layers, strict=True):
         assert block.mixer.__dict__.keys() == other.mixer.__dict__.keys()
+
+
+@pytest.mark.skipif(not NUMBA, reason="numba is not installed")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo asks for it
+@both
+def test_adapters_live_in_a_compiled_block(kind):
+    base, seam = backbone(kind)
+    seam.remove()
+    seam = recurrence.install(base.model, "cpu")
+    strategy = Lora(targets="all")
+    strategy.attach(base, seam)
+    randomize(strategy)
+    model = base.model.train()
+    expected = logits_and_gradients(model, {"input_ids": TOKENS, "labels": TOKENS})
+    compiled = [torch.compile(block, backend="aot_eager") for block in model.backbone.layers]
+    model.backbone.layers = nn.ModuleList(compiled)
+    logits, gradients = logits_and_gradients(model, {"input_ids": TOKENS, "labels": TOKENS})
+    gradients = {name.replace("._orig_mod", ""): gradient for name, gradient in gradients.items()}
+    assert all(gradient.any() for name, gradient in gradients.items() if "lora_" in name)
+    assert_same((logits, gradients), expected)
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "torch", "reference", "stock"])

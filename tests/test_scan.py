@@ -3,8 +3,11 @@
 Letters: B batch, L tokens, D channels, N states, H heads, P head dim, G groups, K taps.
 """
 
+import ast
+import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +174,96 @@ def test_a_state_handed_over_continues_the_sequence(kernel):
     torch.testing.assert_close(end, last, **TOL[torch.float32])
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kernel", FAST)
+def test_a_state_of_ssd_handed_over_continues_the_sequence(kernel, batch):
+    x, delta, A, b, c, state = random_ssd(batch, 150, 4, 5, 2, 3)
+    whole, last = scan.ssd(x, delta, A, b, c, state, kernel=kernel)
+    head, middle = scan.ssd(x[:, :71], delta[:, :71], A, b[:, :71], c[:, :71], state, kernel=kernel)
+    tail, end = scan.ssd(x[:, 71:], delta[:, 71:], A, b[:, 71:], c[:, 71:], middle, kernel=kernel)
+    torch.testing.assert_close(torch.cat([head, tail], 1), whole, **TOL[torch.float32])
+    torch.testing.assert_close(end, last, **TOL[torch.float32])
+
+
+def behind_others(t: Tensor) -> Tensor:
+    """The same numbers as a contiguous part of a tensor that begins before them."""
+    return torch.cat([torch.full_like(t[:1], torch.nan), t])[1:]
+
+
+@pytest.mark.parametrize("kernel", FAST)
+def test_parts_of_larger_tensors_are_read_where_they_lie(kernel):
+    for function, inputs in (
+        (selective(kernel), random_scan(2, 20, 18, 4)),
+        (ssd(kernel), random_ssd(2, 70, 4, 5, 2, 3)),
+    ):
+        expected = outputs_and_gradients(function, inputs)
+        parts = outputs_and_gradients(lambda *given, f=function: f(*map(behind_others, given)), inputs)
+        assert all(torch.equal(a, b) for a, b in zip(parts, expected, strict=True))
+
+
+@pytest.mark.skipif(bool(scan.available()["cpu"]), reason="numba is not installed")
+def test_compiled_kernels_take_float32_whatever_torchs_default_is():
+    given = [(selective("cpu"), random_scan(2, 20, 18, 4)), (ssd("cpu"), random_ssd(2, 70, 4, 5, 2, 3))]
+    expected = [outputs_and_gradients(function, inputs) for function, inputs in given]
+    torch.set_default_dtype(torch.float64)
+    try:
+        actual = [outputs_and_gradients(f, [t.float() for t in inputs]) for f, inputs in given]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(actual, expected, strict=True):
+        assert [t.dtype for t in one] == [torch.float32] * len(one)
+        assert [t.shape for t in one] == [t.shape for t in other]
+
+
+@pytest.mark.skipif(bool(scan.available()["cpu"]), reason="numba is not installed")
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4])
+def test_products_of_every_block_size_are_matrix_products(blocks, monkeypatch):
+    """What a processor without AVX-512 runs, and what is left at the right edge of a matrix."""
+    import numpy as np
+    from numba import njit
+
+    from lyapft.scan import products
+
+    monkeypatch.setattr(products, "BLOCKS", blocks)
+    multiply, transpose = njit(products.multiply.py_func), njit(products.transpose.py_func)
+
+    @njit
+    def run(scratch, part, only_lower):
+        transpose(scratch, 5120, 32, scratch, 2048, 80, 32, 80)  # (32,80) -> (80,32)
+        multiply(scratch, 0, 80, 16, 80, 8192, 32, 1, 2048, 80, 32, products.FULL, False)
+        multiply(scratch, 12288, 32, 32, 32, 14336, 1, 32, 16384, 32, 32, part, only_lower)
+
+    scratch = np.random.default_rng(blocks).standard_normal(20000).astype(np.float32)
+    left, right = scratch[8192 : 8192 + 512].reshape(16, 32).copy(), scratch[2048 : 2048 + 2560].reshape(32, 80).copy()
+    scratch[14336 : 14336 + 1024] = np.tril(scratch[14336 : 14336 + 1024].reshape(32, 32)).ravel()
+    square, other = scratch[14336 : 14336 + 1024].reshape(32, 32).T, scratch[16384 : 16384 + 1024].reshape(32, 32)
+    for part, only_lower in ((products.FULL, False), (products.UPPER, False), (products.FULL, True)):
+        scratch[: 80 * 16] = scratch[12288 : 12288 + 1024] = 0.0
+        run(scratch, part, only_lower)
+        np.testing.assert_allclose(scratch[: 80 * 16].reshape(16, 80), left @ right, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(scratch[5120 : 5120 + 2560].reshape(80, 32), right.T)
+        found, expected = scratch[12288 : 12288 + 1024].reshape(32, 32), square @ other
+        kept = np.tri(32, dtype=bool) if only_lower else np.ones((32, 32), bool)
+        np.testing.assert_allclose(found[kept], expected[kept], rtol=1e-5, atol=1e-5)
+
+
+def test_a_cached_kernel_is_of_all_the_files_that_it_is_made_of():
+    """numba looks at a kernel's own file alone; the digest stands for those whose functions it takes in."""
+    folder = Path(scan.__file__).parent
+    taken_in = {"simd"}
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lyapft.scan."):
+                name = node.module.rpartition(".")[2]
+                source = (folder / f"{name}.py").read_text()
+                if any(
+                    f"{mark}\ndef {alias.name}(" in source for mark in ("@helper", "@inlined") for alias in node.names
+                ):
+                    taken_in.add(name)
+    simd = pytest.importorskip("lyapft.scan.simd", reason="numba is not installed")
+    assert taken_in == {path.stem for path in simd.SOURCES}
+
+
 @pytest.mark.parametrize("kernel", FAST)
 def test_layout_of_the_inputs_changes_nothing(kernel):
     inputs = random_scan(2, 37, 33, 5)
@@ -276,6 +369,31 @@ def test_ssd_keeps_five_digits_on_long_sequences(kernel, length):
     assert_equals_reference(ssd(kernel), ssd("torch"), inputs)  # the twin is given float64: see above
 
 
+@pytest.mark.parametrize("family", ["selective scan", "ssd"])
+@pytest.mark.parametrize("kernel", FAST)
+def test_errors_are_those_of_rounded_inputs(kernel, family):
+    """Sizes near 1, where a gradient may be a sum of few numbers that cancel: five digits of it cannot be had then, nor
+    has the float64 loop them where its inputs are off by half a unit in their last place."""
+    seed = random.SystemRandom().randrange(2**31)  # another one each time: named where it fails
+    draw = random.Random(seed)
+    for _ in range(60):
+        B, L, H, P, N = (draw.choice((1, 1, 2, 3, 9)) for _ in range(5))
+        if family == "ssd":
+            run, inputs = ssd, random_ssd(B, L, 2 * H, P, draw.choice((1, 2)), N, draw.randrange(2**31))
+        else:
+            run, inputs = selective, random_scan(B, L, H * P, N, draw.randrange(2**31))
+        exact = outputs_and_gradients(run("reference"), [t.double() for t in inputs])
+        off = torch.zeros(len(exact))
+        for _ in range(4):
+            near = [t.double() * (1 + 2.0**-24 * (2 * torch.rand_like(t.double()) - 1)) for t in inputs]
+            moved = outputs_and_gradients(run("reference"), near)
+            off = off.maximum(torch.tensor([float((a - b).abs().max()) for a, b in zip(moved, exact, strict=True)]))
+        actual = outputs_and_gradients(run(kernel), inputs)
+        for one, expected, alone in zip(actual, exact, off, strict=True):
+            allowed = max(RTOL * float(expected.abs().max()), 30 * float(alone), 1e-30)
+            assert float((one.double() - expected).abs().max()) <= allowed, (seed, B, L, H, P, N)
+
+
 @pytest.mark.skipif(bool(scan.available()["cpu"]), reason="numba is not installed")
 @pytest.mark.parametrize("step", [1e-8, 1e-4, 1e-2, 1e3])
 def test_a_constant_step_of_ssd_does_not_accumulate_the_rounding_of_its_decay(step):
@@ -353,6 +471,10 @@ def test_wrong_use_is_an_input_error_that_says_what_to_do():
         scan.selective_scan(u, delta[:, 1:], A, b, c, kernel="torch")
     with pytest.raises(InputError, match="at least 1 token"):
         scan.ssd(*random_ssd(1, 4, 2, 3, 1, 2), kernel="torch", chunk=0)
+    with pytest.raises(InputError, match="delta, B, C empty: give at least one"):
+        scan.ssd(*random_ssd(1, 0, 2, 3, 1, 2), kernel="torch")
+    with pytest.raises(InputError, match="empty"):
+        scan.selective_scan(*random_scan(0, 4, 3, 2), kernel="torch")
     with pytest.raises(InputError, match="multiple of groups"):
         scan.ssd(*random_ssd(1, 4, 3, 3, 2, 2), kernel="torch")
 

@@ -40,6 +40,7 @@ class Rounding:
         writes: roundings of b = Δ u B. products, sums: those that ā x̂ and b̂ go through in the step.
         near_one: decays close to 1 are kept as their distance from 1 and the product is added to the state.
         compensated: the sum is kept in two parts (the state at the start of a chunk, and the change since).
+        underflow: what a decay may be off by absolutely: below it, it may be computed as 0.
         stored: u and s of the format in which the state waits for the next token, if narrower.
     """
 
@@ -52,6 +53,7 @@ class Rounding:
     sums: int = 1
     near_one: bool = False
     compensated: bool = False
+    underflow: float = 2.0**-149
     stored: tuple[float, float] = (0.0, 0.0)
 
 
@@ -72,11 +74,11 @@ def _loop(name: str) -> Rounding:
 # the last sum rounds h itself (κ = u|x̂|). Far from 1 it is the loop.
 _TORCH = Rounding(*FORMATS["fp32"], products=3, sums=2, near_one=True)
 # The compiled scan, `lyapft/scan/cpu.py`: a rounded log₂e times A, then times Δ: three roundings of the argument;
-# `simd.decay` is within 2e-7 ≤ 4u. The factor is what the decay differs by from the power of two nearest to it, whose
-# own product is exact: the distance from 1 while that is 1, less than ā beyond. h is rounded from base + change (one on
-# the product's factor), the multiply-add may be two operations (products 3, sums 1), and the change is rounded when it
-# is added to (κ = u|change|, in `_carry`).
-_CPU = replace(_TORCH, argument=3, exponential=4 * 2.0**-24, sums=1, compensated=True)
+# `simd.decay` is within 2e-7 ≤ 4u, and 0 below 2^-126.5. The factor is what the decay differs by from the power of two
+# nearest to it, whose own product is exact: the distance from 1 while that is 1, less than ā beyond. h is rounded from
+# base + change (one on the product's factor), the multiply-add may be two operations (products 3, sums 1), and the
+# change is rounded when it is added to (κ = u|change|, in `_carry`).
+_CPU = replace(_TORCH, argument=3, exponential=4 * 2.0**-24, sums=1, compensated=True, underflow=2.0**-126)
 
 KERNELS: dict[str, Rounding] = {
     "loop fp32": _loop("fp32"),
@@ -130,14 +132,15 @@ def _decay(rounding: Rounding, log_decay: Tensor, deviation: Tensor) -> tuple[Te
     """ā, η, the factor m that is multiplied, and 1 where the state itself is added to the product."""
     decay, distance = log_decay.exp(), -torch.expm1(log_decay)
     argument = gamma(rounding.argument, rounding.unit) * (log_decay.abs() + deviation) + rounding.tiny
+    underflow = max(rounding.tiny, rounding.underflow)
     shift = torch.expm1(deviation + argument)  # relative change of ā by the argument alone
-    far = decay * (shift + rounding.exponential * (1 + shift)) + rounding.tiny
+    far = decay * (shift + rounding.exponential * (1 + shift)) + underflow
     if not rounding.near_one:
         return decay, far, decay, torch.zeros_like(decay)
     low, high = _BOUNDARY
     slack = deviation + argument
     surely = log_decay.abs() + slack < low
-    close = decay * shift + rounding.exponential * (distance + decay * shift) + rounding.tiny
+    close = decay * shift + rounding.exponential * (distance + decay * shift) + underflow
     near = (log_decay.abs() - slack <= high).to(decay.dtype)
     return decay, torch.where(surely, close, far), torch.where(surely, distance, decay), near
 

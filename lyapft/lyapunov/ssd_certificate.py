@@ -43,6 +43,7 @@ class Arithmetic(NamedTuple):
         split: what keeping s as two float32 numbers costs, relative to the whole s of the chunk.
         exponential: relative error of the function.
         sums: roundings of the sum of the terms before the last one.
+        underflow: what an exponential may be off by absolutely: below it, it may be computed as 0.
         flushed: magnitude below which a state becomes zero.
     """
 
@@ -50,6 +51,7 @@ class Arithmetic(NamedTuple):
     split: float = 0.0
     exponential: float = ULP
     sums: int = 0
+    underflow: float = TINY
     flushed: float = 0.0
 
 
@@ -57,9 +59,10 @@ KERNELS = {
     # `scan/ssd.py`: s is subtracted in float64 where a state is concerned; exp within 1 ulp (SLEEF, MKL).
     "torch": Arithmetic(),
     # `scan/ssd_forward.py`: s is a sum of two float32 numbers, off by u² |s| each and by 64 roundings of float64; their
-    # difference is rounded twice; exp2 is within 2e-7 <= 4u, and what is multiplied to it or added, twice more. What
-    # is left of the state beside the nearest power of two is added to the terms, a sum that is rounded once.
-    "cpu": Arithmetic(2, 4 * UNIT**2, 6 * UNIT, 1, 1e-36),
+    # difference is rounded twice; exp2 is within 2e-7 <= 4u, 0 below 2^-126.5, and what is multiplied to it or added,
+    # twice more. What is left of the state beside the nearest power of two is added to the terms, a sum that is rounded
+    # once.
+    "cpu": Arithmetic(2, 4 * UNIT**2, 6 * UNIT, 1, 2.0**-126, 1e-36),
 }
 
 
@@ -82,7 +85,7 @@ def ssd_certificate(
         )
         argument = log_decay.sum(1)
         kept = argument.exp()
-        eta = kept * _relative(kernel, argument, change.sum(1), argument) + TINY
+        eta = kept * _relative(kernel, argument, change.sum(1), argument) + kernel.underflow
         product = UNIT * (kept + eta) * (before + e) + TINY
         product = product + kernel.sums * UNIT * (sum_of_terms + wrong_sum) + kernel.flushed
         reference = (end - start) * REFERENCE * (kept * before + sum_of_terms)
@@ -102,7 +105,7 @@ def _sum(
     relative = _relative(kernel, after_token, _tail_sums(change), log_decay.sum(1, keepdim=True))
     computed = (1 + relative) * (1 + UNIT) ** 3  # at most, per exact term
     exact, b = (weight * write.abs()).sum(1), write.abs() + off
-    floor = TINY * (length * (1 + 2 * write_factor) + b.sum(1))
+    floor = TINY * length * (1 + 2 * write_factor) + kernel.underflow * b.sum(1)
     terms = (weight * (b * computed - write.abs())).sum(1) + floor
     return exact, terms + _additions(*(weight * computed * (x.clamp(min=0) + off) for x in (write, -write))) + floor
 

@@ -174,12 +174,16 @@ def composing() -> Iterator[None]:
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
-    """The config of a command, its `hydra` node with it, as if it were typed behind `train.py`; inside `composing`.
+    """The config of a command, its `hydra` node with it, as if it were typed behind `train.py`, or `train.py -m` where
+    it spans choices; inside `composing`.
 
     Raises:
         InputError: what Hydra says against it.
     """
-    return _compose(overrides, RunMode.MULTIRUN, hydra=True)
+    cfg = _compose(overrides, RunMode.MULTIRUN, hydra=True)
+    if any(one.is_sweep_override() for one in OverridesParser.create().parse_overrides(list(overrides))):
+        cfg.hydra.mode = RunMode.MULTIRUN
+    return cfg
 
 
 def _compose(overrides: Sequence[str], mode: RunMode, hydra: bool = False) -> DictConfig:

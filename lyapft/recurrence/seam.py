@@ -100,15 +100,22 @@ class Seam:
         self._check(operation, kernel, reason)
         return kernel
 
-    def can_fuse(self, layer: Layer, mask: Tensor | None) -> bool:
-        """Whether one kernel may do convolution, recurrence and output projection of this layer at once.
+    def apart(self, layer: Layer, mask: Tensor | None) -> str | None:
+        """Why one kernel may not do convolution, recurrence and output projection of this layer at once, if so.
 
         Not where the state is tuned, which needs the state's outputs; nor with padding on the left: a fused kernel
         does not hide padding from the state after the convolution.
         """
-        if not self.fused or any(hasattr(layer.module, name) for name in (INITIAL_STATE, STATE_OFFSET)):
-            return False
-        return not self._starts_with_padding(mask)
+        if any(hasattr(layer.module, name) for name in (INITIAL_STATE, STATE_OFFSET)):
+            return "a tuned state is not known to the fused kernel"
+        return "padding on the left would reach the state" if self._starts_with_padding(mask) else None
+
+    def unfused(self, operation: str, reason: str) -> None:
+        """Run the parts of a fused kernel apart, which takes longer: said once, and recorded."""
+        name = f"{operation}, fused"
+        if name not in self.fallbacks:
+            self.fallbacks[name] = f"unfused: {reason}"
+            log.warning("%s runs unfused: %s", operation, reason)
 
     def reads_raw(self, layer: Layer) -> frozenset[str]:
         """Names of the layer's modules whose weight is read as a matrix, so that calling them is bypassed."""

@@ -99,12 +99,17 @@ class SelectiveScan(Operations):
         """Convolution, projections, scan and output projection by one kernel; None: go on unfused, nothing was done."""
         seam = self.call.seam
         kernel = seam.choose(FAMILY, xz.device)
-        if kernel not in ("mamba_ssm", "stock") or not seam.can_fuse(self.call.layer, self.call.mask):
+        if kernel not in ("mamba_ssm", "stock") or not seam.fused:
             return None
-        if seam.sequence is not None or mamba_ssm.missing("causal_conv1d", xz.device.type):
-            return None  # that kernel cannot keep packed sequences apart, and calls causal-conv1d
-        if kernel == "mamba_ssm" and norms.get("dt_rms_weight") is not None:
-            return None  # it normalises dt behind dt_proj, FalconMamba in front of it: another function
+        reason = seam.apart(self.call.layer, self.call.mask) or mamba_ssm.missing("causal_conv1d", xz.device.type)
+        if seam.sequence is not None:
+            reason = "the fused kernel cannot keep packed sequences apart"
+        elif kernel == "mamba_ssm" and norms.get("dt_rms_weight") is not None:
+            reason = "the fused kernel normalises dt behind dt_proj, the model in front of it: another function"
+        if reason is not None:
+            if kernel == "mamba_ssm":
+                seam.unfused(FAMILY, reason)
+            return None
         stock = self._stock["mamba_inner_fn"]
         function = mamba_ssm.function("mamba_inner_fn") if kernel == "mamba_ssm" else stock
         projections = (conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight)

@@ -91,9 +91,14 @@ class SSD(Operations):
         """Convolution, scan, norm and output projection by one kernel; None: go on unfused, nothing was done."""
         seam = self.call.seam
         kernel = seam.choose(FAMILY, zxbcdt.device)
-        if kernel not in ("mamba_ssm", "stock") or not seam.can_fuse(self.call.layer, self.call.mask):
+        if kernel not in ("mamba_ssm", "stock") or not seam.fused:
             return None
-        if mamba_ssm.missing("causal_conv1d", zxbcdt.device.type) or (kernel == "stock" and seam.sequence is not None):
+        reason = seam.apart(self.call.layer, self.call.mask) or mamba_ssm.missing("causal_conv1d", zxbcdt.device.type)
+        if kernel == "stock" and seam.sequence is not None:
+            reason = "transformers' call of the fused kernel cannot keep packed sequences apart"
+        if reason is not None:
+            if kernel == "mamba_ssm":
+                seam.unfused(FAMILY, reason)
             return None
         if kernel == "mamba_ssm":
             function = mamba_ssm.function("mamba_split_conv1d_scan_combined")

@@ -39,6 +39,9 @@ def _check(kernel: str, shapes: dict[str, tuple[Tensor, tuple[int, ...]]], devic
         raise InputError(f"kernel={kernel} cannot run here: {reason}. Use kernel=torch.")
     if kernel == "cpu" and device.type != "cpu":
         raise InputError(f"kernel=cpu was given tensors on {device}: use kernel=torch, or move them to the CPU")
+    empty = [name for name, (t, _) in shapes.items() if t.numel() == 0]
+    if empty:
+        raise InputError(f"{', '.join(empty)} empty: give at least one sequence, token, channel and state")
     wrong = [f"{name} has {tuple(t.shape)}, not {want}" for name, (t, want) in shapes.items() if tuple(t.shape) != want]
     if wrong:
         raise InputError("shapes do not fit: " + "; ".join(wrong))

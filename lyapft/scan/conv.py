@@ -17,7 +17,20 @@ from numba import types
 
 from lyapft.compiled import Kernel, helper, jit
 from lyapft.scan import simd, threads
-from lyapft.scan.layout import FLAT, TABLE, VIEW, channel_groups, chunk_table, flat, lanes_last, padded, view
+from lyapft.scan.layout import (
+    FLAT,
+    TABLE,
+    VIEW,
+    channel_groups,
+    chunk_table,
+    empty,
+    lanes_last,
+    padded,
+    storage,
+    values,
+    view,
+    zeros,
+)
 from lyapft.scan.simd import LOG2E, WIDTH
 from lyapft.scan.tiles import ROWS, load_tile, store_tile
 from lyapft.scan.tiles import at as at_view
@@ -155,12 +168,12 @@ class CausalConv(torch.autograd.Function):
         table, chunks = chunk_table(sequence, batch, length)
         sizes, width = (batch, length, channels, weight.shape[1], chunks), padded(channels)
         weight_KD = lanes_last(weight.t(), width)
-        bias_D = torch.zeros(width) if bias is None else lanes_last(bias, width)
-        y = torch.empty(batch, length, channels)
+        bias_D = zeros(width) if bias is None else lanes_last(bias, width)
+        y = empty(batch, length, channels)
         groups = channel_groups(batch, width // WIDTH)
         run = _forward.prepare()
-        scratch = torch.empty(threads.worker_count(batch * groups), (2 * ROWS + sizes[3] - 1) * WIDTH)
-        arguments = [sizes, silu, table, flat(x), view(x)] + [flat(t) for t in (weight_KD, bias_D, y)]
+        scratch = empty(threads.worker_count(batch * groups), (2 * ROWS + sizes[3] - 1) * WIDTH)
+        arguments = [sizes, silu, table, storage(x), view(x)] + [values(t) for t in (weight_KD, bias_D, y)]
         threads.run(batch * groups, lambda i, j, w: run(i, j, groups, scratch[w].numpy(), *arguments))
         ctx.save_for_backward(x, weight_KD, bias_D)
         ctx.sizes, ctx.silu, ctx.table, ctx.has_bias = sizes, silu, table, bias is not None
@@ -173,12 +186,12 @@ class CausalConv(torch.autograd.Function):
         batch, length, channels, taps, _ = ctx.sizes
         width = padded(channels)
         groups = channel_groups(batch, width // WIDTH)
-        gx = torch.empty(batch, length, channels)
-        gweight, gbias = torch.zeros(batch, taps, width), torch.zeros(batch, width)
+        gx = empty(batch, length, channels)
+        gweight, gbias = zeros(batch, taps, width), zeros(batch, width)
         rows = 3 * ROWS + 2 * (taps - 1)
-        scratch = torch.empty(threads.worker_count(batch * groups), rows * WIDTH + (taps - 1) * width)
+        scratch = empty(threads.worker_count(batch * groups), rows * WIDTH + (taps - 1) * width)
         run = _backward.prepare()
-        arguments = [ctx.sizes, ctx.silu, ctx.table, flat(x), view(x), flat(gy), view(gy)]
-        arguments += [flat(t) for t in (weight_KD, bias_D, gx, gweight, gbias)]
+        arguments = [ctx.sizes, ctx.silu, ctx.table, storage(x), view(x), storage(gy), view(gy)]
+        arguments += [values(t) for t in (weight_KD, bias_D, gx, gweight, gbias)]
         threads.run(batch * groups, lambda i, j, w: run(i, j, groups, scratch[w].numpy(), *arguments))
         return gx, gweight.sum(0)[:, :channels].t(), gbias.sum(0)[:channels] if ctx.has_bias else None, None, None

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lyapft.compiled import Kernel
 from lyapft.scan import selective_scan_backward, selective_scan_forward, threads
-from lyapft.scan.layout import channel_groups, chunk_table, flat, lanes_last, padded, view
+from lyapft.scan.layout import channel_groups, chunk_table, empty, lanes_last, padded, storage, values, view, zeros
 from lyapft.scan.simd import LOG2E, WIDTH
 
 _forward = Kernel("selective scan, forward", selective_scan_forward.make_forward, selective_scan_forward.SIGNATURE)
 _backward = Kernel("selective scan, backward", selective_scan_backward.make_backward, selective_scan_backward.SIGNATURE)
-_EMPTY = torch.zeros(1)
+_EMPTY = zeros(1)
 _NO_VIEW = (0, 0, 0, 0)
 
 
@@ -41,21 +41,21 @@ class FusedSelectiveScan(torch.autograd.Function):
         width = padded(channels)
         b, c, a2 = _even(B), _even(C), _states_first(A * LOG2E, width)
         states = b.shape[-1]
-        bias_D = torch.zeros(width) if bias is None else lanes_last(bias, width)
-        skip_D = torch.zeros(width) if skip is None else lanes_last(skip, width)
-        start = torch.zeros(batch, states, width) if initial is None else _states_first(initial, width)
+        bias_D = zeros(width) if bias is None else lanes_last(bias, width)
+        skip_D = zeros(width) if skip is None else lanes_last(skip, width)
+        start = zeros(batch, states, width) if initial is None else _states_first(initial, width)
         keep = any(ctx.needs_input_grad)
-        y, final = torch.empty(batch, length, channels), torch.empty(batch, states, width)
+        y, final = empty(batch, length, channels), empty(batch, states, width)
         delta = torch.empty_like(y) if softplus else _EMPTY
         inner = torch.empty_like(y) if keep and z is not None else _EMPTY
         table, chunks = chunk_table(sequence, batch, length)
-        starts = torch.empty(batch, chunks, states, width) if keep else _EMPTY
+        starts = empty(batch, chunks, states, width) if keep else _EMPTY
         flags, sizes = (softplus, z is not None, keep), (batch, length, channels, states, chunks)
         groups = channel_groups(batch, width // WIDTH)
         size = selective_scan_forward.scratch_size(channels, states)
-        gate, gate_at = (flat(_EMPTY), _NO_VIEW) if z is None else (flat(z), view(z))
-        arguments = [table, flat(x), view(x), flat(dt), view(dt), gate, gate_at]
-        arguments += [flat(t) for t in (bias_D, a2, skip_D, start, b, c, y, delta, inner, starts, final)]
+        gate, gate_at = (values(_EMPTY), _NO_VIEW) if z is None else (storage(z), view(z))
+        arguments = [table, storage(x), view(x), storage(dt), view(dt), gate, gate_at]
+        arguments += [values(t) for t in (bias_D, a2, skip_D, start, b, c, y, delta, inner, starts, final)]
         _run(_forward, batch * groups, groups, size, sizes, flags, arguments)
         ctx.save_for_backward(x, dt, b, c, z, a2, skip_D, delta, inner, starts)
         ctx.flags, ctx.sizes, ctx.table, ctx.states = flags, sizes, table, A.shape[-1]
@@ -70,21 +70,21 @@ class FusedSelectiveScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy, glast, _):  # type: ignore[no-untyped-def]
         x, dt, b, c, z, a2, skip_D, delta, inner, starts = ctx.saved_tensors
-        gy = torch.zeros(x.shape) if gy is None else gy
+        gy = zeros(x.shape) if gy is None else gy
         batch, length, channels, states, _ = ctx.sizes
         width = padded(channels)
         groups = channel_groups(batch, width // WIDTH)
-        ghost = torch.zeros(batch, states, width) if glast is None else _states_first(glast, width)
-        gx = torch.empty(batch, length, channels)
-        gdt = torch.empty(dt.shape)
+        ghost = zeros(batch, states, width) if glast is None else _states_first(glast, width)
+        gx = empty(batch, length, channels)
+        gdt = empty(dt.shape)
         gz = torch.empty_like(gx) if z is not None else None
-        ga, gbias, gskip = torch.zeros(batch, states, width), torch.zeros(batch, width), torch.zeros(batch, width)
-        gb, gc = torch.empty(groups, batch, states, length), torch.empty(groups, batch, states, length)
+        ga, gbias, gskip = zeros(batch, states, width), zeros(batch, width), zeros(batch, width)
+        gb, gc = empty(groups, batch, states, length), empty(groups, batch, states, length)
         size = selective_scan_backward.scratch_size(channels, states)
-        gate, gate_at = (flat(_EMPTY), _NO_VIEW) if z is None else (flat(z), view(z))
-        arguments = [ctx.table, flat(x), view(x), gate, gate_at, flat(gy), view(gy), flat(dt), view(dt)]
-        arguments += [flat(t) for t in (a2, skip_D, b, c, delta, inner, starts, ghost)] + [flat(gdt), view(gdt)]
-        arguments += [flat(t) for t in (gx, _EMPTY if gz is None else gz, ga, gbias, gskip, gb, gc)]
+        gate, gate_at = (values(_EMPTY), _NO_VIEW) if z is None else (storage(z), view(z))
+        arguments = [ctx.table, storage(x), view(x), gate, gate_at, storage(gy), view(gy), storage(dt), view(dt)]
+        arguments += [values(t) for t in (a2, skip_D, b, c, delta, inner, starts, ghost)] + [storage(gdt), view(gdt)]
+        arguments += [values(t) for t in (gx, _EMPTY if gz is None else gz, ga, gbias, gskip, gb, gc)]
         _run(_backward, batch * groups, groups, size, ctx.sizes, ctx.flags, arguments)
         has_bias, has_skip, has_initial = ctx.given
         real = slice(ctx.states)
@@ -99,5 +99,5 @@ class FusedSelectiveScan(torch.autograd.Function):
 def _run(kernel: Kernel, tasks: int, groups: int, scratch_size: int, sizes, flags, arguments):  # type: ignore[no-untyped-def]
     """Runs a kernel on all tasks, with scratch memory of its own for each worker."""
     run = kernel.prepare()
-    scratch = torch.empty(threads.worker_count(tasks), scratch_size).numpy()
+    scratch = empty(threads.worker_count(tasks), scratch_size).numpy()
     threads.run(tasks, lambda i, j, worker: run(i, j, groups, scratch[worker], sizes, flags, *arguments))

@@ -1,7 +1,7 @@
 """How tensors are handed to compiled kernels: flat storage with strides, lane-padded parameters, work in chunks of
 tokens and groups of channels."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,25 +19,35 @@ FLAT = types.float32[::1]
 VIEW = types.UniTuple(types.int64, 4)  # offset, and the strides of batch, token and channel
 
 
+# Kernels take float32, whatever torch's default is.
+zeros = partial(torch.zeros, dtype=torch.float32)
+empty = partial(torch.empty, dtype=torch.float32)
+
+
 def padded(channels: int) -> int:
     """Channels rounded up to whole lane blocks."""
     return -(-channels // WIDTH) * WIDTH
 
 
-def flat(tensor: Tensor) -> Any:
-    """The whole storage behind a tensor as a flat numpy array: a view, whatever the strides."""
+def values(tensor: Tensor) -> Any:
+    """The numbers of a tensor, row by row, as a flat numpy array; without a copy where it is contiguous."""
+    return tensor.detach().contiguous().view(-1).numpy()
+
+
+def storage(tensor: Tensor) -> Any:
+    """All memory behind a tensor as a flat numpy array, from its beginning: read it with `view`, and only so."""
     length = tensor.untyped_storage().nbytes() // tensor.element_size()
     return tensor.detach().as_strided((length,), (1,), 0).numpy()
 
 
 def view(tensor: Tensor) -> tuple[int, ...]:
-    """Offset and strides that address a three-dimensional tensor in `flat`."""
+    """Offset and strides that address a three-dimensional tensor in its `storage`."""
     return tuple(int(number) for number in (tensor.storage_offset(), *tensor.stride()))
 
 
 def lanes_last(tensor: Tensor, width: int) -> Tensor:
     """Contiguous copy whose last dimension is zero-padded to `width`."""
-    result = torch.zeros(*tensor.shape[:-1], width)
+    result = zeros(*tensor.shape[:-1], width)
     result[..., : tensor.shape[-1]] = tensor.detach()
     return result
 

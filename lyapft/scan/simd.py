@@ -2,8 +2,9 @@
 
 Numba has no vector type and allocates small arrays on the heap, where LLVM cannot keep them in registers. `lanes` is
 one LLVM `<16 x float>`: a register pair with AVX2, one register with AVX-512, four with NEON or SSE. All functions
-here are compiled into their caller. NaN and infinity in an operand reach the result. Numba's cache of a kernel does
-not see a change in this file or in `tiles.py`: kernels hold `DIGEST` in a closure variable, which is part of the key.
+here are compiled into their caller. NaN and infinity in an operand reach the result. Numba's cache of a kernel sees
+its own file only: kernels hold `DIGEST`, of all files whose functions they may take in, in a closure variable, which is
+part of the key.
 """
 
 # mypy: ignore-errors
@@ -19,11 +20,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 WIDTH = 16
-_SOURCES = [
+SOURCES = [
     Path(__file__).with_name(name)
     for name in ("simd.py", "tiles.py", "selective_scan_forward.py", "products.py", "ssd_forward.py")
 ]
-DIGEST = int(hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:15], 16)
+DIGEST = int(hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:15], 16)
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
@@ -231,7 +232,7 @@ def _exp2_parts(builder, x):
 
 @intrinsic
 def exp2(typingctx, x):
-    """2^x with relative error <= 2e-7; 0 below -126.5, at least 2^126 above 127.5."""
+    """2^x with relative error <= 2e-7 for -126.5 <= x <= 127.5; 0 below, at least 2^126 above."""
 
     def generate(context, builder, signature, args):
         scale, u = _exp2_parts(builder, args[0])

@@ -11,6 +11,7 @@ chunk is (Dao & Gu 2024, §6)
 The forward pass keeps its inputs and the states at chunk boundaries; the backward pass recomputes the T×T matrices. B
 and C stay one matrix per group, never one per head. s is summed in float64 and subtracted as a sum of two numbers of
 the inputs' format, so that one large |ΔA| does not swallow the small ones that follow it.
+What is not finite reaches every token of its chunk, earlier ones too: its product with a weight of zero is not zero.
 """
 
 from itertools import pairwise

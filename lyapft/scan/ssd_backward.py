@@ -15,14 +15,16 @@ The gradient of ΔA of a token gathers all that passed through its decay, as sum
 # mypy: ignore-errors
 # (numba types these functions, and refuses what does not fit)
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import types
 
 from lyapft.compiled import helper, jit
 from lyapft.scan import simd
 from lyapft.scan.layout import FLAT, VIEW, padded
-from lyapft.scan.products import FULL, LOWER, UPPER, multiply, transpose
-from lyapft.scan.simd import LOG2E, WIDTH
+from lyapft.scan.products import BLOCKS, FULL, LOWER, UPPER, multiply, transpose
+from lyapft.scan.simd import WIDTH
 from lyapft.scan.ssd_forward import (
     BEFORE,
     CHUNK,
@@ -35,19 +37,19 @@ from lyapft.scan.ssd_forward import (
     SQUARE,
     TO_END,
     TO_TOKEN,
-    boundary_decays,
     copy,
-    decays,
     fill,
     heads_of,
+    load_group,
+    load_head,
     load_rows,
-    log_decays,
     outlast,
     prepare_masks,
     scale_rows,
     store_rows,
     times_lower,
 )
+from lyapft.scan.tiles import at as place
 
 SIGNATURE = types.void(
     types.int64, types.int64, types.int64, FLAT, SIZES, FLAGS, *[FLAT, VIEW] * 2, FLAT, FLAT, FLAT, *[FLAT, VIEW] * 2,
@@ -58,10 +60,52 @@ _FROM_START, _TO_END, _WITHIN, _DIRECT, _COLUMNS, _LANES = (HEAD + i * CHUNK for
 _HEAD = _LANES + CHUNK * WIDTH
 
 
+class Places(NamedTuple):
+    """Where each matrix begins in scratch memory; rows are tokens, or states (N) or dims (P) where it says so."""
+
+    B: int
+    C: int
+    B_turned: int  # (N,T)
+    gB: int
+    gC: int
+    part: int  # of gC, of one head
+    scores: int  # (T,T), of the group
+    gscores: int
+    decays: int  # (T,T), of the head
+    weights: int
+    between: int  # gradients of what was written at j and read at i
+    x: int
+    written: int
+    written_turned: int  # (P,T)
+    gwritten: int
+    gy: int
+    reading: int  # gy by way of the state at the start of the chunk
+    start_turned: int  # (P,N), the state there
+    end_turned: int  # (P,N), the gradient of the state at the end
+    added: int  # (N,P)
+    gstates: int  # (N,P) of each head
+
+
+@helper
+def places(p, n):
+    """The layout of scratch memory for head dim and states in whole lane blocks."""
+    tall, wide, state = CHUNK * n, CHUNK * p, n * p
+    B = _HEAD
+    scores = B + 6 * tall
+    x = scores + 5 * SQUARE
+    start = x + 6 * wide
+    return Places(
+        B, B + tall, B + 2 * tall, B + 3 * tall, B + 4 * tall, B + 5 * tall,
+        scores, scores + SQUARE, scores + 2 * SQUARE, scores + 3 * SQUARE, scores + 4 * SQUARE,
+        x, x + wide, x + 2 * wide, x + 3 * wide, x + 4 * wide, x + 5 * wide,
+        start, start + state, start + 2 * state, start + 3 * state,
+    )  # fmt: skip
+
+
 def scratch_size(dim: int, states: int, heads: int) -> int:
     """float32 numbers of scratch memory that one worker needs for tasks of so many heads."""
     p, n = padded(dim), padded(states)
-    return _HEAD + 5 * SQUARE + CHUNK * (6 * p + 6 * n) + (3 + heads) * n * p
+    return places.py_func(p, n).gstates + heads * n * p
 
 
 @helper
@@ -73,6 +117,13 @@ def _row_products(scratch, to, of, other, step):
             total = simd.fma(simd.load(scratch, of + i), simd.load(scratch, other + i), total)
         simd.store(scratch, _LANES + j * WIDTH, total)
     _add_lanes(scratch, to)
+
+
+@helper
+def _add(scratch, to, of, count):
+    """scratch[to + i] += scratch[of + i]."""
+    for i in range(0, count, WIDTH):
+        simd.store(scratch, to + i, simd.add(simd.load(scratch, to + i), simd.load(scratch, of + i)))
 
 
 @helper
@@ -132,9 +183,62 @@ def _gradient_of_steps(scratch, gdelta_BLH, base, H, h, decay, kept, count):
     return gA
 
 
+@helper
+def _through_writes(scratch, at, p, n, gstate):
+    """gwritten; and of each token its write's gradient by way of the state after the chunk."""
+    fill(scratch, at.gwritten, CHUNK * p, 0.0)
+    multiply(scratch, at.gwritten, p, CHUNK, p, at.B, n, 1, gstate, p, n, FULL, False)
+    scale_rows(scratch, at.gwritten, at.gwritten, TO_END, p)
+    _row_products(scratch, _TO_END, at.gwritten, at.written, p)
+    multiply(scratch, at.gwritten, p, CHUNK, p, at.weights, 1, CHUNK, at.gy, p, CHUNK, UPPER, False)
+
+
+@helper
+def _through_scores(scratch, at, p):
+    """Adds to gscores; and what each token's decay passed on between two tokens of the chunk."""
+    transpose(scratch, at.written_turned, CHUNK, scratch, at.written, p, CHUNK, p)
+    fill(scratch, at.between, SQUARE, 0.0)
+    multiply(scratch, at.between, CHUNK, CHUNK, CHUNK, at.gy, p, 1, at.written_turned, CHUNK, p, FULL, True)
+    times_lower(scratch, at.between, at.between, at.decays)
+    _add(scratch, at.gscores, at.between, SQUARE)
+    times_lower(scratch, at.between, at.between, at.scores)
+    _passed_within(scratch, at.between)
+
+
+@helper
+def _through_start(scratch, at, p, n, starts_BHCNP, start):
+    """Adds to gC; and of each token what it read of the state at the start of the chunk."""
+    transpose(scratch, at.start_turned, n, starts_BHCNP, start, p, n, p)
+    fill(scratch, at.part, CHUNK * n, 0.0)
+    multiply(scratch, at.part, n, CHUNK, n, at.reading, p, 1, at.start_turned, n, p, FULL, False)
+    _row_products(scratch, _FROM_START, at.part, at.C, n)
+    _add(scratch, at.gC, at.part, CHUNK * n)
+
+
+@helper
+def _through_end(scratch, at, p, n, gstate):
+    """Adds to gB; then the gradient of the state at the start of the chunk in place of that at its end."""
+    transpose(scratch, at.end_turned, n, scratch, gstate, p, n, p)
+    scale_rows(scratch, at.written, at.written, TO_END, p)
+    multiply(scratch, at.gB, n, CHUNK, n, at.written, p, 1, at.end_turned, n, p, FULL, False)
+    fill(scratch, at.added, n * p, 0.0)
+    multiply(scratch, at.added, p, n, p, at.C, 1, n, at.reading, p, CHUNK, FULL, False)
+    outlast(scratch, gstate, at.added, n * p)
+
+
+@helper
+def _inputs_gradient(scratch, at, p, skip):
+    """gx in place of gwritten; and of each token the gradient of the Δ that its input was multiplied by."""
+    _row_products(scratch, _DIRECT, at.gwritten, at.x, p)
+    scale_rows(scratch, at.gwritten, at.gwritten, DELTA, p)
+    for i in range(0, CHUNK * p, WIDTH):
+        gx = simd.fma(skip, simd.load(scratch, at.gy + i), simd.load(scratch, at.gwritten + i))
+        simd.store(scratch, at.gwritten + i, gx)
+
+
 def make_backward():
     """The backward kernel; task = (sequence, heads of a group)."""
-    digest = simd.DIGEST
+    digest = simd.DIGEST + BLOCKS
 
     @jit
     def backward(
@@ -145,92 +249,44 @@ def make_backward():
         batch, L, H, P, G, N = sizes
         packed, _ = flags
         p, n = -(-P // WIDTH) * WIDTH, -(-N // WIDTH) * WIDTH
-        square, tall, wide = SQUARE, CHUNK * n, CHUNK * p
-        SCORES, DECAYS, WEIGHTS = _HEAD, _HEAD + square, _HEAD + 2 * square
-        BETWEEN, GSCORES, B = _HEAD + 3 * square, _HEAD + 4 * square, _HEAD + 5 * square
-        C, BT, GB, GC, PART, X = B + tall, B + 2 * tall, B + 3 * tall, B + 4 * tall, B + 5 * tall, B + 6 * tall
-        U, GY, R, GU, UT, ST = X + wide, X + 2 * wide, X + 3 * wide, X + 4 * wide, X + 5 * wide, X + 6 * wide
-        ET, ADDED, E = ST + n * p, ST + 2 * n * p, ST + 3 * n * p
-        chunks = -(-L // CHUNK)
+        at, chunks = places(p, n), -(-L // CHUNK)
         prepare_masks(scratch)
-        fill(scratch, DECAYS, 3 * SQUARE, 0.0)
+        fill(scratch, at.decays, 3 * SQUARE, 0.0)
         for task in range(first, last):
             row, g, h0, h1 = heads_of(task, parts, sizes)
-            for h in range(h0, h1):
-                copy(scratch, E + (h - h0) * n * p, gstate_BHNP, (row * H + h) * n * p, n * p)
+            copy(scratch, at.gstates, gstate_BHNP, (row * H + h0) * n * p, (h1 - h0) * n * p)
             for chunk in range(chunks - 1, -1, -1):
                 t0 = chunk * CHUNK
                 count, token = min(CHUNK, L - t0), row * L + t0
-                load_rows(scratch, B, n, b, b_at[0] + row * b_at[1] + t0 * b_at[2] + g * b_at[3], b_at[2], count, N)
-                load_rows(scratch, C, n, c, c_at[0] + row * c_at[1] + t0 * c_at[2] + g * c_at[3], c_at[2], count, N)
-                transpose(scratch, BT, CHUNK, scratch, B, n, CHUNK, n)
-                fill(scratch, SCORES, SQUARE, 0.0)
-                multiply(scratch, SCORES, CHUNK, CHUNK, CHUNK, C, n, 1, BT, CHUNK, n, FULL, True)
-                fill(scratch, GSCORES, SQUARE, 0.0)
-                fill(scratch, GB, 2 * CHUNK * n, 0.0)
+                load_group(
+                    scratch, at, n, N, b, place(b_at, row, t0, g), b_at[2], c, place(c_at, row, t0, g), c_at[2], count
+                )
+                fill(scratch, at.gscores, SQUARE, 0.0)
+                fill(scratch, at.gB, 2 * CHUNK * n, 0.0)
                 for h in range(h0, h1):
-                    state, start = E + (h - h0) * n * p, ((row * H + h) * chunks + chunk) * n * p
-                    decay = np.float64(A_H[h])
-                    log_decays(scratch, delta_BLH, begins_BL, token, H, h, decay * LOG2E, count, packed)
-                    boundary_decays(scratch)
-                    decays(scratch, DECAYS)
-                    times_lower(scratch, WEIGHTS, DECAYS, SCORES)
-                    base = x_at[0] + row * x_at[1] + t0 * x_at[2] + h * x_at[3]
-                    load_rows(scratch, X, p, x, base, x_at[2], count, P)
-                    base = gy_at[0] + row * gy_at[1] + t0 * gy_at[2] + h * gy_at[3]
-                    load_rows(scratch, GY, p, gy, base, gy_at[2], count, P)
-                    scale_rows(scratch, U, X, DELTA, p)
-                    scale_rows(scratch, R, GY, TO_TOKEN, p)
-
-                    # dU, and by way of the state what each token wrote for the tokens behind the chunk
-                    fill(scratch, GU, CHUNK * p, 0.0)
-                    multiply(scratch, GU, p, CHUNK, p, B, n, 1, state, p, n, FULL, False)
-                    scale_rows(scratch, GU, GU, TO_END, p)
-                    _row_products(scratch, _TO_END, GU, U, p)
-                    multiply(scratch, GU, p, CHUNK, p, WEIGHTS, 1, CHUNK, GY, p, CHUNK, UPPER, False)
-
-                    # through the scores
-                    transpose(scratch, UT, CHUNK, scratch, U, p, CHUNK, p)
-                    fill(scratch, BETWEEN, SQUARE, 0.0)
-                    multiply(scratch, BETWEEN, CHUNK, CHUNK, CHUNK, GY, p, 1, UT, CHUNK, p, FULL, True)
-                    times_lower(scratch, BETWEEN, BETWEEN, DECAYS)
-                    for i in range(0, SQUARE, WIDTH):
-                        total = simd.add(simd.load(scratch, GSCORES + i), simd.load(scratch, BETWEEN + i))
-                        simd.store(scratch, GSCORES + i, total)
-                    times_lower(scratch, BETWEEN, BETWEEN, SCORES)
-                    _passed_within(scratch, BETWEEN)
-
-                    # through the states at both ends of the chunk
-                    transpose(scratch, ST, n, starts_BHCNP, start, p, n, p)
-                    fill(scratch, PART, CHUNK * n, 0.0)
-                    multiply(scratch, PART, n, CHUNK, n, R, p, 1, ST, n, p, FULL, False)
-                    _row_products(scratch, _FROM_START, PART, C, n)
-                    for i in range(0, CHUNK * n, WIDTH):
-                        simd.store(scratch, GC + i, simd.add(simd.load(scratch, GC + i), simd.load(scratch, PART + i)))
-                    transpose(scratch, ET, n, scratch, state, p, n, p)
-                    scale_rows(scratch, U, U, TO_END, p)
-                    multiply(scratch, GB, n, CHUNK, n, U, p, 1, ET, n, p, FULL, False)
+                    gstate, start = at.gstates + (h - h0) * n * p, ((row * H + h) * chunks + chunk) * n * p
+                    decay, skip = np.float64(A_H[h]), simd.broadcast(skip_H, h)
+                    load_head(
+                        scratch, at, p, P, x, place(x_at, row, t0, h), x_at[2], delta_BLH, begins_BL, token, H, h,
+                        decay, count, packed,
+                    )  # fmt: skip
+                    load_rows(scratch, at.gy, p, gy, place(gy_at, row, t0, h), gy_at[2], count, P)
+                    scale_rows(scratch, at.reading, at.gy, TO_TOKEN, p)
                     through = 2.0 ** (np.float64(scratch[HIGH + CHUNK - 1]) + scratch[LOW + CHUNK - 1])
-                    kept = through * _inner(scratch, state, starts_BHCNP, start, n * p)
-                    fill(scratch, ADDED, n * p, 0.0)
-                    multiply(scratch, ADDED, p, n, p, C, 1, n, R, p, CHUNK, FULL, False)
-                    outlast(scratch, state, ADDED, n * p)
-
-                    _row_products(scratch, _DIRECT, GU, X, p)
+                    kept = through * _inner(scratch, gstate, starts_BHCNP, start, n * p)
+                    _through_writes(scratch, at, p, n, gstate)
+                    _through_scores(scratch, at, p)
+                    _through_start(scratch, at, p, n, starts_BHCNP, start)
+                    _through_end(scratch, at, p, n, gstate)
+                    gskip_BH[row * H + h] += _inner(scratch, at.gy, scratch, at.x, CHUNK * p)
+                    _inputs_gradient(scratch, at, p, skip)
                     gA_BH[row * H + h] += _gradient_of_steps(scratch, gdelta_BLH, token, H, h, decay, kept, count)
-                    gskip_BH[row * H + h] += _inner(scratch, GY, scratch, X, CHUNK * p)
-                    scale_rows(scratch, GU, GU, DELTA, p)
-                    skip = simd.broadcast(skip_H, h)
-                    for i in range(0, CHUNK * p, WIDTH):
-                        gx = simd.fma(skip, simd.load(scratch, GY + i), simd.load(scratch, GU + i))
-                        simd.store(scratch, GU + i, gx)
-                    store_rows(scratch, GU, p, gx_BLHP, (token * H + h) * P, H * P, count, P)
-                multiply(scratch, GC, n, CHUNK, n, GSCORES, CHUNK, 1, B, n, CHUNK, LOWER, False)
-                multiply(scratch, GB, n, CHUNK, n, GSCORES, 1, CHUNK, C, n, CHUNK, UPPER, False)
-                at = (((task % parts) * batch + row) * L + t0) * G * N + g * N
-                store_rows(scratch, GB, n, gb_JBLGN, at, G * N, count, N)
-                store_rows(scratch, GC, n, gc_JBLGN, at, G * N, count, N)
-            for h in range(h0, h1):
-                copy(gstate_BHNP, (row * H + h) * n * p, scratch, E + (h - h0) * n * p, n * p)
+                    store_rows(scratch, at.gwritten, p, gx_BLHP, (token * H + h) * P, H * P, count, P)
+                multiply(scratch, at.gC, n, CHUNK, n, at.gscores, CHUNK, 1, at.B, n, CHUNK, LOWER, False)
+                multiply(scratch, at.gB, n, CHUNK, n, at.gscores, 1, CHUNK, at.C, n, CHUNK, UPPER, False)
+                to = ((((task % parts) * batch + row) * L + t0) * G + g) * N
+                store_rows(scratch, at.gB, n, gb_JBLGN, to, G * N, count, N)
+                store_rows(scratch, at.gC, n, gc_JBLGN, to, G * N, count, N)
+            copy(gstate_BHNP, (row * H + h0) * n * p, scratch, at.gstates, (h1 - h0) * n * p)
 
     return backward

@@ -3,25 +3,28 @@
 Letters: B batch, L tokens, H heads, P head dim, G groups, N states. All tensors are float32 on the CPU.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lyapft.compiled import Kernel
 from lyapft.scan import ssd_backward, ssd_forward, threads
-from lyapft.scan.layout import flat, padded, view
+from lyapft.scan.layout import empty, padded, storage, values, view, zeros
 from lyapft.scan.packing import begins
 from lyapft.scan.ssd_forward import CHUNK
 
 _forward = Kernel("SSD, forward", ssd_forward.make_forward, ssd_forward.SIGNATURE)
 _backward = Kernel("SSD, backward", ssd_backward.make_backward, ssd_backward.SIGNATURE)
-_EMPTY = torch.zeros(1)
+_EMPTY = zeros(1)
 
 
 def _parts(batch: int, groups: int, heads: int) -> int:
     """Parts of the heads of a group: enough tasks for many cores, at least two heads each, which share the scores.
 
-    No function of the thread count, so that sums over parts do not depend on it.
+    No function of the thread count, so that sums over parts do not depend on it. Each part has a gradient of B and C of
+    its own: all of them together take at most N/P times the memory of x, for at least two heads a part.
     """
     return max(1, min(heads // groups // 2, -(-32 // (batch * groups))))
 
@@ -34,7 +37,7 @@ def _rows(tensor: Tensor) -> Tensor:
 def _state(tensor: Tensor | None, batch: int, heads: int, dim: int, states: int) -> Tensor:
     """(B,H,P,N) or None (zero) -> contiguous (B,H,N,P), both padded to whole lane blocks."""
     if tensor is None:
-        return torch.zeros(batch, heads, padded(states), padded(dim))
+        return zeros(batch, heads, padded(states), padded(dim))
     pad = (0, padded(dim) - dim, 0, padded(states) - states)
     return F.pad(tensor.detach().transpose(-1, -2), pad).contiguous()
 
@@ -51,25 +54,16 @@ class FusedSSD(torch.autograd.Function):
         batch, length, heads, dim = x.shape
         groups, states = B.shape[2:]
         x, B, C = (_rows(t.detach()) for t in (x, B, C))
-        delta, A = delta.detach().contiguous(), A.detach().contiguous()
-        skip_H = torch.zeros(heads) if skip is None else skip.detach().contiguous()
+        skip_H = zeros(heads) if skip is None else skip
         begins_BL = _EMPTY if sequence is None else begins(sequence).float()
         keep = any(ctx.needs_input_grad)
         start = _state(initial, batch, heads, dim, states)
-        y, final = torch.empty(batch, length, heads, dim), torch.empty_like(start)
+        y, final = empty(batch, length, heads, dim), torch.empty_like(start)
         chunks = -(-length // CHUNK)
-        starts = torch.empty(batch, heads, chunks, *start.shape[2:]) if keep else _EMPTY
+        starts = empty(batch, heads, chunks, *start.shape[2:]) if keep else _EMPTY
         sizes, flags = (batch, length, heads, dim, groups, states), (sequence is not None, keep)
-        arguments = [
-            flat(x),
-            view(x[..., 0]),
-            *(flat(t) for t in (delta, A, skip_H)),
-            flat(B),
-            view(B[..., 0]),
-            flat(C),
-            view(C[..., 0]),
-        ]
-        arguments += [flat(t) for t in (begins_BL, start, y, starts, final)]
+        arguments = _inputs(x, delta, A, skip_H, B, C)
+        arguments += [values(t) for t in (begins_BL, start, y, starts, final)]
         _run(_forward, ssd_forward.scratch_size, sizes, flags, arguments)
         ctx.save_for_backward(x, delta, A, B, C, skip_H, begins_BL, starts)
         ctx.sizes, ctx.flags = sizes, flags
@@ -82,19 +76,24 @@ class FusedSSD(torch.autograd.Function):
     def backward(ctx, gy, glast):  # type: ignore[no-untyped-def]
         x, delta, A, B, C, skip_H, begins_BL, starts = ctx.saved_tensors
         batch, _, heads, dim, groups, states = ctx.sizes
-        gy = torch.zeros(x.shape) if gy is None else _rows(gy)
+        gy = zeros(x.shape) if gy is None else _rows(gy)
         gstate = _state(glast, batch, heads, dim, states)
         parts = _parts(batch, groups, heads)
-        gx, gdelta = torch.empty(x.shape), torch.empty(delta.shape)
-        gA, gskip = torch.zeros(batch, heads), torch.zeros(batch, heads)
-        gB, gC = torch.empty(parts, *B.shape), torch.empty(parts, *C.shape)
-        arguments = [flat(gy), view(gy[..., 0]), flat(x), view(x[..., 0]), *(flat(t) for t in (delta, A, skip_H))]
-        arguments += [flat(B), view(B[..., 0]), flat(C), view(C[..., 0])]
-        arguments += [flat(t) for t in (begins_BL, starts, gstate, gx, gdelta, gA, gskip, gB, gC)]
+        gx, gdelta = empty(x.shape), empty(delta.shape)
+        gA, gskip = zeros(batch, heads), zeros(batch, heads)
+        gB, gC = empty(parts, *B.shape), empty(parts, *C.shape)
+        arguments = [storage(gy), view(gy[..., 0]), *_inputs(x, delta, A, skip_H, B, C)]
+        arguments += [values(t) for t in (begins_BL, starts, gstate, gx, gdelta, gA, gskip, gB, gC)]
         _run(_backward, ssd_backward.scratch_size, ctx.sizes, ctx.flags, arguments)
         has_skip, has_initial = ctx.given
         gstart = gstate[..., :states, :dim].transpose(-1, -2) if has_initial else None
         return gx, gdelta, gA.sum(0), gB.sum(0), gC.sum(0), gskip.sum(0) if has_skip else None, gstart, None
+
+
+def _inputs(x: Tensor, delta: Tensor, A: Tensor, skip: Tensor, B: Tensor, C: Tensor) -> list[Any]:
+    """What both kernels read, in their order."""
+    read = [storage(x), view(x[..., 0]), *(values(t) for t in (delta, A, skip))]
+    return [*read, storage(B), view(B[..., 0]), storage(C), view(C[..., 0])]
 
 
 def _run(kernel: Kernel, scratch_size, sizes, flags, arguments):  # type: ignore[no-untyped-def]
@@ -103,5 +102,5 @@ def _run(kernel: Kernel, scratch_size, sizes, flags, arguments):  # type: ignore
     run, parts = kernel.prepare(), _parts(batch, groups, heads)
     tasks = batch * groups * parts
     most = -(-(heads // groups) // parts)
-    scratch = torch.empty(threads.worker_count(tasks), scratch_size(dim, states, most)).numpy()
+    scratch = empty(threads.worker_count(tasks), scratch_size(dim, states, most)).numpy()
     threads.run(tasks, lambda i, j, worker: run(i, j, parts, scratch[worker], sizes, flags, *arguments))

@@ -9,11 +9,14 @@ computed once for its heads. The forward pass keeps the state at the start of ea
 recomputes the T×T matrices.
 
 Decays are exp2 of differences of s, the running sum of ΔA log2(e): s is summed in float64 and kept as two float32
-numbers, so that one large |ΔA| does not swallow the small ones that follow it.
+numbers, so that one large |ΔA| does not swallow the small ones that follow it. What is not finite may reach up to three
+tokens before it: weights are multiplied in blocks of four rows.
 """
 
 # mypy: ignore-errors
 # (numba types these functions, and refuses what does not fit)
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import types
@@ -21,8 +24,9 @@ from numba import types
 from lyapft.compiled import helper, inlined, jit
 from lyapft.scan import simd
 from lyapft.scan.layout import FLAT, VIEW, padded
-from lyapft.scan.products import FULL, LOWER, multiply, transpose
+from lyapft.scan.products import BLOCKS, FULL, LOWER, multiply, transpose
 from lyapft.scan.simd import LN2, LOG2E, WIDTH
+from lyapft.scan.tiles import at as place
 
 CHUNK = 64  # T: its square matrices and a state of 64 × 64 take a quarter of a level-2 cache together
 SIZES = types.UniTuple(types.int64, 6)  # B, L, H, P, G, N
@@ -42,10 +46,40 @@ BEFORE = _MASK + WIDTH * WIDTH
 HEAD = BEFORE + WIDTH * WIDTH
 
 
+class Places(NamedTuple):
+    """Where each matrix begins in scratch memory; rows are tokens, or states (N) where it says so."""
+
+    B: int
+    C: int
+    B_turned: int  # (N,T)
+    scores: int  # (T,T), of the group
+    decays: int
+    weights: int
+    x: int
+    written: int
+    y: int
+    added: int  # (N,P)
+    states: int  # (N,P) of each head
+
+
+@helper
+def places(p, n):
+    """The layout of scratch memory for head dim and states in whole lane blocks."""
+    tall, wide = CHUNK * n, CHUNK * p
+    B = HEAD
+    scores = B + 3 * tall
+    x = scores + 3 * SQUARE
+    added = x + 3 * wide
+    return Places(
+        B, B + tall, B + 2 * tall, scores, scores + SQUARE, scores + 2 * SQUARE,
+        x, x + wide, x + 2 * wide, added, added + n * p,
+    )  # fmt: skip
+
+
 def scratch_size(dim: int, states: int, heads: int) -> int:
     """float32 numbers of scratch memory that one worker needs for tasks of so many heads."""
     p, n = padded(dim), padded(states)
-    return HEAD + 3 * SQUARE + CHUNK * (3 * p + 3 * n) + (heads + 1) * n * p
+    return places.py_func(p, n).states + heads * n * p
 
 
 @inlined
@@ -188,9 +222,51 @@ def outlast(scratch, state, added, size):
         simd.store(scratch, state + i, simd.flush_tiny(simd.fma(scale, h, total)))
 
 
+@helper
+def load_group(scratch, at, n, N, b, b_base, b_stride, c, c_base, c_stride, count):
+    """B and C of a chunk, and their scores C_i·B_j for j <= i."""
+    load_rows(scratch, at.B, n, b, b_base, b_stride, count, N)
+    load_rows(scratch, at.C, n, c, c_base, c_stride, count, N)
+    transpose(scratch, at.B_turned, CHUNK, scratch, at.B, n, CHUNK, n)
+    fill(scratch, at.scores, SQUARE, 0.0)
+    multiply(scratch, at.scores, CHUNK, CHUNK, CHUNK, at.C, n, 1, at.B_turned, CHUNK, n, FULL, True)
+
+
+@helper
+def load_head(scratch, at, p, P, x, x_base, x_stride, delta_BLH, begins_BL, token, H, h, decay, count, packed):
+    """What a head writes in a chunk, and all decays and weights of its tokens; decay is A, per Δ."""
+    log_decays(scratch, delta_BLH, begins_BL, token, H, h, decay * LOG2E, count, packed)
+    boundary_decays(scratch)
+    decays(scratch, at.decays)
+    times_lower(scratch, at.weights, at.decays, at.scores)
+    load_rows(scratch, at.x, p, x, x_base, x_stride, count, P)
+    scale_rows(scratch, at.written, at.x, DELTA, p)
+
+
+@helper
+def _outputs(scratch, at, p, n, state, skip):
+    """y of a chunk: what is read of the state at its start, of what was written since, and the skip."""
+    fill(scratch, at.y, CHUNK * p, 0.0)
+    multiply(scratch, at.y, p, CHUNK, p, at.C, n, 1, state, p, n, FULL, False)
+    scale_rows(scratch, at.y, at.y, TO_TOKEN, p)
+    multiply(scratch, at.y, p, CHUNK, p, at.weights, CHUNK, 1, at.written, p, CHUNK, LOWER, False)
+    for i in range(0, CHUNK * p, WIDTH):
+        y = simd.fma(skip, simd.load(scratch, at.x + i), simd.load(scratch, at.y + i))
+        simd.store(scratch, at.y + i, y)
+
+
+@helper
+def _advance(scratch, at, p, n, state):
+    """The state at the end of a chunk in place of that at its start."""
+    scale_rows(scratch, at.written, at.written, TO_END, p)
+    fill(scratch, at.added, n * p, 0.0)
+    multiply(scratch, at.added, p, n, p, at.B, 1, n, at.written, p, CHUNK, FULL, False)
+    outlast(scratch, state, at.added, n * p)
+
+
 def make_forward():
     """The forward kernel; `digest` ties its cache entry to the vector code. Task = (sequence, heads of a group)."""
-    digest = simd.DIGEST
+    digest = simd.DIGEST + BLOCKS
 
     @jit
     def forward(
@@ -201,52 +277,29 @@ def make_forward():
         _, L, H, P, _, N = sizes
         packed, keep = flags
         p, n = -(-P // WIDTH) * WIDTH, -(-N // WIDTH) * WIDTH
-        B, C, BT = HEAD, HEAD + CHUNK * n, HEAD + 2 * CHUNK * n
-        SCORES = BT + CHUNK * n
-        DECAYS, WEIGHTS = SCORES + SQUARE, SCORES + 2 * SQUARE
-        X = WEIGHTS + SQUARE
-        U, Y, ADDED = X + CHUNK * p, X + 2 * CHUNK * p, X + 3 * CHUNK * p
-        S = ADDED + n * p
-        chunks = -(-L // CHUNK)
+        at, chunks = places(p, n), -(-L // CHUNK)
         prepare_masks(scratch)
-        fill(scratch, DECAYS, 2 * SQUARE, 0.0)
+        fill(scratch, at.decays, 2 * SQUARE, 0.0)
         for task in range(first, last):
             row, g, h0, h1 = heads_of(task, parts, sizes)
-            for h in range(h0, h1):
-                copy(scratch, S + (h - h0) * n * p, initial_BHNP, (row * H + h) * n * p, n * p)
+            copy(scratch, at.states, initial_BHNP, (row * H + h0) * n * p, (h1 - h0) * n * p)
             for chunk in range(chunks):
                 t0 = chunk * CHUNK
                 count, token = min(CHUNK, L - t0), row * L + t0
-                load_rows(scratch, B, n, b, b_at[0] + row * b_at[1] + t0 * b_at[2] + g * b_at[3], b_at[2], count, N)
-                load_rows(scratch, C, n, c, c_at[0] + row * c_at[1] + t0 * c_at[2] + g * c_at[3], c_at[2], count, N)
-                transpose(scratch, BT, CHUNK, scratch, B, n, CHUNK, n)
-                fill(scratch, SCORES, SQUARE, 0.0)
-                multiply(scratch, SCORES, CHUNK, CHUNK, CHUNK, C, n, 1, BT, CHUNK, n, FULL, True)
+                load_group(
+                    scratch, at, n, N, b, place(b_at, row, t0, g), b_at[2], c, place(c_at, row, t0, g), c_at[2], count
+                )
                 for h in range(h0, h1):
-                    state = S + (h - h0) * n * p
+                    state = at.states + (h - h0) * n * p
                     if keep:
                         copy(starts_BHCNP, ((row * H + h) * chunks + chunk) * n * p, scratch, state, n * p)
-                    log_decays(scratch, delta_BLH, begins_BL, token, H, h, np.float64(A_H[h]) * LOG2E, count, packed)
-                    boundary_decays(scratch)
-                    decays(scratch, DECAYS)
-                    times_lower(scratch, WEIGHTS, DECAYS, SCORES)
-                    base = x_at[0] + row * x_at[1] + t0 * x_at[2] + h * x_at[3]
-                    load_rows(scratch, X, p, x, base, x_at[2], count, P)
-                    scale_rows(scratch, U, X, DELTA, p)
-                    fill(scratch, Y, CHUNK * p, 0.0)
-                    multiply(scratch, Y, p, CHUNK, p, C, n, 1, state, p, n, FULL, False)
-                    scale_rows(scratch, Y, Y, TO_TOKEN, p)
-                    multiply(scratch, Y, p, CHUNK, p, WEIGHTS, CHUNK, 1, U, p, CHUNK, LOWER, False)
-                    skip = simd.broadcast(skip_H, h)
-                    for i in range(0, CHUNK * p, WIDTH):
-                        y = simd.fma(skip, simd.load(scratch, X + i), simd.load(scratch, Y + i))
-                        simd.store(scratch, Y + i, y)
-                    store_rows(scratch, Y, p, y_BLHP, (token * H + h) * P, H * P, count, P)
-                    scale_rows(scratch, U, U, TO_END, p)
-                    fill(scratch, ADDED, n * p, 0.0)
-                    multiply(scratch, ADDED, p, n, p, B, 1, n, U, p, CHUNK, FULL, False)
-                    outlast(scratch, state, ADDED, n * p)
-            for h in range(h0, h1):
-                copy(final_BHNP, (row * H + h) * n * p, scratch, S + (h - h0) * n * p, n * p)
+                    load_head(
+                        scratch, at, p, P, x, place(x_at, row, t0, h), x_at[2], delta_BLH, begins_BL, token, H, h,
+                        np.float64(A_H[h]), count, packed,
+                    )  # fmt: skip
+                    _outputs(scratch, at, p, n, state, simd.broadcast(skip_H, h))
+                    store_rows(scratch, at.y, p, y_BLHP, (token * H + h) * P, H * P, count, P)
+                    _advance(scratch, at, p, n, state)
+            copy(final_BHNP, (row * H + h0) * n * p, scratch, at.states, (h1 - h0) * n * p)
 
     return forward

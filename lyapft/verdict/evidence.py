@@ -171,8 +171,13 @@ def items_of(record: Record) -> dict[ScoreKey, int]:
 
 
 def values_of(record: Record) -> dict[ScoreKey, float]:
-    """Each score, as a fraction."""
-    return {score_key(s): float(s["value"]) for s in accuracies(record)}
+    """Each score by which cells are compared, as a fraction."""
+    # written out, as `accuracies` and `score_key` say it: a large study asks a million times
+    return {
+        _key(one["task"], one["shots"]): float(one["value"])
+        for one in record.get("scores") or ()
+        if one.get("metric", "acc") == "acc"
+    }
 
 
 def score_key(score: Mapping[str, Any]) -> ScoreKey:
