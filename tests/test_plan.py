@@ -218,7 +218,7 @@ def test_the_command_says_what_fits(capsys):
 
 
 def test_the_verdict_says_what_the_study_still_has_to_run():
-    records = study({("bf16", "lora"): STEADY})
+    records = study({("bf16", "lora"): STEADY, ("fp32", "lora"): STEADY})
     own = next(r for r in records if r["choices"]["precision"] == "bf16")
     other = own["choices"] | {"precision": "fp16"}
     left = [
