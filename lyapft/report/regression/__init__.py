@@ -30,9 +30,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lyapft.report compare",
         description="Did a number get worse beyond its noise? Paired over the seeds that both studies have; the spread "
-        "over seeds counts as no smaller than that of the studies' own reruns (study.noise_floor), and a change within "
-        "what a rerun moves is none. With one seed nothing is called worse. What the new study lacks, or ran with "
-        "other settings, is named, and counts as worse unless one of the options below allows it.",
+        "over seeds counts as no smaller than that of the studies' own reruns (study.noise_floor), and a mean change "
+        "must exceed t(0.975, n) times what n reruns moved. With one seed nothing is called worse. What the new study "
+        "lacks, or ran with other settings, is named, and counts as worse unless one of the options below allows it.",
     )
     parser.add_argument("old", type=Path, help="folder of the study before the change")
     parser.add_argument("new", type=Path, help="folder of the study after it")
