@@ -91,6 +91,10 @@ def test_every_number_can_be_chosen(old: tuple[Path, Records], capsys: pytest.Ca
     assert main(["compare", str(old[0]), str(old[0]), f"--fail-on={','.join(QUANTITIES)}"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in QUANTITIES)
+    marked = [line for line in printed.splitlines() if "tokens_per_s (emulated)" in line]
+    assert len(marked) == 4
+    assert not any("fp32" in line for line in marked)
+    assert "(emulated): half precision ran in software" in printed
     assert "0 of" in printed
 
 

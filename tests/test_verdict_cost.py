@@ -52,7 +52,7 @@ def test_a_cost_that_varies_much_or_was_measured_on_one_seed_is_a_tie() -> None:
     once = [0.9, *[None] * 7]
     found = memory_only(costing({("bf16", "lora"): CHEAP, ("fp16", "lora"): wild, ("fp16", "none"): once}))
     assert {row.recipe.label for row in found.recommendations[0].tied} == {"fp16 · lora", "fp16 · none"}
-    assert "fp16 · none (at 0.9 × the cost (one seed), score" in text(found, "Recommendation")
+    assert "fp16 · none (at 0.9 × the cost (one seed) (emulated), score" in text(found, "Recommendation")
 
 
 def test_the_cost_of_one_seed_shows_no_saving() -> None:

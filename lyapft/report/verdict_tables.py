@@ -10,7 +10,7 @@ import pandas as pd
 from lyapft.report.columns import number
 from lyapft.report.tables import ABSENT, Column
 from lyapft.verdict import Verdict
-from lyapft.verdict.words import margin
+from lyapft.verdict.words import EMULATED, EMULATED_MEANS, margin
 
 Cells = Mapping[str, Any]
 MOST_ROWS = 1000  # of a table that is read as text
@@ -40,6 +40,17 @@ def _with_interval(name: str, title: str, form: str, group: str = "", scale: flo
         return mean if low == ABSENT else f"{mean} [{low}, {high}]"
 
     return Spec(title, text, group)
+
+
+def _cost(name: str, title: str) -> Spec:
+    """A ratio that counts speed, marked where half precision was emulated."""
+    plain = _with_interval(name, title, ".2f")
+
+    def text(row: Cells) -> str:
+        shown = plain.text(row)
+        return f"{shown} {EMULATED}" if row["emulated"] and shown != ABSENT else shown
+
+    return Spec(title, text, "cost")
 
 
 def _form(value: Any, form: str, scale: float = 1.0) -> str:
@@ -89,9 +100,9 @@ RECIPE = (
     *DIFFERENCE,
     _plain("doubts", "but"),
     _number("seeds_to_decide", "seeds to decide", "d"),
-    _with_interval("speed_ratio", "× tokens/s", ".2f", "cost"),
+    _cost("speed_ratio", "× tokens/s"),
     _with_interval("memory_ratio", "× memory/token", ".2f", "cost"),
-    _with_interval("cost", "× both", ".2f", "cost"),
+    _cost("cost", "× both"),
     _with_interval("mean_abs_points", "mean |Δ| [95%]", ".2f", "size, points"),
     _number("floor_replicate_points", "same again", ".2f", "floor, points"),
     _number("floor_threads_points", "threads", ".2f", "floor, points"),
@@ -239,6 +250,8 @@ def text_columns(verdict: Verdict, name: str) -> list[Column]:
 def caption(verdict: Verdict, name: str) -> str:
     """What a table shows."""
     text = CAPTIONS[name]
+    if "emulated" in verdict.tables[name] and verdict.tables[name]["emulated"].any():
+        text += f" {EMULATED_MEANS}"
     if (rows := len(verdict.tables[name])) > MOST_ROWS:
         largest = " with the largest differences" * ("difference_points" in verdict.tables[name])
         text += f" {MOST_ROWS:,} of {rows:,} rows{largest}; tables/{name}.parquet and .csv have all."

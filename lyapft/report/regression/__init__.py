@@ -15,6 +15,7 @@ from lyapft.report.regression.matching import Matching, broken, lost, machines, 
 from lyapft.report.regression.quantities import QUANTITIES
 from lyapft.report.tables import as_text
 from lyapft.verdict.evidence import gather
+from lyapft.verdict.words import EMULATED, EMULATED_MEANS
 
 __all__ = ["QUANTITIES", "Change", "Floor", "Matching", "changes", "main", "matching"]
 
@@ -78,7 +79,8 @@ def _report(old: Path, new: Path, quantities: Sequence[str], allow_missing: bool
             f"{old} and {new} share no recipe with a common seed and {' or '.join(quantities)}: nothing to compare"
         )
     if found:
-        print(as_text(table(found), width=180))
+        shown = as_text(table(found), width=180)
+        print(f"{shown}\n{EMULATED_MEANS}" if EMULATED in shown else shown)
     worse = [change for change in found if change.outcome == "worse"]
     print(f"{len(worse)} of {len(found)} numbers got worse.")
     _list("✗", failed)

@@ -8,10 +8,11 @@ from typing import Any
 from scipy import special
 
 from lyapft.divergence import ALPHA, Comparison, adjusted, compare
+from lyapft.report.cells import read
 from lyapft.report.regression.quantities import QUANTITIES
 from lyapft.report.tables import ABSENT, Column
 from lyapft.verdict.evidence import Recipe, seed_of, threads
-from lyapft.verdict.words import p_value
+from lyapft.verdict.words import EMULATED, p_value
 
 Pairs = Sequence[tuple[Recipe, Recipe]]
 
@@ -119,6 +120,11 @@ def _reruns_apart(name: str, recipe: Recipe) -> Iterator[float]:
             yield quantity.difference(pair)
 
 
+def _mark(change: Change) -> str:
+    emulated = any(read(run, "precision", "emulated") for run in change.recipe.runs)
+    return f" {EMULATED}" * (emulated and change.quantity == "tokens_per_s")
+
+
 def table(found: Sequence[Change]) -> list[Column]:
     """The changes as columns of text."""
 
@@ -130,20 +136,20 @@ def table(found: Sequence[Change]) -> list[Column]:
             texts = [f"{value:+.3g}" for value in values]
         return texts[0] if math.isnan(values[1]) else f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
-    def floor(change: Change, size: float | None) -> str:
+    def beside(change: Change, size: float | None) -> str:
         if size is None:
             return ABSENT
         return f"× {math.exp(size):.3f}" if QUANTITIES[change.quantity].ratio else f"{size:.3g}"
 
     return [
         Column("", "recipe", [change.recipe.name for change in found], numeric=False),
-        Column("", "number", [change.quantity for change in found], numeric=False),
+        Column("", "number", [f"{change.quantity}{_mark(change)}" for change in found], numeric=False),
         Column("", "seeds", [str(change.comparison.estimate.n) for change in found]),
         Column("", "old", [f"{change.old:.4g}" for change in found]),
         Column("", "new", [f"{change.new:.4g}" for change in found]),
         Column("", "change [95%]", [shown(change) for change in found]),
-        Column("", "rerun", [floor(change, change.floor and change.floor.size) for change in found]),
-        Column("", "beyond", [floor(change, change.floor and change.floor.bar) for change in found]),
+        Column("", "rerun", [beside(change, change.floor.size if change.floor else None) for change in found]),
+        Column("", "beyond", [beside(change, change.floor.bar if change.floor else None) for change in found]),
         Column("", "Holm", [p_value(change.comparison.p_different) for change in found]),
         Column("", "outcome", [change.outcome for change in found], numeric=False),
     ]
