@@ -92,9 +92,8 @@ def _savings(cost: Cost) -> str:
     """What a recipe saves, in time and memory."""
     parts = ["its speed was not measured", "its memory was not measured"]
     if cost.speed.n:
-        parts[0] = (
-            f"it trains {ratio(cost.speed.mean)} the tokens/s ({interval(cost.speed, '.2f')}){f' {EMULATED}' * cost.emulated}"
-        )
+        mark = f" {EMULATED}" * cost.emulated
+        parts[0] = f"it trains {ratio(cost.speed.mean)} the tokens/s ({interval(cost.speed, '.2f')}){mark}"
     if cost.memory.n:
         less = round(100 * (1 - cost.memory.mean))
         amount = "as much memory" if less == 0 else f"{abs(less)}% {'less' if less > 0 else 'more'} memory"
