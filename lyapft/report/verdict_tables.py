@@ -208,6 +208,16 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         _number("lowest_score", "lowest", ".3f", "score of the runs"),
         _number("highest_score", "highest", ".3f", "score of the runs"),
     ),
+    "stability": (
+        *NAMES,
+        _number("seeds", "seeds", "d"),
+        _with_interval("margin", "mean [95%]", ".2e", "margin, nats/token"),
+        _number("lowest_margin", "lowest", ".2e", "margin, nats/token"),
+        _number("highest_margin", "highest", ".2e", "margin, nats/token"),
+        _number("counterpart_margin", "counterparts' mean", ".2e", "margin, nats/token"),
+        _with_interval("difference", "difference [95%]", "+.2e", "margin, nats/token"),
+        _p("p_different", "p, Holm"),
+    ),
     "missing": (*NAMES, _number("seed", "seed", "d"), _plain("why", "why"), _plain("error", "error")),
 }
 CAPTIONS = {
@@ -228,6 +238,8 @@ CAPTIONS = {
     "settings": "One value of a setting against another one, everything else equal, seed by seed: over all tasks and "
     "shots, then each of them; p adjusted by Holm, the means and the single scores each for themselves.",
     "floors": "How far runs lie apart that differ in nothing that should matter.",
+    "stability": "Distance from the edge, −λ_max, of recurrent models: of each run the smallest over layers and steps, by "
+    "recipe over seeds, and its difference from full-precision fine-tuning of all weights, seed by seed.",
     "missing": "Runs that the tables lack.",
 }
 

@@ -12,6 +12,7 @@ from lyapft.verdict.evidence import Recipe, Settings
 from lyapft.verdict.floors import KINDS, Floor
 from lyapft.verdict.gaps import Gap
 from lyapft.verdict.learning import Gain, Learned, Raw
+from lyapft.verdict.margins import Margins
 from lyapft.verdict.recipes import Row, ScoreRow
 from lyapft.verdict.recommendation import doubts
 from lyapft.verdict.spikes import Spikes
@@ -164,6 +165,21 @@ def floor_table(found: Sequence[Floor]) -> pd.DataFrame:
             | {"mean_abs_points": f.mean_abs, "largest_points": f.largest}
             | {"lowest_score": f.scores[0], "highest_score": f.scores[1]}
             for f in found
+        ]
+    )
+
+
+def margin_table(found: Sequence[Margins]) -> pd.DataFrame:
+    """Stability margins per recipe, and their difference from full-precision fine-tuning of all weights."""
+    return pd.DataFrame(
+        [
+            _named(one.recipe)
+            | {"seeds": one.mean.n}
+            | _estimated("margin", one.mean)
+            | {"lowest_margin": one.lowest, "highest_margin": one.highest, "counterpart_margin": one.counterpart}
+            | _estimated("difference", one.comparison.estimate if one.comparison else None)
+            | {"p_different": one.comparison.p_different if one.comparison else None}
+            for one in found
         ]
     )
 
