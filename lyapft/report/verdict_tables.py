@@ -238,7 +238,7 @@ CAPTIONS = {
     "settings": "One value of a setting against another one, everything else equal, seed by seed: over all tasks and "
     "shots, then each of them; p adjusted by Holm, the means and the single scores each for themselves.",
     "floors": "How far runs lie apart that differ in nothing that should matter.",
-    "stability": "Distance from the edge, −λ_max, of recurrent models: of each run the smallest over layers and steps, by "
+    "stability": "Distance from the edge, −λ_max, of recurrent models: each run's smallest over layers and steps, by "
     "recipe over seeds, and its difference from full-precision fine-tuning of all weights, seed by seed.",
     "missing": "Runs that the tables lack.",
 }
