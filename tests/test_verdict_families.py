@@ -1,11 +1,13 @@
 """What counts once, and which tests share an error rate: by hand, and by SciPy."""
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from lyapft.verdict import judge
+from lyapft.verdict import Settings, judge
 from tests.test_verdict import STEADY, WILD, WORSE, study, text
 
 LITTLE = [0.3, -0.2, 0.1, -0.1, 0.2, -0.3, 0.1, -0.2]
@@ -40,3 +42,42 @@ def test_a_recipe_under_two_names_weighs_once_in_the_comparison_of_models() -> N
     said = text(found, "Mamba against Transformer")
     assert "mean over the 2 recipes that both have, each counted once" in said
     assert len([one for one in found.contrasts if one.counterpart == "paper"]) == 4  # its own row stays
+
+
+# --- costs -----------------------------------------------------------------------------------------------------------
+
+
+def priced(logs: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Equivalent recipes with the given ln of their memory beside the counterpart's, seed by seed."""
+    records = study({("bf16", peft): STEADY for peft in logs})
+    for record in records:
+        own = logs[record["choices"]["peft"]][record["seed"]] if record["choices"]["precision"] == "bf16" else 0.0
+        record["cost"] = {"peak_bytes_per_token": 100.0 * math.exp(own)}
+    return records
+
+
+def test_savings_share_an_error_rate_over_the_recipes_of_a_setting() -> None:
+    memory = Settings(speed_weight=0)
+    slight = [-0.05 + 0.05 * x for x in (1.2, -1.0, 0.6, -0.8, 1.1, -0.9, 0.5, -0.7)]
+    none = [0.02, -0.01, 0.03, 0.01, -0.02, 0.02, -0.01, 0.0]
+    raw = stats.ttest_1samp(slight, 0.0).pvalue
+    assert 0.05 / 3 < raw < 0.05
+    (alone,) = judge(priced({"lora": slight}), settings=memory).recommendations
+    assert alone.chosen is not None
+    assert alone.chosen.cost.p == pytest.approx(raw)
+    found = judge(priced({"lora": slight, "none": none, "ia3": none[::-1]}), settings=memory)
+    (among,) = found.recommendations
+    assert among.chosen is None
+    assert next(row for row in among.dear if row.recipe.peft == "lora").cost.p == pytest.approx(3 * raw)
+    clear = [x - 0.2 for x in slight]
+    said = text(judge(priced({"lora": clear, "none": none, "ia3": none[::-1]}), settings=memory), "Recommendation")
+    assert "It is cheaper at p < 0.001, adjusted for 3 recipes." in said
+
+
+def test_of_recipes_that_cost_alike_few_studies_recommend_any() -> None:
+    rng, memory, chosen, studies = np.random.default_rng(5), Settings(speed_weight=0), 0, 150
+    names = ("none", "lora", "ia3", "dora", "vera", "lokr")
+    for _ in range(studies):
+        costs = {name: list(rng.normal(0.0, 0.05, 8)) for name in names}
+        chosen += judge(priced(costs), settings=memory).recommendations[0].chosen is not None
+    assert chosen <= stats.binom.ppf(0.999, studies, 0.025)  # of the risk of 5%, half is that of costing more
