@@ -81,3 +81,26 @@ def test_of_recipes_that_cost_alike_few_studies_recommend_any() -> None:
         costs = {name: list(rng.normal(0.0, 0.05, 8)) for name in names}
         chosen += judge(priced(costs), settings=memory).recommendations[0].chosen is not None
     assert chosen <= stats.binom.ppf(0.999, studies, 0.025)  # of the risk of 5%, half is that of costing more
+
+
+# --- blame -----------------------------------------------------------------------------------------------------------
+
+SMALL, ALL = {"in_proj": 2, "dt_proj": 0}, {"in_proj": 2, "dt_proj": 2}
+UNSURE = [1.0, -0.1, 0.9, -0.1, 0.8, 0.4, 0.9, -0.1]  # points by which the wider target set gains
+
+
+def test_layers_and_parts_are_blamed_with_one_error_rate_for_the_page() -> None:
+    p = stats.ttest_1samp(UNSURE, 0.0).pvalue
+    assert 0.05 / 3 < p < 0.05
+    wider = [w + x for w, x in zip(WORSE, UNSURE, strict=True)]
+    targets = {"lora": SMALL, "lora_all": ALL}
+    ours = adapting(study({("fp32", "lora"): WORSE, ("fp32", "lora_all"): wider}), targets)
+    alone = text(judge(ours), "Where it fails")  # the two ask about each other: one test
+    assert "Leaving dt_proj alone is to blame for part of it" in alone
+    cells = {("fp32", "lora"): WORSE, ("bf16", "lora"): [w + x for w, x in zip(WORSE, LITTLE, strict=True)]}
+    cells["fp16", "lora"] = [w - 2 * x for w, x in zip(WORSE, LITTLE, strict=True)]
+    # of the other model, the peft's part once and the format's of two formats: four tests, of which one is far surer
+    found = judge([*ours, *study(cells, model="llama_tiny")])
+    assert "is the peft's (lora) and" in text(found, "Where it fails")
+    assert "Whether leaving dt_proj alone is to blame, the seeds do not tell" in text(found, "Where it fails")
+    assert "dt_proj alone is to blame for" not in text(found, "Where it fails")
