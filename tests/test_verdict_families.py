@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from lyapft.verdict import Settings, judge
+from lyapft.verdict.recommendation import doubts
 from tests.test_verdict import STEADY, WILD, WORSE, study, text
 
 LITTLE = [0.3, -0.2, 0.1, -0.1, 0.2, -0.3, 0.1, -0.2]
@@ -104,3 +105,48 @@ def test_layers_and_parts_are_blamed_with_one_error_rate_for_the_page() -> None:
     assert "is the peft's (lora) and" in text(found, "Where it fails")
     assert "Whether leaving dt_proj alone is to blame, the seeds do not tell" in text(found, "Where it fails")
     assert "dt_proj alone is to blame for" not in text(found, "Where it fails")
+
+
+# --- reruns ----------------------------------------------------------------------------------------------------------
+
+
+def again(records: list[dict[str, Any]], seed: int, status: str, **fields: Any) -> dict[str, Any]:
+    """Another run of a seed of bf16 LoRA that did not finish."""
+    first = next(r for r in records if (r["choices"]["precision"], r["seed"]) == ("bf16", seed))
+    lost = {"id": f"{first['id']}{status}", "status": status, "scores": [], "divergence": []}
+    return first | lost | {"error": {"type": "E", "message": status}} | fields
+
+
+def test_reruns_that_failed_are_no_seeds() -> None:
+    records = study({("bf16", "lora"): STEADY})
+    other_threads = records[-1]["environment"] | {"threads": 1}
+    found = judge(
+        [
+            *records,
+            again(records, 0, "nonfinite", replicate=1),
+            again(records, 1, "interrupted", replicate=1),
+            again(records, 2, "running", environment=other_threads),
+        ]
+    )
+    (row,) = found.rows
+    broken = "training broke down in 1 of 3 reruns (nonfinite)"
+    assert (row.n, doubts(row)) == (8, [broken])
+    assert f"mamba_tiny · bf16 · lora: {broken}." in text(found, "Where it fails")
+    assert "of 9" not in "\n".join(line for section in found.sections for line in section.lines)
+    assert text(found, "What is missing").startswith("mamba_tiny · bf16 · lora: ")
+    for what in ("rerun nonfinite for seed 0", "rerun interrupted for seed 1", "rerun not finished for seed 2"):
+        assert what in text(found, "What is missing")
+
+
+def test_a_seed_that_broke_down_is_counted_as_one_however_often_it_was_run_again() -> None:
+    records = study({("bf16", "lora"): STEADY})
+    first = again(records, 7, "nonfinite")
+    found = judge([*records[:-1], first, first | {"id": "again", "replicate": 1}])
+    (row,) = found.rows
+    reasons = [
+        "training broke down on 1 of 8 seeds (nonfinite)",
+        "training broke down in 1 of 1 reruns (nonfinite)",
+    ]
+    assert doubts(row) == reasons
+    assert f"mamba_tiny · bf16 · lora: {' and '.join(reasons)}." in text(found, "Where it fails")
+    assert found.tables["recipes"].broke_down.tolist() == [1]

@@ -76,16 +76,15 @@ def doubts(row: Row) -> list[str]:
 
     Which seeds fail may well depend on what is compared, so those that are left may flatter.
     """
-    broken = row.recipe.broke_down()
-    failed = [run for run in row.recipe.failed_seeds().values() if run["status"] not in (*BROKE_DOWN, *UNFINISHED)]
-    total = len(row.recipe.runs) + max(len(row.recipe.failed_seeds()), len(broken))
+    lost = row.recipe.failed_seeds()
+    failed = [run for run in lost.values() if run["status"] not in (*BROKE_DOWN, *UNFINISHED)]
+    total = len(row.recipe.runs) + len(lost)
     kinds = sorted({str(run["status"]) for run in failed})
     reasons = {
-        f"training broke down on {len(broken)} of {total}": len(broken),
-        f"{len(failed)} of {total} did not finish ({', '.join(kinds)})": len(failed),
-        f"the counterpart of {row.uncompared} of {total} is missing": row.uncompared,
+        f"{len(failed)} of {total} seeds did not finish ({', '.join(kinds)})": len(failed),
+        f"the counterpart of {row.uncompared} of {total} seeds is missing": row.uncompared,
     }
-    return [reason for reason, count in reasons.items() if count]
+    return [*row.recipe.breakdowns(), *(reason for reason, count in reasons.items() if count)]
 
 
 def _tied(chosen: Row, sound: Sequence[Row], settings: Settings) -> tuple[Row, ...]:

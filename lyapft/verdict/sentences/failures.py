@@ -46,11 +46,7 @@ def failures(
             undecided
         )
         lines.append(f"No recipe is shown to lie outside {margin(settings)}{open_ones}.")
-    for recipe in evidence.recipes:
-        if broken := recipe.broke_down():
-            kinds = joined(sorted({str(run["status"]) for run in broken}))
-            total = len(recipe.runs) + len(recipe.failed)
-            lines.append(f"{recipe.name}: training broke down on {len(broken)} of {total} seeds ({kinds}).")
+    lines += [f"{recipe.name}: {joined(broken)}." for recipe in evidence.recipes if (broken := recipe.breakdowns())]
     return [*lines, *_spikes(found, spikes, settings)]
 
 
