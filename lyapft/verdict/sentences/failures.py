@@ -1,10 +1,10 @@
 """Where recipes fail and what is to blame, as sentences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from lyapft.divergence import is_spike
-from lyapft.verdict.blame import blame, remedy
+from lyapft.verdict.blame import Inquiry, blame, inquire, jointly, remedy
 from lyapft.verdict.evidence import PAPER, Evidence, Settings
 from lyapft.verdict.recipes import Row, ScoreRow
 from lyapft.verdict.sentences.advice import scores_of
@@ -13,7 +13,6 @@ from lyapft.verdict.words import AGAINST, MOST_LISTED, difference, joined, margi
 
 MOST_SPIKES = 2
 NOISE = {"seeds": "another seed", "threads": "other thread count", "replicate": "same again"}
-Siblings = Mapping[tuple[str, str, str], Sequence[Row]]  # rows by setting
 
 
 def failures(
@@ -29,30 +28,41 @@ def failures(
         for setting, own in groupby(sorted(found, key=lambda r: r.recipe.setting), lambda r: r.recipe.setting)
     }
     outside = [row for row in found if row.outcome(settings) in ("worse", "better") and row.same_as is None]
-    lines = [_failure(evidence, row, siblings, settings) for row in outside]
-    lines += [_outside(evidence, row, own, siblings, settings) for row, own in _scores_outside(scores, settings)]
+    single = _scores_outside(scores, settings)
+    explained = [(row, row.keys) for row in outside] + [
+        (row, [(s.task, s.shots) for s in own]) for row, own in single if _unexplained(row, settings)
+    ]
+    inquiries = jointly(
+        [inquire(evidence, row, siblings[row.recipe.setting], keys, settings) for row, keys in explained]
+    )
+    asked = {id(one.row): one for one in inquiries}
+    lines = [_failure(asked[id(row)], settings) for row in outside]
+    lines += [
+        _outside(row, own, asked.get(id(row)) if _unexplained(row, settings) else None, settings) for row, own in single
+    ]
     if not lines and found:
         undecided = sum(row.outcome(settings) == "undecided" for row in found)
         open_ones = f"; {undecided} of {len(found)} are undecided, which does not mean that they agree" * bool(
             undecided
         )
         lines.append(f"No recipe is shown to lie outside {margin(settings)}{open_ones}.")
-    for recipe in evidence.recipes:
-        if broken := recipe.broke_down():
-            kinds = joined(sorted({str(run["status"]) for run in broken}))
-            total = len(recipe.runs) + len(recipe.failed)
-            lines.append(f"{recipe.name}: training broke down on {len(broken)} of {total} seeds ({kinds}).")
+    lines += [f"{recipe.name}: {joined(broken)}." for recipe in evidence.recipes if (broken := recipe.breakdowns())]
     return [*lines, *_spikes(found, spikes, settings)]
 
 
-def _failure(evidence: Evidence, row: Row, siblings: Siblings, settings: Settings) -> str:
-    own = siblings[row.recipe.setting]
-    tried = remedy(evidence, row, own, settings) if row.outcome(settings) == "worse" else ""
+def _failure(one: Inquiry, settings: Settings) -> str:
+    row = one.row
+    tried = remedy(one, settings) if row.outcome(settings) == "worse" else ""
     return (
         f"{row.recipe.name} is {row.outcome(settings)} than {AGAINST[PAPER]} by more than {settings.margin:g} "
         f"point{'s' * (settings.margin != 1)}: {difference(row.comparison)}, {p_value(row.comparison.p_outside)}; "
-        f"{scores_of(row)}.{blame(evidence, row, own, row.keys, settings)}{tried}"
+        f"{scores_of(row)}.{blame(one, settings)}{tried}"
     )
+
+
+def _unexplained(row: Row, settings: Settings) -> bool:
+    """Whether its single scores are to be explained: against the paper, where the recipe as a whole is no failure."""
+    return row.counterpart == PAPER and row.outcome(settings) not in ("worse", "better")
 
 
 def _scores_outside(scores: Sequence[ScoreRow], settings: Settings) -> list[tuple[Row, list[ScoreRow]]]:
@@ -61,7 +71,7 @@ def _scores_outside(scores: Sequence[ScoreRow], settings: Settings) -> list[tupl
     return [(own[0].row, own) for own in groups if own[0].row.same_as is None]
 
 
-def _outside(evidence: Evidence, row: Row, own: Sequence[ScoreRow], siblings: Siblings, settings: Settings) -> str:
+def _outside(row: Row, own: Sequence[ScoreRow], asked: Inquiry | None, settings: Settings) -> str:
     """The scores of a recipe that lie outside; who is to blame where the recipe as a whole has not been blamed yet."""
     worst = sorted(own, key=lambda score: -abs(score.comparison.estimate.mean))
     shown = [
@@ -71,9 +81,7 @@ def _outside(evidence: Evidence, row: Row, own: Sequence[ScoreRow], siblings: Si
     more = f" and {len(worst) - len(shown)} more" if len(worst) > len(shown) else ""
     against = f" from {AGAINST[row.counterpart]}" if row.counterpart != PAPER else ""
     text = f"{row.recipe.name}: single scores outside {margin(settings)}{against}, {seeds(row.n)}: "
-    blamed = row.counterpart == PAPER and row.outcome(settings) not in ("worse", "better")
-    keys = [(s.task, s.shots) for s in own]
-    why = blame(evidence, row, siblings[row.recipe.setting], keys, settings) if blamed else ""
+    why = blame(asked, settings) if asked else ""
     return f"{text}{'; '.join(shown)}{more}.{why}"
 
 

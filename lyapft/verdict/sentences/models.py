@@ -59,7 +59,8 @@ def _floors_of(contrast: Contrast, floors: Sequence[Floor]) -> str:
 
 def _contrast(contrast: Contrast, settings: Settings) -> str:
     found = contrast.comparison
-    from_ = f"from {AGAINST[contrast.counterpart]}, {contrast.recipe}"
+    pooled = f"mean over the {contrast.pooled} recipes that both have, each counted once"
+    from_ = f"from {AGAINST[contrast.counterpart]}, {pooled if contrast.pooled > 1 else contrast.recipe}"
     sizes = (
         f"mean divergence {size(contrast.size)} of {contrast.model}, scores {raw(*contrast.scores)}, and "
         f"{size(contrast.twin_size)} of {contrast.twin}, scores {raw(*contrast.twin_scores)}"
