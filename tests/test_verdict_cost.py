@@ -169,3 +169,23 @@ def test_two_names_that_came_out_differently_are_two_tests() -> None:
         if record["choices"]["peft"] == "lora_all":
             record["config"]["peft"]["r"] = 16
     assert {row.comparison.family for row in judge(records).rows} == {4}
+
+
+# --- the cost of the same cell again ---------------------------------------------------------------------------------
+
+
+def test_how_far_the_cost_of_the_same_cell_again_lies_off_stands_beside_the_costs() -> None:
+    records = study({("bf16", "lora"): STEADY})
+    first = [record for record in records if record["choices"]["precision"] == "bf16"][:2]
+    for record, speed in zip(first, (1.2, 0.9), strict=True):
+        own = {"tokens_per_s": record["cost"]["tokens_per_s"] * speed, "peak_bytes_per_token": 50.0}
+        again = {"id": f"{record['id']}r", "role": "rerun", "replicate": 1, "cost": own}
+        records.append(record | again)
+        other = own | {"tokens_per_s": 1e6}  # another thread count is another cost, not noise
+        records.append(record | again | {"id": f"{record['id']}t", "replicate": 0, "cost": other})
+        records[-1]["environment"] = record["environment"] | {"threads": 1}
+    table = judge(records).tables["recipes"]
+    (speed, memory) = table.iloc[0][["floor_speed_ratio", "floor_memory_ratio"]]
+    assert speed == pytest.approx(math.exp(np.sqrt((math.log(1.2) ** 2 + math.log(0.9) ** 2) / 2)))
+    assert memory == pytest.approx(1.0)
+    assert judge(study({("bf16", "lora"): STEADY})).tables["recipes"]["floor_speed_ratio"].isna().all()

@@ -103,6 +103,8 @@ RECIPE = (
     _cost("speed_ratio", "× tokens/s"),
     _with_interval("memory_ratio", "× memory/token", ".2f", "cost"),
     _cost("cost", "× both"),
+    _number("floor_speed_ratio", "× tokens/s", ".2f", "cost, same again"),
+    _number("floor_memory_ratio", "× memory/token", ".2f", "cost, same again"),
     _with_interval("mean_abs_points", "mean |Δ| [95%]", ".2f", "size, points"),
     _number("floor_replicate_points", "same again", ".2f", "floor, points"),
     _number("floor_threads_points", "threads", ".2f", "floor, points"),

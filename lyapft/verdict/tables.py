@@ -21,7 +21,14 @@ from lyapft.verdict.spikes import Spikes
 def recipe_table(found: Sequence[Row], floors: Sequence[Floor], settings: Settings) -> pd.DataFrame:
     """Every recipe against one kind of counterpart: raw scores, difference, tests, outcome, cost, answers, floors."""
     by_setting = {(floor.setting, floor.kind): floor.mean_abs for floor in floors}
-    return pd.DataFrame([_recipe(row, by_setting, settings) for row in found])
+    dear = {floor.setting: floor.costs for floor in floors if floor.costs}
+    return pd.DataFrame([_recipe(row, by_setting, settings) | _cost_floors(dear, row) for row in found])
+
+
+def _cost_floors(floors: Mapping[tuple[str, str, str], Mapping[str, float]], row: Row) -> dict[str, float | None]:
+    """By which ratio the costs of the same cell again lie apart."""
+    own = floors.get(row.recipe.setting, {})
+    return {"floor_speed_ratio": own.get("tokens_per_s"), "floor_memory_ratio": own.get("peak_bytes_per_token")}
 
 
 def _recipe(row: Row, floors: Mapping[tuple[tuple[str, str, str], str], float], settings: Settings) -> dict[str, Any]:
