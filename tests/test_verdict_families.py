@@ -150,3 +150,15 @@ def test_a_seed_that_broke_down_is_counted_as_one_however_often_it_was_run_again
     assert doubts(row) == reasons
     assert f"mamba_tiny · bf16 · lora: {' and '.join(reasons)}." in text(found, "Where it fails")
     assert found.tables["recipes"].broke_down.tolist() == [1]
+
+
+# --- what the numbers are --------------------------------------------------------------------------------------------
+
+
+def test_a_corrected_p_beside_an_uncorrected_interval_is_said_once_in_each_section() -> None:
+    cells = {("fp32", "lora"): WORSE, ("bf16", "lora"): STEADY, ("fp16", "lora"): WILD}
+    found = judge(study(cells) + study(cells, model="llama_tiny"))
+    note = "Every p is after Holm's correction; the interval beside it is of that one comparison alone, uncorrected."
+    for section in ("Where it fails", "Mamba against Transformer"):
+        assert text(found, section).count(note) == 1
+    assert note not in text(judge(study({("bf16", "lora"): WILD})), "Where it fails")  # nothing there has a p

@@ -9,7 +9,19 @@ from lyapft.verdict.evidence import PAPER, Evidence, Settings
 from lyapft.verdict.recipes import Row, ScoreRow
 from lyapft.verdict.sentences.advice import scores_of
 from lyapft.verdict.spikes import Spikes
-from lyapft.verdict.words import AGAINST, MOST_LISTED, difference, joined, margin, p_value, raw, scored, seeds, where_of
+from lyapft.verdict.words import (
+    AGAINST,
+    ALONE,
+    MOST_LISTED,
+    difference,
+    joined,
+    margin,
+    p_value,
+    raw,
+    scored,
+    seeds,
+    where_of,
+)
 
 MOST_SPIKES = 2
 NOISE = {"seeds": "another seed", "threads": "other thread count", "replicate": "same again"}
@@ -40,7 +52,9 @@ def failures(
     lines += [
         _outside(row, own, asked.get(id(row)) if _unexplained(row, settings) else None, settings) for row, own in single
     ]
-    if not lines and found:
+    if lines:
+        lines.append(ALONE)
+    elif found:
         undecided = sum(row.outcome(settings) == "undecided" for row in found)
         open_ones = f"; {undecided} of {len(found)} are undecided, which does not mean that they agree" * bool(
             undecided

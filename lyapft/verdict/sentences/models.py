@@ -11,6 +11,7 @@ from lyapft.verdict.floors import Floor
 from lyapft.verdict.learning import Gain, Learned, Raw
 from lyapft.verdict.words import (
     AGAINST,
+    ALONE,
     MOST_LISTED,
     beyond,
     difference,
@@ -44,7 +45,7 @@ def architectures(
         for contrast in found
         if contrast.overall
     ]
-    return [*lines, "Each line is about these checkpoints on this data, not about the architectures as such."]
+    return [*lines, f"Each line is about these checkpoints on this data, not about the architectures as such. {ALONE}"]
 
 
 def _floors_of(contrast: Contrast, floors: Sequence[Floor]) -> str:
