@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lyapft.verdict import Settings, judge
+from lyapft.verdict import Settings, Verdict, judge
 from lyapft.verdict.recommendation import doubts
-from tests.test_verdict import STEADY, WILD, WORSE, study, text
+from tests.test_verdict import BASE, STEADY, WILD, WORSE, counterparts, study, text
 
 LITTLE = [0.3, -0.2, 0.1, -0.1, 0.2, -0.3, 0.1, -0.2]
 
@@ -41,7 +41,7 @@ def test_a_recipe_under_two_names_weighs_once_in_the_comparison_of_models() -> N
     assert pooled.comparison.estimate.mean == pytest.approx(apart.mean())
     assert pooled.size.mean == pytest.approx((sizes["a"] + sizes["b"]).mean() / 2)
     said = text(found, "Mamba against Transformer")
-    assert "mean over the 2 recipes that both have, each counted once" in said
+    assert "mean over the 2 recipes that both have, without bf16 · lora_all, which one of them repeats" in said
     assert len([one for one in found.contrasts if one.counterpart == "paper"]) == 4  # its own row stays
 
 
@@ -150,3 +150,86 @@ def test_a_seed_that_broke_down_is_counted_as_one_however_often_it_was_run_again
     assert doubts(row) == reasons
     assert f"mamba_tiny · bf16 · lora: {' and '.join(reasons)}." in text(found, "Where it fails")
     assert found.tables["recipes"].broke_down.tolist() == [1]
+
+
+# --- what the numbers are --------------------------------------------------------------------------------------------
+
+
+def test_a_corrected_p_beside_an_uncorrected_interval_is_said_once_in_each_section() -> None:
+    cells = {("fp32", "lora"): WORSE, ("bf16", "lora"): STEADY, ("fp16", "lora"): WILD}
+    found = judge(study(cells) + study(cells, model="llama_tiny"))
+    note = "Every p is after Holm's correction; the interval beside it is of that one comparison alone, uncorrected."
+    for section in ("Where it fails", "Mamba against Transformer"):
+        assert text(found, section).count(note) == 1
+    assert note not in text(judge(study({("bf16", "lora"): WILD})), "Where it fails")  # nothing there has a p
+
+
+# --- one sentence ----------------------------------------------------------------------------------------------------
+
+
+Points = tuple[list[float], list[float]]  # at 0 and at 5 shots, by seed
+
+
+def off_by(cells: dict[tuple[str, str], Points]) -> list[dict[str, Any]]:
+    """Recipes that lie the given points off the counterpart."""
+    records = study(dict.fromkeys(cells, STEADY))
+    full = {(r["choices"]["peft"], r["seed"]): r for r in records if r["choices"]["precision"] == "fp32"}
+    for record in records:
+        points = cells.get((record["choices"]["precision"], record["choices"]["peft"]))
+        for place, score in enumerate(record["scores"] if points else ()):
+            paper = full["none", record["seed"]]["scores"][place]["value"]
+            score["value"] = paper + points[place][record["seed"]] / 100
+    for record in records:
+        peft, seed = record["choices"]["peft"], record["seed"]
+        record["divergence"] = counterparts(record, full["none", seed], full.get((peft, seed)))
+    return records
+
+
+def single_scores(found: Verdict) -> list[str]:
+    """The sentences on single scores against the paper's counterpart."""
+    lines = text(found, "Where it fails").splitlines()
+    return [line for line in lines if "single scores outside" in line and "from full precision" not in line]
+
+
+def test_single_scores_of_one_recipe_in_several_formats_are_one_sentence() -> None:
+    moved = {"fp32": 8.0, "bf16": 9.0, "fp16": 8.5}
+    cells = {(form, "lora"): ([x + m for x in STEADY], [x - m for x in STEADY]) for form, m in moved.items()}
+    found = judge(off_by(cells))
+    assert {row.outcome(found.settings) for row in found.rows} == {"equivalent"}  # what 5 shots lose, 0 shots win
+    (line,) = single_scores(found)
+    assert line.startswith("mamba_tiny · lora in fp32, bf16 and fp16: single scores outside ±1 point: t 0-shot in bf16")
+    mean, base = np.mean(STEADY) - 9, np.mean(BASE)
+    assert f"t 5-shot in bf16 −{abs(mean):.2f} points (95% " in line
+    assert f"{base + mean / 100:.3f} against {base:.3f} and 4 more. In fp32: all of it is the peft's: lora." in line
+    assert "In bf16, 0.00 (95% −0.04 to +0.04, n = 8 seeds, which may be nothing) of it is the format's." in line
+    assert "In fp16, 0.00 (95%" in line
+
+
+def test_the_remedy_of_single_scores_is_measured_on_these_scores() -> None:
+    wild = [3 * x for x in WILD]
+    cells = {("fp32", "lora"): (wild, WORSE), ("bf16", "lora"): (wild, WORSE), ("fp32", "lora_all"): (wild, LITTLE)}
+    (line,) = single_scores(judge(off_by(cells)))
+    theirs, base = stats.ttest_1samp(LITTLE, 0.0).confidence_interval(0.95), np.mean(BASE)
+    assert (
+        f"Remedy tried: peft=lora_all instead, −{abs(np.mean(LITTLE)):.2f} points (95% −{abs(theirs.low):.2f} to "
+        f"+{theirs.high:.2f}, n = 8 seeds), score {base + np.mean(LITTLE) / 100:.3f} against {base:.3f}, which brings "
+        "it inside the margin." in line
+    )
+    (line,) = single_scores(judge(off_by({("fp32", "lora"): (wild, WORSE)})))
+    assert "No remedy was tried: add another peft=… to the study." in line
+    (line,) = single_scores(judge(off_by({("fp32", "lora"): (wild, [-x for x in WORSE])})))
+    assert "emedy" not in line  # what is won needs none
+
+
+def test_in_context_learning_of_a_model_is_one_sentence() -> None:
+    records = study({("bf16", "lora"): STEADY}) + study({("bf16", "lora"): STEADY}, model="llama_tiny")
+    for record in records:
+        record["scores"] += [score | {"task": "u"} for score in record["scores"]]
+    (line,) = [
+        line
+        for line in text(judge(records), "Mamba against Transformer").splitlines()
+        if line.startswith("In-context learning of mamba_tiny")
+    ]
+    assert line.count("100% of llama_tiny's") == 2
+    assert "as gain of the 0-shot score: t +1.00 (" in line
+    assert "; u +1.00 (" in line

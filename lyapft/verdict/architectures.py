@@ -35,6 +35,7 @@ class Contrast:
     beyond: bool  # whether any score is of items longer than what the base model was trained on
     overall: bool  # whether it stands for all recipes that the two share
     pooled: int = 1  # recipes of which it is the mean
+    left_out: tuple[str, ...] = ()  # shared recipes that either model has under another name as well
 
     def steadier(self, settings: Settings) -> str | None:
         """Which of the two is shown to diverge less; None where the seeds do not show it."""
@@ -104,9 +105,11 @@ def _contrasts(model: str, twin: str, shared: Sequence[tuple[Row, Row]], setting
     }
     behind = {both[0].recipe.label: [both] for both in shared}
     once = _once(shared)
+    kept = [ours.recipe.label for ours, _ in once]
+    left_out = tuple(label for label in sizes if label not in kept)
     if len(once) > 1:
-        kept = [sizes[ours.recipe.label] for ours, _ in once]
-        sizes = {ALL_RECIPES: (_pooled(kept, 0), _pooled(kept, 1))} | sizes
+        pool = [sizes[label] for label in kept]
+        sizes = {ALL_RECIPES: (_pooled(pool, 0), _pooled(pool, 1))} | sizes
         behind[ALL_RECIPES] = once
     grain = max(resolution(pair) for both in shared for row in both for pair in row.pairs)
     row = shared[0][0]
@@ -130,6 +133,7 @@ def _contrasts(model: str, twin: str, shared: Sequence[tuple[Row, Row]], setting
                     beyond=any(one.beyond for one in (*own, *twins_)),
                     overall=not made,
                     pooled=len(behind[recipe]),
+                    left_out=left_out if recipe == ALL_RECIPES else (),
                 )
             )
     return made

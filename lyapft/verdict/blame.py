@@ -65,6 +65,11 @@ class Inquiry:
         """Whether the recipe fails as a whole, not on single scores."""
         return set(self.keys) == set(self.row.keys)
 
+    @property
+    def loses(self) -> bool:
+        """Whether the scores lie below the counterpart's: what a gain needs is no remedy."""
+        return sum(pair.mean_over(self.keys) for pair in self.row.pairs) < 0
+
     def tests(self) -> Iterator[Comparison]:
         """What is tested here for the first time."""
         if self.shares:
@@ -132,6 +137,17 @@ def blame(one: Inquiry, settings: Settings) -> str:
     )
     text += _which_layers(one, settings) if _shown(parts.peft, settings) else ""
     return text + (_block(recipe) if _shown(parts.form, settings) else "")
+
+
+def blame_beside(one: Inquiry, settings: Settings) -> str:
+    """What the number format did, of a recipe whose peft is blamed already in another format."""
+    recipe = one.row.recipe
+    if recipe.peft == "none":
+        return f" In {recipe.precision} likewise.{_block(recipe)}"
+    if one.shares is None:
+        return f" In {recipe.precision}, full precision with the same peft is missing."
+    block = _block(recipe) if _shown(one.shares.form, settings) else ""
+    return f" In {recipe.precision}, {_part(one.shares.form, settings)} of it is the format's.{block}"
 
 
 def _shown(found: Comparison, settings: Settings) -> bool:

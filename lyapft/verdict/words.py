@@ -13,6 +13,7 @@ EMULATED_MEANS = (
     f"{EMULATED}: half precision ran in software on a processor without half arithmetic. Such speed, and a cost that "
     "counts it, is not that of hardware that has it."
 )
+ALONE = "Every p is after Holm's correction; the interval beside it is of that one comparison alone, uncorrected."
 
 
 def signed(value: float) -> str:

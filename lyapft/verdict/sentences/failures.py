@@ -8,8 +8,19 @@ from lyapft.verdict.blame import Inquiry, blame, inquire, jointly, remedy
 from lyapft.verdict.evidence import PAPER, Evidence, Settings
 from lyapft.verdict.recipes import Row, ScoreRow
 from lyapft.verdict.sentences.advice import scores_of
+from lyapft.verdict.sentences.single_scores import keys_of, outside, single_scores, unexplained
 from lyapft.verdict.spikes import Spikes
-from lyapft.verdict.words import AGAINST, MOST_LISTED, difference, joined, margin, p_value, raw, scored, seeds, where_of
+from lyapft.verdict.words import (
+    AGAINST,
+    ALONE,
+    difference,
+    joined,
+    margin,
+    p_value,
+    raw,
+    scored,
+    where_of,
+)
 
 MOST_SPIKES = 2
 NOISE = {"seeds": "another seed", "threads": "other thread count", "replicate": "same again"}
@@ -27,20 +38,18 @@ def failures(
         setting: list(own)
         for setting, own in groupby(sorted(found, key=lambda r: r.recipe.setting), lambda r: r.recipe.setting)
     }
-    outside = [row for row in found if row.outcome(settings) in ("worse", "better") and row.same_as is None]
-    single = _scores_outside(scores, settings)
-    explained = [(row, row.keys) for row in outside] + [
-        (row, [(s.task, s.shots) for s in own]) for row, own in single if _unexplained(row, settings)
-    ]
+    whole = [row for row in found if row.outcome(settings) in ("worse", "better") and row.same_as is None]
+    single = outside(scores, settings)
+    explained = [(row, row.keys) for row in whole]
+    explained += [(row, keys_of(own)) for row, own in single if unexplained(row, settings)]
     inquiries = jointly(
         [inquire(evidence, row, siblings[row.recipe.setting], keys, settings) for row, keys in explained]
     )
-    asked = {id(one.row): one for one in inquiries}
-    lines = [_failure(asked[id(row)], settings) for row in outside]
-    lines += [
-        _outside(row, own, asked.get(id(row)) if _unexplained(row, settings) else None, settings) for row, own in single
-    ]
-    if not lines and found:
+    lines = [_failure(one, settings) for one in inquiries[: len(whole)]]
+    lines += single_scores(single, {id(one.row): one for one in inquiries[len(whole) :]}, settings)
+    if lines:
+        lines.append(ALONE)
+    elif found:
         undecided = sum(row.outcome(settings) == "undecided" for row in found)
         open_ones = f"; {undecided} of {len(found)} are undecided, which does not mean that they agree" * bool(
             undecided
@@ -58,35 +67,6 @@ def _failure(one: Inquiry, settings: Settings) -> str:
         f"point{'s' * (settings.margin != 1)}: {difference(row.comparison)}, {p_value(row.comparison.p_outside)}; "
         f"{scores_of(row)}.{blame(one, settings)}{tried}"
     )
-
-
-def _unexplained(row: Row, settings: Settings) -> bool:
-    """Whether its single scores are to be explained: against the paper, where the recipe as a whole is no failure."""
-    return row.counterpart == PAPER and row.outcome(settings) not in ("worse", "better")
-
-
-def _scores_outside(scores: Sequence[ScoreRow], settings: Settings) -> list[tuple[Row, list[ScoreRow]]]:
-    outside = [score for score in scores if score.comparison.outcome(settings.alpha) in ("worse", "better")]
-    groups = [list(own) for _, own in groupby(outside, key=lambda s: id(s.row))]
-    return [(own[0].row, own) for own in groups if own[0].row.same_as is None]
-
-
-def _outside(row: Row, own: Sequence[ScoreRow], asked: Inquiry | None, settings: Settings) -> str:
-    """The scores of a recipe that lie outside; who is to blame where the recipe as a whole has not been blamed yet."""
-    worst = sorted(own, key=lambda score: -abs(score.comparison.estimate.mean))
-    shown = [
-        f"{scored((s.task, s.shots))}{_beyond(s)} {difference(s.comparison)}, {raw(s.score, s.counterpart_score)}"
-        for s in worst[:MOST_LISTED]
-    ]
-    more = f" and {len(worst) - len(shown)} more" if len(worst) > len(shown) else ""
-    against = f" from {AGAINST[row.counterpart]}" if row.counterpart != PAPER else ""
-    text = f"{row.recipe.name}: single scores outside {margin(settings)}{against}, {seeds(row.n)}: "
-    why = blame(asked, settings) if asked else ""
-    return f"{text}{'; '.join(shown)}{more}.{why}"
-
-
-def _beyond(score: ScoreRow) -> str:
-    return " (beyond the trained length)" if score.beyond_trained_length else ""
 
 
 def _spikes(found: Sequence[Row], spikes: Sequence[Spikes], settings: Settings) -> list[str]:
