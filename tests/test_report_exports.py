@@ -169,11 +169,19 @@ def test_the_page_begins_with_the_verdict(folder: Path, verdict: Verdict) -> Non
     assert "loss is nan | &lt;b&gt;&amp;" in page
 
 
-def test_margin_and_weights_are_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_reader_decides_are_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
     assert main([str(folder), "--output", str(page), "--margin", "40", "--memory-weight", "0"]) == 0
     assert "within ±40 points" in (tmp_path / exports.MARKDOWN).read_text(encoding="utf-8")
     table = pd.read_csv(tmp_path / TABLES / "recipes.csv")
     assert table.cost.tolist() == pytest.approx((1 / table.speed_ratio).tolist())
+    counts = {}
+    for points in ("0.5", "60"):
+        assert main([str(folder), "--output", str(page), "--spike", points, "--power", "0.9"]) == 0
+        said = (tmp_path / exports.MARKDOWN).read_text(encoding="utf-8")
+        assert f"single scores lie over {points} points from" in said
+        counts[points] = int(re.findall(r"Spikes: (\d+) of", said)[0])
+    assert counts["0.5"] > counts["60"] == 0
+    assert "with 90% chance" in said
     assert main([str(folder), "--margin", "0"]) == 2
     assert "margin > 0" in capsys.readouterr().err

@@ -146,7 +146,7 @@ def test_the_second_counterpart_has_its_differences_per_task_and_shots() -> None
 
 def test_single_scores_outside_the_margin_name_their_counterpart() -> None:
     said = text(judge(study({("fp32", "lora"): STEADY, ("bf16", "lora"): WORSE})), "Where it fails")
-    assert "bf16 · lora: single scores outside ±1 point from full precision with the same peft, n = 8 seeds: t " in said
+    assert "bf16 · lora: single scores outside ±1 point from full precision with the same peft: t " in said
 
 
 def test_spikes_are_counted_by_task_beside_the_floor_of_the_same_score() -> None:

@@ -75,9 +75,9 @@ def lost(records: list[dict[str, Any]], at: int, status: str) -> list[dict[str, 
 @pytest.mark.parametrize(
     ("status", "reason"),
     [
-        ("oom", "1 of 8 did not finish (oom)"),
-        ("failed", "1 of 8 did not finish (failed)"),
-        ("nonfinite", "training broke down on 1 of 8"),
+        ("oom", "1 of 8 seeds did not finish (oom)"),
+        ("failed", "1 of 8 seeds did not finish (failed)"),
+        ("nonfinite", "training broke down on 1 of 8 seeds (nonfinite)"),
     ],
 )
 def test_a_recipe_that_lost_a_seed_is_undecided_with_the_reason(status: str, reason: str) -> None:
@@ -98,7 +98,7 @@ def test_a_recipe_whose_counterpart_broke_on_a_seed_is_undecided_with_the_reason
     records[-1]["divergence"][0] |= {"status": "missing", "per_score": []}
     found = judge(records)
     assert found.recommendations[0].chosen is None
-    assert "but the counterpart of 1 of 8 is missing" in text(found, "Recommendation")
+    assert "but the counterpart of 1 of 8 seeds is missing" in text(found, "Recommendation")
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted"])

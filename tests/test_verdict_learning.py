@@ -189,3 +189,19 @@ def test_the_tables_of_both_studies_read_as_text() -> None:
         assert {len(cells) for cells in columns.values()} == {len(verdict.tables[name])}
         assert set(columns["", "beyond trained length"]) == {"yes"}
         assert {title for _, title in columns} <= {spec.title for spec in SPECS[name]}
+
+
+def test_the_least_spread_of_a_gain_is_what_one_answer_without_shots_moves_it() -> None:
+    zero, few, items = 0.25, 0.95, 200
+    records = icl_study()
+    for record in records:
+        tuned = record["config"]["trainer"]["steps"] != 0
+        for score in record["scores"]:
+            score["n"] = items
+            score["value"] = (few if score["shots"] else zero) if tuned else 0.25  # alike on every seed
+    (one,) = judge(records).learned
+    moved = few / zero - few / (zero + 1 / items)
+    assert moved == pytest.approx(0.0745, abs=1e-4)
+    half = one.difference.high - one.difference.mean
+    assert half == pytest.approx(stats.t.ppf(0.975, 3) * few / (items * zero**2) / 2)  # four seeds
+    assert half > stats.t.ppf(0.975, 3) * moved / 2

@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, what in (
         ("margin", "percentage points: differences inside ± this do not matter"),
         ("alpha", "risk of a false claim over a whole table"),
+        ("power", "chance with which the seeds that an undecided recipe needs would decide"),
+        ("spike", "percentage points: a single score further from its counterpart's is called a spike"),
         ("speed-weight", "how much time counts in the cost of a recipe"),
         ("memory-weight", "how much memory counts in the cost of a recipe"),
     ):
@@ -40,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             default,
             margin=options.margin,
             alpha=options.alpha,
+            power=options.power,
+            spike=options.spike,
             speed_weight=options.speed_weight,
             memory_weight=options.memory_weight,
         )

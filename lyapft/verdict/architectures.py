@@ -1,7 +1,7 @@
 """Models with a recurrent state beside the Transformer of their size: whose divergence is smaller."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lyapft.divergence import Comparison, Estimate, adjusted, compare, estimate
@@ -34,6 +34,8 @@ class Contrast:
     comparison: Comparison
     beyond: bool  # whether any score is of items longer than what the base model was trained on
     overall: bool  # whether it stands for all recipes that the two share
+    pooled: int = 1  # recipes of which it is the mean
+    left_out: tuple[str, ...] = ()  # shared recipes that either model has under another name as well
 
     def steadier(self, settings: Settings) -> str | None:
         """Which of the two is shown to diverge less; None where the seeds do not show it."""
@@ -68,6 +70,8 @@ def twins(evidence: Evidence) -> dict[str, str]:
 def contrasts(evidence: Evidence, found: Sequence[Row], settings: Settings) -> list[Contrast]:
     """A row per recipe that both have on at least one common seed, and one over all such recipes together.
 
+    A recipe that repeats another one under its own name keeps its row, but counts once in the one over all.
+
     Args:
         found: rows against any kinds of counterparts; each kind is compared by itself.
     """
@@ -100,9 +104,13 @@ def _contrasts(model: str, twin: str, shared: Sequence[tuple[Row, Row]], setting
         ours.recipe.label: (_sizes(ours), _sizes(theirs)) for ours, theirs in shared
     }
     behind = {both[0].recipe.label: [both] for both in shared}
-    if len(sizes) > 1:
-        sizes = {ALL_RECIPES: (_pooled(sizes, 0), _pooled(sizes, 1))} | sizes
-        behind[ALL_RECIPES] = list(shared)
+    once = _once(shared)
+    kept = [ours.recipe.label for ours, _ in once]
+    left_out = tuple(label for label in sizes if label not in kept)
+    if len(once) > 1:
+        pool = [sizes[label] for label in kept]
+        sizes = {ALL_RECIPES: (_pooled(pool, 0), _pooled(pool, 1))} | sizes
+        behind[ALL_RECIPES] = once
     grain = max(resolution(pair) for both in shared for row in both for pair in row.pairs)
     row = shared[0][0]
     made: list[Contrast] = []
@@ -124,9 +132,21 @@ def _contrasts(model: str, twin: str, shared: Sequence[tuple[Row, Row]], setting
                     comparison=compare([ours[seed] - theirs[seed] for seed in seeds], settings.margin, grain),
                     beyond=any(one.beyond for one in (*own, *twins_)),
                     overall=not made,
+                    pooled=len(behind[recipe]),
+                    left_out=left_out if recipe == ALL_RECIPES else (),
                 )
             )
     return made
+
+
+def _once(shared: Sequence[tuple[Row, Row]]) -> list[tuple[Row, Row]]:
+    """Without those in which either model repeats a recipe under another name, which would weigh twice in a mean."""
+    named = [{both[side].recipe.key for both in shared} for side in (0, 1)]
+    return [
+        both
+        for both in shared
+        if not any(row.same_as and row.same_as.key in names for row, names in zip(both, named, strict=True))
+    ]
 
 
 def _scores(rows: Sequence[Row], seeds: Sequence[int]) -> tuple[float, float]:
@@ -139,7 +159,7 @@ def _sizes(row: Row) -> Sizes:
     return {pair.seed: pair.mean_abs for pair in row.pairs}
 
 
-def _pooled(sizes: Mapping[str, tuple[Sizes, Sizes]], side: int) -> Sizes:
+def _pooled(sizes: Sequence[tuple[Sizes, Sizes]], side: int) -> Sizes:
     """Mean over recipes, on the seeds that all have on both sides, so that no recipe weighs more on some seeds."""
-    common = set.intersection(*(set(one) for both in sizes.values() for one in both))
-    return {seed: math.fsum(both[side][seed] for both in sizes.values()) / len(sizes) for seed in common}
+    common = set.intersection(*(set(one) for both in sizes for one in both))
+    return {seed: math.fsum(both[side][seed] for both in sizes) / len(sizes) for seed in common}

@@ -1,10 +1,11 @@
 """What recipes cost beside their counterparts, and which costs the seeds tell apart."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lyapft.divergence import Estimate, estimate
+from lyapft.divergence import Estimate, estimate, holm, p_different
 from lyapft.records import costs
 from lyapft.verdict.evidence import Settings
 from lyapft.verdict.pairing import Pair
@@ -20,11 +21,16 @@ class Cost:
     logs: Mapping[int, float]  # ln of the index by seed: what two recipes' costs are compared by
     emulated: bool  # half precision was emulated: its speed is not that of hardware that has it
     halved: int  # pairs in which memory ran out, left out of all three
+    p: float  # two-sided, of a t test that ln of the index is 0; NaN for one seed
 
-    @property
-    def saves(self) -> bool:
-        """Whether it is shown to be below that of its counterpart: the interval lies below 1; one seed has none."""
-        return self.index.n > 1 and self.index.high < 1
+    def saves(self, alpha: float) -> bool:
+        """Whether it is shown to be below that of its counterpart; one seed shows nothing."""
+        return self.p <= alpha and self.index.mean < 1
+
+
+def jointly(costs_: Sequence[Cost]) -> list[Cost]:
+    """The costs of recipes among which the cheap ones are looked for, every p adjusted by Holm over all of them."""
+    return [replace(cost, p=p) for cost, p in zip(costs_, holm([cost.p for cost in costs_]), strict=True)]
 
 
 def cost_of(own: Sequence[Pair], settings: Settings) -> Cost:
@@ -42,13 +48,18 @@ def cost_of(own: Sequence[Pair], settings: Settings) -> Cost:
     emulated = any((pair.run.get("precision") or {}).get("emulated") for pair in own)
     halved = sum(any(side.get("oom") for side in (pair.run, pair.counterpart)) for pair in own)
     speeds, memories, costs_ = (_geometric_mean(logs) for logs in (speed, memory, index))
-    return Cost(speeds, memories, costs_, index, emulated, halved)
+    return Cost(speeds, memories, costs_, index, emulated, halved, _p(index))
 
 
 def _log_ratios(own: Sequence[Pair], name: str) -> dict[int, float]:
     """ln(run / counterpart) by seed, where both were measured."""
     measured = {pair.seed: [costs(side).get(name) for side in (pair.run, pair.counterpart)] for pair in own}
     return {seed: math.log(ours / theirs) for seed, (ours, theirs) in measured.items() if ours and theirs}
+
+
+def _p(logs: dict[int, float]) -> float:
+    """Of no saving; bytes may well be the same on every seed, so that rounding alone is their spread."""
+    return float(p_different(list(logs.values()), sys.float_info.epsilon)) if logs else math.nan
 
 
 def _geometric_mean(logs: dict[int, float]) -> Estimate:

@@ -112,14 +112,29 @@ class Recipe:
         )
 
     def broke_down(self) -> tuple[Record, ...]:
-        """Runs whose training ended in numbers that are not finite."""
-        return tuple(run for run in self.failed if run["status"] in BROKE_DOWN)
+        """Runs whose training ended in numbers that are not finite, at most one per seed; reruns are none of them."""
+        return tuple(run for run in self.failed_seeds().values() if run["status"] in BROKE_DOWN)
 
     def failed_seeds(self) -> dict[int, Record]:
         """Runs that did not finish, of the seeds that have no other; reruns for the noise floor are none of them."""
-        lost = {seed_of(run): run for run in self.failed if not is_rerun(run)}
+        again = set(map(id, self.failed_reruns()))
+        return {seed_of(run): run for run in self.failed if id(run) not in again}
+
+    def failed_reruns(self) -> tuple[Record, ...]:
+        """Runs that did not finish and are not what the recipe is judged by: replicates, other thread counts."""
         finished = set(self.seeds)
-        return {seed: run for seed, run in lost.items() if seed not in finished}
+        return tuple(run for run in self.failed if is_rerun(run) or seed_of(run) in finished)
+
+    def breakdowns(self) -> list[str]:
+        """On how many of its seeds, and in how many reruns apart from them, the training broke down, in words."""
+        seeds, reruns = len(self.runs) + len(self.failed_seeds()), len(self.reruns) + len(self.failed_reruns())
+        again = [run for run in self.failed_reruns() if run["status"] in BROKE_DOWN]
+        counted = ((self.broke_down(), f"on {{}} of {seeds} seeds"), (again, f"in {{}} of {reruns} reruns"))
+        return [
+            f"training broke down {where.format(len(runs))} ({', '.join(sorted({str(run['status']) for run in runs}))})"
+            for runs, where in counted
+            if runs
+        ]
 
 
 @dataclass(frozen=True)

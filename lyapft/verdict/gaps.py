@@ -80,7 +80,7 @@ def _uneven(evidence: Evidence) -> list[Gap]:
     seeds: dict[tuple[str, str, str], set[int]] = {}
     for recipe in evidence.recipes:
         tried = [*recipe.runs, *recipe.failed]
-        seeds.setdefault(recipe.setting, set()).update(seed_of(run) for run in tried if not run.get("replicate"))
+        seeds.setdefault(recipe.setting, set()).update(seed_of(run) for run in tried if not is_rerun(run))
     return [gap for recipe in evidence.recipes for gap in _gaps(recipe, sorted(seeds[recipe.setting]))]
 
 
@@ -88,9 +88,8 @@ def _gaps(recipe: Recipe, seeds: list[int]) -> list[Gap]:
     failed = recipe.failed_seeds()
     finished = {seed_of(run): run for run in recipe.runs}
     found = [
-        Gap(recipe, seed_of(run), f"rerun {run['status']}", str((run.get("error") or {}).get("message", "")))
-        for run in recipe.failed
-        if is_rerun(run) or seed_of(run) in finished  # on another number of threads
+        Gap(recipe, seed_of(run), f"rerun {_status(run)}", str((run.get("error") or {}).get("message", "")))
+        for run in recipe.failed_reruns()
     ]
     for seed in seeds:
         if seed in finished:
@@ -98,10 +97,15 @@ def _gaps(recipe: Recipe, seeds: list[int]) -> list[Gap]:
                 found.append(Gap(recipe, seed, why))
         elif seed in failed:
             error = failed[seed].get("error") or {}
-            found.append(Gap(recipe, seed, str(failed[seed]["status"]), str(error.get("message", ""))))
+            found.append(Gap(recipe, seed, _status(failed[seed]), str(error.get("message", ""))))
         elif not recipe.seedless:
             found.append(Gap(recipe, seed, NOT_RUN))
     return found
+
+
+def _status(run: Record) -> str:
+    """How a run ended; its record does not know whether anybody still works on one that has not."""
+    return "not finished" if run["status"] == "running" else str(run["status"])
 
 
 def _without_counterpart(run: Record) -> str | None:

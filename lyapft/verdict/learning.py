@@ -145,8 +145,11 @@ def _learned(recipe: Recipe, base: Recipe) -> Iterable[Learned]:
 
 
 def _grain(tuned: ShotScores, base: ShotScores, items: int) -> float:
-    """What one changed answer moves a gain: the least spread over seeds that is believed."""
-    return max(1.0 / (items * len(one.shots) * one.zero) for one in (tuned, base))
+    """What one changed answer moves a gain few/zero − 1: the least spread over seeds that is believed.
+
+    One with shots moves `few` by 1/(n · shots), one without moves `zero` by 1/n: by the derivative, few/(n zero²).
+    """
+    return max(max(1.0 / len(one.shots), one.few / one.zero) / (items * one.zero) for one in (tuned, base))
 
 
 def _by_task(runs: Iterable[Record]) -> Mapping[str, BySeed]:

@@ -1,7 +1,7 @@
 """Runs beside their counterparts, seed by seed: signed differences, and the raw scores that they come from."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -89,3 +89,8 @@ def mean_scores_of(own: Sequence[Pair], keys: Iterable[ScoreKey]) -> tuple[float
 def resolution(pair: Pair) -> float:
     """Points by which one changed answer moves the mean over tasks and shots; the largest, where scores differ in n."""
     return 100.0 / (pair.fewest_items * len(pair.signed))
+
+
+def resolution_over(own: Sequence[Pair], keys: Collection[ScoreKey]) -> float:
+    """Points by which one changed answer moves the mean over these scores; the largest of the pairs."""
+    return 100.0 / (min(pair.fewest_items for pair in own) * len(keys))

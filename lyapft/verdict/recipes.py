@@ -32,7 +32,15 @@ from lyapft.verdict.evidence import (
     items_of,
     values_of,
 )
-from lyapft.verdict.pairing import Pair, mean_scores, mean_scores_of, pairs, resolution, shared_keys
+from lyapft.verdict.pairing import (
+    Pair,
+    mean_scores,
+    mean_scores_of,
+    pairs,
+    resolution,
+    resolution_over,
+    shared_keys,
+)
 
 
 @dataclass(frozen=True)
@@ -122,12 +130,12 @@ def score_rows(found: Sequence[Row], settings: Settings) -> list[ScoreRow]:
 class Shares:
     """Parts of a mean signed difference, in points; `middle` is the score in between: full precision, same peft."""
 
-    peft: Estimate
-    form: Estimate
+    peft: Comparison
+    form: Comparison
     middle: float
 
 
-def shares(evidence: Evidence, recipe: Recipe, keys: Sequence[ScoreKey]) -> Shares | None:
+def shares(evidence: Evidence, recipe: Recipe, keys: Sequence[ScoreKey], margin: float) -> Shares | None:
     """Parts of the mean signed difference over some scores: of the peft, and of the number format.
 
     (cell − paper) = (fp32 same peft − paper) + (cell − fp32 same peft), seed by seed; None where either is missing.
@@ -141,7 +149,9 @@ def shares(evidence: Evidence, recipe: Recipe, keys: Sequence[ScoreKey]) -> Shar
         return None
     total, form = ([side[seed].mean_over(keys) for seed in seeds] for side in sides)
     _, middle = mean_scores_of([sides[1][seed] for seed in seeds], keys)
-    return Shares(estimate([t - f for t, f in zip(total, form, strict=True)]), estimate(form), middle)
+    grain = resolution_over([side[seed] for side in sides for seed in seeds], keys)
+    peft = [t - f for t, f in zip(total, form, strict=True)]
+    return Shares(compare(peft, margin, grain), compare(form, margin, grain), middle)
 
 
 def _row(

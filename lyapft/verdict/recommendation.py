@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lyapft.verdict.costs import told_apart
+from lyapft.verdict.costs import jointly, told_apart
 from lyapft.verdict.evidence import BROKE_DOWN, Settings
 from lyapft.verdict.recipes import Row
 
@@ -30,12 +30,14 @@ class Recommendation:
     dear: tuple[Row, ...]
     better: tuple[Row, ...]
     trained: bool = True  # whether any of it was trained at all
+    recipes: int = 1  # whose costs share an error rate
 
 
 def recommend(found: Sequence[Row], settings: Settings) -> list[Recommendation]:
     """A recommendation for every model, data set and task, from the rows against the paper's counterpart.
 
-    A recipe that another one of the study repeats under its own name is judged once, by the first name.
+    A recipe that another one of the study repeats under its own name is judged once, by the first name. What they cost
+    is tested as well: p adjusted by Holm over the recipes of a setting.
     """
     by_setting: dict[tuple[str, str, str], list[Row]] = {}
     for row in found:
@@ -45,10 +47,12 @@ def recommend(found: Sequence[Row], settings: Settings) -> list[Recommendation]:
 
 def _recommended(setting: tuple[str, str, str], found: Sequence[Row], settings: Settings) -> Recommendation:
     named = {row.recipe.key for row in found}
-    own = sorted((row for row in found if row.same_as is None or row.same_as.key not in named), key=_place)
+    kept = [row for row in found if row.same_as is None or row.same_as.key not in named]
+    costs = jointly([row.cost for row in kept])
+    own = sorted((replace(row, cost=cost) for row, cost in zip(kept, costs, strict=True)), key=_place)
     equivalent = [row for row in own if row.outcome(settings) == "equivalent"]
     sound = [row for row in equivalent if not doubts(row)]
-    chosen = next((row for row in sound if row.cost.saves), None)
+    chosen = next((row for row in sound if row.cost.saves(settings.alpha)), None)
     undecided = [row for row in own if row.outcome(settings) == "undecided"]
     return Recommendation(
         setting,
@@ -56,9 +60,14 @@ def _recommended(setting: tuple[str, str, str], found: Sequence[Row], settings: 
         tied=_tied(chosen, sound, settings) if chosen else (),
         open=tuple(row for row in undecided if chosen is None or not _cost(row) >= _cost(chosen)),
         unsound=tuple(row for row in equivalent if doubts(row)),
-        dear=tuple(row for row in sound if not row.cost.saves),
-        better=tuple(row for row in own if row.outcome(settings) == "better" and row.cost.saves and not doubts(row)),
+        dear=tuple(row for row in sound if not row.cost.saves(settings.alpha)),
+        better=tuple(
+            row
+            for row in own
+            if row.outcome(settings) == "better" and row.cost.saves(settings.alpha) and not doubts(row)
+        ),
         trained=any(row.recipe.trained for row in found),
+        recipes=len(own),
     )
 
 
@@ -67,16 +76,15 @@ def doubts(row: Row) -> list[str]:
 
     Which seeds fail may well depend on what is compared, so those that are left may flatter.
     """
-    broken = row.recipe.broke_down()
-    failed = [run for run in row.recipe.failed_seeds().values() if run["status"] not in (*BROKE_DOWN, *UNFINISHED)]
-    total = len(row.recipe.runs) + max(len(row.recipe.failed_seeds()), len(broken))
+    lost = row.recipe.failed_seeds()
+    failed = [run for run in lost.values() if run["status"] not in (*BROKE_DOWN, *UNFINISHED)]
+    total = len(row.recipe.runs) + len(lost)
     kinds = sorted({str(run["status"]) for run in failed})
     reasons = {
-        f"training broke down on {len(broken)} of {total}": len(broken),
-        f"{len(failed)} of {total} did not finish ({', '.join(kinds)})": len(failed),
-        f"the counterpart of {row.uncompared} of {total} is missing": row.uncompared,
+        f"{len(failed)} of {total} seeds did not finish ({', '.join(kinds)})": len(failed),
+        f"the counterpart of {row.uncompared} of {total} seeds is missing": row.uncompared,
     }
-    return [reason for reason, count in reasons.items() if count]
+    return [*row.recipe.breakdowns(), *(reason for reason, count in reasons.items() if count)]
 
 
 def _tied(chosen: Row, sound: Sequence[Row], settings: Settings) -> tuple[Row, ...]:

@@ -8,6 +8,7 @@ from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, ScoreKey, Settings
 REFERENCE = "full-precision fine-tuning of all weights"
 AGAINST = {PAPER: REFERENCE, PRECISION_ONLY: "full precision with the same peft"}
 MOST_LISTED = 3
+ALONE = "Every p is after Holm's correction; the interval beside it is of that one comparison alone, uncorrected."
 
 
 def signed(value: float) -> str:

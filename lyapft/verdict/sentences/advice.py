@@ -66,14 +66,18 @@ def _at_cost(row: Row) -> str:
 def _recommended(one: Recommendation, settings: Settings) -> str:
     row = one.chosen
     assert row is not None
-    family = row.comparison.family
     what = "one of the cheapest recipes that are" if one.tied else "the cheapest recipe that is"
     return (
         f"{where_of(one.setting)}: use {row.recipe.label}, {what} equivalent to {_reference(one)} within "
         f"{margin(settings)}: {difference(row.comparison)}; TOST {p_value(row.comparison.p_equivalent)}"
-        f"{f', adjusted for {family} recipes' if family > 1 else ''}; {scores_of(row)}. "
-        f"{_savings(row.cost)}{_ties(one)}{_unfinished(row)}"
+        f"{_adjusted_for(row.comparison.family)}; {scores_of(row)}. "
+        f"{_savings(row.cost)} It is cheaper at {p_value(row.cost.p)}{_adjusted_for(one.recipes)}.{_ties(one)}"
+        f"{_unfinished(row)}"
     )
+
+
+def _adjusted_for(family: int) -> str:
+    return f", adjusted for {family} recipes" if family > 1 else ""
 
 
 def _ties(one: Recommendation) -> str:

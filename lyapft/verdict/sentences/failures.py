@@ -1,19 +1,29 @@
 """Where recipes fail and what is to blame, as sentences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from lyapft.divergence import is_spike
-from lyapft.verdict.blame import blame, remedy
+from lyapft.verdict.blame import Inquiry, blame, inquire, jointly, remedy
 from lyapft.verdict.evidence import PAPER, Evidence, Settings
 from lyapft.verdict.recipes import Row, ScoreRow
 from lyapft.verdict.sentences.advice import scores_of
+from lyapft.verdict.sentences.single_scores import keys_of, outside, single_scores, unexplained
 from lyapft.verdict.spikes import Spikes
-from lyapft.verdict.words import AGAINST, MOST_LISTED, difference, joined, margin, p_value, raw, scored, seeds, where_of
+from lyapft.verdict.words import (
+    AGAINST,
+    ALONE,
+    difference,
+    joined,
+    margin,
+    p_value,
+    raw,
+    scored,
+    where_of,
+)
 
 MOST_SPIKES = 2
 NOISE = {"seeds": "another seed", "threads": "other thread count", "replicate": "same again"}
-Siblings = Mapping[tuple[str, str, str], Sequence[Row]]  # rows by setting
 
 
 def failures(
@@ -28,57 +38,35 @@ def failures(
         setting: list(own)
         for setting, own in groupby(sorted(found, key=lambda r: r.recipe.setting), lambda r: r.recipe.setting)
     }
-    outside = [row for row in found if row.outcome(settings) in ("worse", "better") and row.same_as is None]
-    lines = [_failure(evidence, row, siblings, settings) for row in outside]
-    lines += [_outside(evidence, row, own, siblings, settings) for row, own in _scores_outside(scores, settings)]
-    if not lines and found:
+    whole = [row for row in found if row.outcome(settings) in ("worse", "better") and row.same_as is None]
+    single = outside(scores, settings)
+    explained = [(row, row.keys) for row in whole]
+    explained += [(row, keys_of(own)) for row, own in single if unexplained(row, settings)]
+    inquiries = jointly(
+        [inquire(evidence, row, siblings[row.recipe.setting], keys, settings) for row, keys in explained]
+    )
+    lines = [_failure(one, settings) for one in inquiries[: len(whole)]]
+    lines += single_scores(single, {id(one.row): one for one in inquiries[len(whole) :]}, settings)
+    if lines:
+        lines.append(ALONE)
+    elif found:
         undecided = sum(row.outcome(settings) == "undecided" for row in found)
         open_ones = f"; {undecided} of {len(found)} are undecided, which does not mean that they agree" * bool(
             undecided
         )
         lines.append(f"No recipe is shown to lie outside {margin(settings)}{open_ones}.")
-    for recipe in evidence.recipes:
-        if broken := recipe.broke_down():
-            kinds = joined(sorted({str(run["status"]) for run in broken}))
-            total = len(recipe.runs) + len(recipe.failed)
-            lines.append(f"{recipe.name}: training broke down on {len(broken)} of {total} seeds ({kinds}).")
+    lines += [f"{recipe.name}: {joined(broken)}." for recipe in evidence.recipes if (broken := recipe.breakdowns())]
     return [*lines, *_spikes(found, spikes, settings)]
 
 
-def _failure(evidence: Evidence, row: Row, siblings: Siblings, settings: Settings) -> str:
-    own = siblings[row.recipe.setting]
-    tried = remedy(evidence, row, own, settings) if row.outcome(settings) == "worse" else ""
+def _failure(one: Inquiry, settings: Settings) -> str:
+    row = one.row
+    tried = remedy(one, settings) if row.outcome(settings) == "worse" else ""
     return (
         f"{row.recipe.name} is {row.outcome(settings)} than {AGAINST[PAPER]} by more than {settings.margin:g} "
         f"point{'s' * (settings.margin != 1)}: {difference(row.comparison)}, {p_value(row.comparison.p_outside)}; "
-        f"{scores_of(row)}.{blame(evidence, row, own, row.keys, settings)}{tried}"
+        f"{scores_of(row)}.{blame(one, settings)}{tried}"
     )
-
-
-def _scores_outside(scores: Sequence[ScoreRow], settings: Settings) -> list[tuple[Row, list[ScoreRow]]]:
-    outside = [score for score in scores if score.comparison.outcome(settings.alpha) in ("worse", "better")]
-    groups = [list(own) for _, own in groupby(outside, key=lambda s: id(s.row))]
-    return [(own[0].row, own) for own in groups if own[0].row.same_as is None]
-
-
-def _outside(evidence: Evidence, row: Row, own: Sequence[ScoreRow], siblings: Siblings, settings: Settings) -> str:
-    """The scores of a recipe that lie outside; who is to blame where the recipe as a whole has not been blamed yet."""
-    worst = sorted(own, key=lambda score: -abs(score.comparison.estimate.mean))
-    shown = [
-        f"{scored((s.task, s.shots))}{_beyond(s)} {difference(s.comparison)}, {raw(s.score, s.counterpart_score)}"
-        for s in worst[:MOST_LISTED]
-    ]
-    more = f" and {len(worst) - len(shown)} more" if len(worst) > len(shown) else ""
-    against = f" from {AGAINST[row.counterpart]}" if row.counterpart != PAPER else ""
-    text = f"{row.recipe.name}: single scores outside {margin(settings)}{against}, {seeds(row.n)}: "
-    blamed = row.counterpart == PAPER and row.outcome(settings) not in ("worse", "better")
-    keys = [(s.task, s.shots) for s in own]
-    why = blame(evidence, row, siblings[row.recipe.setting], keys, settings) if blamed else ""
-    return f"{text}{'; '.join(shown)}{more}.{why}"
-
-
-def _beyond(score: ScoreRow) -> str:
-    return " (beyond the trained length)" if score.beyond_trained_length else ""
 
 
 def _spikes(found: Sequence[Row], spikes: Sequence[Spikes], settings: Settings) -> list[str]:

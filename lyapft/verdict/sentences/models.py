@@ -11,6 +11,7 @@ from lyapft.verdict.floors import Floor
 from lyapft.verdict.learning import Gain, Learned, Raw
 from lyapft.verdict.words import (
     AGAINST,
+    ALONE,
     MOST_LISTED,
     beyond,
     difference,
@@ -44,7 +45,7 @@ def architectures(
         for contrast in found
         if contrast.overall
     ]
-    return [*lines, "Each line is about these checkpoints on this data, not about the architectures as such."]
+    return [*lines, f"Each line is about these checkpoints on this data, not about the architectures as such. {ALONE}"]
 
 
 def _floors_of(contrast: Contrast, floors: Sequence[Floor]) -> str:
@@ -59,7 +60,9 @@ def _floors_of(contrast: Contrast, floors: Sequence[Floor]) -> str:
 
 def _contrast(contrast: Contrast, settings: Settings) -> str:
     found = contrast.comparison
-    from_ = f"from {AGAINST[contrast.counterpart]}, {contrast.recipe}"
+    twice = f", without {joined(list(contrast.left_out))}, which one of them repeats" if contrast.left_out else ""
+    pooled = f"mean over the {contrast.pooled} recipes that both have{twice}"
+    from_ = f"from {AGAINST[contrast.counterpart]}, {pooled if contrast.pooled > 1 else contrast.recipe}"
     sizes = (
         f"mean divergence {size(contrast.size)} of {contrast.model}, scores {raw(*contrast.scores)}, and "
         f"{size(contrast.twin_size)} of {contrast.twin}, scores {raw(*contrast.twin_scores)}"
@@ -77,24 +80,29 @@ def _contrast(contrast: Contrast, settings: Settings) -> str:
 
 
 def learning(found: Sequence[Gain]) -> list[str]:
-    """In-context learning of the counterparts, relative to the Transformer twin."""
+    """In-context learning of the counterparts, relative to the Transformer twin: a sentence for each."""
     lines = []
-    for gain in found:
-        if gain.reference and gain.twin and gain.relative is not None and gain.twin_raw is not None:
-            share = gain.relative
-            relative = (
-                f"{100 * share.mean:.0f}% of {gain.twin}'s ({interval(share, '.0%')})"
-                if share.n > 1 and math.isfinite(share.mean)
-                else f"one seed gives no ratio to {gain.twin}'s"
-                if share.n < 2
-                else f"{gain.twin} gains too little there for a ratio"
-            )
-            lines.append(
-                f"In-context learning of {gain.recipe.name} on {gain.task}: gain {signed(gain.gain.mean)} of the "
-                f"0-shot score ({interval(gain.gain, '.2f')}; {_few(gain.raw)}); {relative}, whose scores are "
-                f"{_few(gain.twin_raw)}.{BEYOND if gain.beyond else ''}"
-            )
+    told = [gain for gain in found if gain.reference and gain.twin and gain.relative and gain.twin_raw]
+    for (_, name), group in groupby(told, key=lambda gain: (gain.recipe.key, gain.recipe.name)):
+        own = list(group)
+        tasks = "; ".join(map(_gain, own[:MOST_LISTED]))
+        more = f"; and {len(own) - MOST_LISTED} more tasks" if len(own) > MOST_LISTED else ""
+        beyond_ = BEYOND if any(gain.beyond for gain in own) else ""
+        lines.append(f"In-context learning of {name}, as gain of the 0-shot score: {tasks}{more}.{beyond_}")
     return lines
+
+
+def _gain(gain: Gain) -> str:
+    share, theirs = gain.relative, gain.twin_raw
+    assert share is not None
+    assert theirs is not None
+    if share.n < 2:
+        relative = f"one seed gives no ratio to {gain.twin}'s"
+    elif math.isfinite(share.mean):
+        relative = f"{100 * share.mean:.0f}% of {gain.twin}'s ({interval(share, '.0%')}; {_few(theirs)})"
+    else:
+        relative = f"{gain.twin} gains too little there for a ratio ({_few(theirs)})"
+    return f"{gain.task} {signed(gain.gain.mean)} ({interval(gain.gain, '.2f')}; {_few(gain.raw)}), {relative}"
 
 
 def _few(found: Raw) -> str:
