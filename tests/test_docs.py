@@ -1,5 +1,7 @@
 """Every command and every piece of code in docs/ runs, in order, from the root of a checkout; those of README.md exist.
 
+Commands in the running text too: what stands between backticks and begins with `python` and an argument.
+
 What would take hours runs on a smaller study: `SMALLER` says what is put in place of what, and why nothing else is.
 """
 
@@ -15,9 +17,12 @@ from pathlib import Path
 import pytest
 
 from lyapft.plan import cells
+from tests import synthetic
 
 PAGES = ("tutorial", "reading", "extending", "scaling", "results/README")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+TYPED = re.compile(rf"{BLOCK.pattern}|`(python [^`]+)`", re.MULTILINE | re.DOTALL)
+MADE_UP = {"reading": ("STUDY", "OLD", "NEW")}  # studies that a page speaks of and does not make
 LINKED = ("train.py", "evaluate.py", "conf", "lyapft", "benchmarks")
 SHORT = "trainer.steps=4 trainer.batch_size=4 data.limit=96 task.limit=4 seed=0 model=mamba_tiny"
 RATES = "peft=lora,none trainer.learning_rate=1e-3,2e-3 trainer.validation_rows=16"
@@ -43,13 +48,21 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
+def typed(page: Path) -> list[tuple[str, str]]:
+    """Language and code of every block, and of every command in between, in the order of the page."""
+    found = TYPED.findall(page.read_text(encoding="utf-8"))
+    return [("sh", " ".join(inline.split())) if inline else (kind, code) for kind, code, inline in found]
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_can_be_typed_from_top_to_bottom(name: str, root: Path, tmp_path: Path) -> None:
     for link in LINKED:
         (tmp_path / link).symlink_to(root / link)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(tmp_path)
-    found = blocks(root / "docs" / f"{name}.md")
+    for study in MADE_UP.get(name, ()):
+        synthetic.study(tmp_path / "runs" / study, synthetic.matrix(seeds=2), n_steps=4, n_items=8)
+    found = typed(root / "docs" / f"{name}.md")
     assert found
     whole = "".join(code for _, code in found)
     for long, short in SMALLER.get(name, {}).items():
@@ -110,3 +123,11 @@ def test_the_pages_and_their_links_are_there(root: Path) -> None:
         assert f"docs/{name}.md" in readme
         for target in re.findall(r"\]\(([^)#]+)\)", BLOCK.sub("", page.read_text(encoding="utf-8"))):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_commands_between_backticks_are_typed_too(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Paste it into `python`. `python -m a\n b` is one:\n\n```sh\npython c.py `d`\n```\n", encoding="utf-8"
+    )
+    assert typed(page) == [("sh", "python -m a b"), ("sh", "python c.py `d`\n")]

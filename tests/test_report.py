@@ -112,7 +112,8 @@ def test_the_page_shows_every_number_of_every_record(
         shown = ["self" if d["status"] == "self" else f"{d['mean_abs_points']:.2f}" for d in record["divergence"]]
         assert row[14:16] == shown
         cost = record["cost"]
-        assert row[17:] == [f"{cost['tokens_per_s']:,.0f}", f"{cost['peak_bytes'] / 2**20:,.0f}"]
+        mark = " (emulated)" * record["precision"]["emulated"]
+        assert row[17:] == [f"{cost['tokens_per_s']:,.0f}{mark}", f"{cost['peak_bytes'] / 2**20:,.0f}"]
 
 
 def test_signed_differences_and_flips_are_those_of_the_records(
@@ -389,11 +390,12 @@ def test_the_terminal_table_has_a_row_per_cell_and_the_errors(
     assert len(rows) == len(made)
     bf16 = next(r for r in made if r["choices"]["model"] == "mamba_tiny" and r["choices"]["precision"] == "bf16")
     row = next(line for line in rows if line.startswith("mamba_tiny · bf16 · none"))
-    for number in (*(f"{s['value']:.3f}" for s in bf16["scores"]), f"{bf16['cost']['tokens_per_s']:,.0f}"):
+    for number in (*(f"{s['value']:.3f}" for s in bf16["scores"]), f"{bf16['cost']['tokens_per_s']:,.0f} (emulated)"):
         assert number in row
     assert minus(bf16["stability"]["lambda_max"], "#.3g") in row
     assert f"{bf16['divergence'][0]['mean_abs_points']:.2f}" in row
     assert "✗ mamba2_tiny · fp32 · lora · s0: RuntimeError: made-up failed" in lines
+    assert any(line.startswith("(emulated): half precision ran in software") for line in lines)
 
 
 def test_the_terminal_table_says_n_a_for_transformers(matrix: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -44,6 +44,15 @@ def test_every_table_is_written_in_every_format_with_its_numbers(folder: Path, v
             assert read[column].tolist() == pytest.approx(table[column].astype(float).tolist(), nan_ok=True)
 
 
+def test_costs_of_emulated_half_precision_are_marked_wherever_they_stand(verdict: Verdict) -> None:
+    columns = {(c.group, c.title): c.cells for c in text_columns(verdict, "recipes")}
+    emulated = verdict.tables["recipes"]["emulated"].tolist()
+    assert set(emulated) == {True, False}
+    for title in ("× tokens/s", "× both"):
+        assert [cell.endswith("] (emulated)") for cell in columns["cost", title]] == emulated
+    assert "(emulated): half precision ran in software" in verdict_tables.caption(verdict, "recipes")
+
+
 def test_markdown_holds_every_sentence_and_every_row(folder: Path, verdict: Verdict) -> None:
     text = (folder / exports.MARKDOWN).read_text(encoding="utf-8")
     for section in verdict.sections:

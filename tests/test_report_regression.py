@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from lyapft.report.__main__ import main
-from lyapft.report.regression import QUANTITIES, Change, changes, matching
+from lyapft.report.regression import QUANTITIES, Change, Floor, changes, matching
 from lyapft.verdict.evidence import gather
 from tests import synthetic
 
@@ -91,6 +91,10 @@ def test_every_number_can_be_chosen(old: tuple[Path, Records], capsys: pytest.Ca
     assert main(["compare", str(old[0]), str(old[0]), f"--fail-on={','.join(QUANTITIES)}"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in QUANTITIES)
+    marked = [line for line in printed.splitlines() if "tokens_per_s (emulated)" in line]
+    assert len(marked) == 4
+    assert not any("fp32" in line for line in marked)
+    assert "(emulated): half precision ran in software" in printed
     assert "0 of" in printed
 
 
@@ -221,6 +225,41 @@ def test_a_shift_of_all_seeds_alike_must_exceed_the_floor(tmp_path: Path) -> Non
     (change,) = (c for c in compared([*records, again], new, ["score"]) if c.recipe.label == "bf16 · lora")
     assert change.comparison.p_different < 0.05  # sixteen seeds make even this spread small
     assert change.outcome == "undecided"
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 5])
+def test_the_bar_of_a_mean_change_is_t_times_the_floor(pairs: int) -> None:
+    bar = Floor(0.02, pairs).bar
+    assert bar == pytest.approx(0.02 * stats.t.ppf(0.975, pairs))
+
+
+def loaded(rng: np.random.Generator, recipes: int, slower: float = 1.0) -> Records:
+    """A study on a machine whose load all runs share, and its reruns, made later under another load."""
+
+    def run(peft: str, seed: int, load: float, replicate: int = 0) -> dict[str, Any]:
+        speed = 1000 * np.exp(load + 0.02 * rng.standard_normal()) / slower
+        role = "rerun" if replicate else "cell"
+        made = {"id": f"{peft}-{seed}-{replicate}", "status": "ok", "role": role, "replicate": replicate, "seed": seed}
+        choices = {"model": "m", "data": "d", "task": "t", "precision": "bf16", "peft": peft}
+        return made | {"choices": choices, "config": {}, "cost": {"tokens_per_s": float(speed)}, "scores": []}
+
+    load, later = 0.05 * rng.standard_normal(2)
+    pefts = [f"p{i}" for i in range(recipes)]
+    runs = [run(peft, seed, load) for peft in pefts for seed in range(8)]
+    return [*runs, *(run(peft, 0, later, replicate=1) for peft in pefts)]
+
+
+@pytest.mark.parametrize(("recipes", "studies"), [(1, 600), (9, 600)])
+def test_load_of_the_machine_alone_is_called_worse_in_one_study_of_twenty_at_most(recipes: int, studies: int) -> None:
+    rng = np.random.default_rng(1)
+    pairs = [(loaded(rng, recipes), loaded(rng, recipes)) for _ in range(studies)]
+    worse = sum(any(c.outcome == "worse" for c in compared(*pair, ["tokens_per_s"])) for pair in pairs)
+    assert worse / studies <= 0.05
+    half_as_fast = [loaded(rng, recipes, slower=2.0) for _ in range(50)]
+    found = [
+        compared(old, new, ["tokens_per_s"])[0].outcome for (old, _), new in zip(pairs, half_as_fast, strict=False)
+    ]
+    assert found.count("worse") > 40
 
 
 def test_another_thread_count_is_noise_of_scores_and_not_of_costs(old: tuple[Path, Records], tmp_path: Path) -> None:

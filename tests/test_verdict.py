@@ -98,10 +98,13 @@ def test_the_cheapest_equivalent_recipe_is_recommended_with_its_numbers() -> Non
     assert f"+{mean:.2f} points" in said
     assert "n = 8 seeds)" in said
     assert "adjusted for 3 recipes" in said
-    assert "It trains 2 × the tokens/s (95% 2.00 to 2.00, n = 8 seeds) and needs 50% less memory per token." in said
+    assert (
+        "It trains 2 × the tokens/s (95% 2.00 to 2.00, n = 8 seeds) (emulated) and needs 50% less memory per token."
+        in said
+    )
     score = sum(b * 0.75 for b in BASE) / 8
     assert f"score {score + mean / 100:.3f} against {score:.3f}" in said
-    assert "emulated" in said  # the made-up bf16 says that it was
+    assert said.splitlines()[-1].startswith("(emulated): half precision ran in software")  # the made-up bf16 did
 
 
 def test_cost_weights_are_the_readers() -> None:
@@ -182,7 +185,7 @@ def test_what_is_better_and_cheaper_is_named_though_it_is_not_equivalent() -> No
     found = judge(study({("bf16", "lora"): [-x for x in WORSE], ("fp16", "lora"): WORSE}))
     assert found.recommendations[0].chosen is None
     said = text(found, "Recommendation")
-    assert "Not equivalent but better: mamba_tiny · bf16 · lora, at 0.577 × the cost, +3.00 points" in said
+    assert "Not equivalent but better: mamba_tiny · bf16 · lora, at 0.577 × the cost (emulated), +3.00 points" in said
     assert "fp16" not in said
 
 

@@ -52,7 +52,7 @@ def test_a_cost_that_varies_much_or_was_measured_on_one_seed_is_a_tie() -> None:
     once = [0.9, *[None] * 7]
     found = memory_only(costing({("bf16", "lora"): CHEAP, ("fp16", "lora"): wild, ("fp16", "none"): once}))
     assert {row.recipe.label for row in found.recommendations[0].tied} == {"fp16 · lora", "fp16 · none"}
-    assert "fp16 · none (at 0.9 × the cost (one seed), score" in text(found, "Recommendation")
+    assert "fp16 · none (at 0.9 × the cost (one seed) (emulated), score" in text(found, "Recommendation")
 
 
 def test_the_cost_of_one_seed_shows_no_saving() -> None:
@@ -169,3 +169,23 @@ def test_two_names_that_came_out_differently_are_two_tests() -> None:
         if record["choices"]["peft"] == "lora_all":
             record["config"]["peft"]["r"] = 16
     assert {row.comparison.family for row in judge(records).rows} == {4}
+
+
+# --- the cost of the same cell again ---------------------------------------------------------------------------------
+
+
+def test_how_far_the_cost_of_the_same_cell_again_lies_off_stands_beside_the_costs() -> None:
+    records = study({("bf16", "lora"): STEADY})
+    first = [record for record in records if record["choices"]["precision"] == "bf16"][:2]
+    for record, speed in zip(first, (1.2, 0.9), strict=True):
+        own = {"tokens_per_s": record["cost"]["tokens_per_s"] * speed, "peak_bytes_per_token": 50.0}
+        again = {"id": f"{record['id']}r", "role": "rerun", "replicate": 1, "cost": own}
+        records.append(record | again)
+        other = own | {"tokens_per_s": 1e6}  # another thread count is another cost, not noise
+        records.append(record | again | {"id": f"{record['id']}t", "replicate": 0, "cost": other})
+        records[-1]["environment"] = record["environment"] | {"threads": 1}
+    table = judge(records).tables["recipes"]
+    (speed, memory) = table.iloc[0][["floor_speed_ratio", "floor_memory_ratio"]]
+    assert speed == pytest.approx(math.exp(np.sqrt((math.log(1.2) ** 2 + math.log(0.9) ** 2) / 2)))
+    assert memory == pytest.approx(1.0)
+    assert judge(study({("bf16", "lora"): STEADY})).tables["recipes"]["floor_speed_ratio"].isna().all()

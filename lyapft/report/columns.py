@@ -8,6 +8,7 @@ from lyapft.divergence import SPIKE_POINTS, is_spike
 from lyapft.records import Record, accuracies, costs, divergence_entry
 from lyapft.report.cells import COUNTERPARTS, COUNTERPARTS_SHORT, Study, choice, read
 from lyapft.report.tables import ABSENT, NOT_APPLICABLE, Column
+from lyapft.verdict.words import EMULATED
 
 STATUS_MARK = {"ok": "✓", "running": "…", "interrupted": "○"}  # every other status is a failure: ✗
 
@@ -78,11 +79,17 @@ def summary_columns(all_records: Sequence[Record], names: Sequence[str]) -> list
         columns.append(
             column("", "skipped steps", lambda record: number(read(record, "training", "skipped_steps"), "d"))
         )
-    columns.append(column("", "tokens/s", lambda record: number(costs(record).get("tokens_per_s"), ",.0f")))
+    columns.append(column("", "tokens/s", speed_text))
     columns.append(column("", "peak MiB", lambda record: _mebibytes(costs(record).get("peak_bytes"))))
     if any(record.get("oom") for record in all_records):
         columns.append(column("", "memory ran out", halved_text, numeric=False))
     return columns
+
+
+def speed_text(record: Record) -> str:
+    """Training speed, marked where half precision was emulated, as that is no hardware's."""
+    speed = number(costs(record).get("tokens_per_s"), ",.0f")
+    return f"{speed} {EMULATED}" if speed != ABSENT and read(record, "precision", "emulated") else speed
 
 
 def halved_text(record: Record) -> str:
@@ -162,7 +169,7 @@ def provenance_columns(study: Study) -> list[Column]:
         effective = read(record, "precision", "effective") or ABSENT
         requested = read(record, "precision", "requested") or choice(record, "precision")
         arrow = "" if effective in (requested, ABSENT) else f"{requested} → "
-        return f"{arrow}{effective}{' (emulated)' if read(record, 'precision', 'emulated') else ''}"
+        return f"{arrow}{effective}{f' {EMULATED}' if read(record, 'precision', 'emulated') else ''}"
 
     def parameters(record: Record) -> str:
         parts = [number(read(record, "model", f"parameters_{part}"), ",d") for part in ("trainable", "total")]

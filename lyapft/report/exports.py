@@ -60,6 +60,7 @@ def cell_table(cells: Sequence[Cell]) -> pd.DataFrame:
     columns: dict[str, list[object]] = {name: [record.get(name) for record in found] for name in PLAIN}
     columns |= {group: [read(record, "choices", group) for record in found] for group in groups}
     columns |= {f"{part}_{name}": [read(record, part, name) for record in found] for part, name in NUMBERS}
+    columns["emulated"] = [bool(read(record, "precision", "emulated")) for record in found]
     columns["memory_ran_out"] = [bool(record.get("oom")) for record in found]
     columns["error"] = [read(record, "error", "message") for record in found]
     for kind in COUNTERPARTS:

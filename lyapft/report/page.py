@@ -18,6 +18,7 @@ from lyapft.report.exports import CELLS_FILE
 from lyapft.report.tables import as_html
 from lyapft.report.verdict_tables import caption, text_columns
 from lyapft.verdict import Verdict
+from lyapft.verdict.words import EMULATED_MEANS
 
 MOST_ERRORS = 100
 CSS = """
@@ -55,6 +56,7 @@ TERMS = {
     "λ_max": "largest finite-time Lyapunov exponent of the recurrent states, mean over real tokens, in nats per token; "
     "in the table the largest of all layers and training steps; n/a for models without a recurrent state",
     "margin": "−λ_max: how fast the slowest direction of the state forgets; 1/margin is its memory in tokens",
+    "tokens/s": f"median over training steps after warm-up. {EMULATED_MEANS}",
     "divergence": "mean over tasks and shot counts of |score − counterpart's score|, in percentage points, paired: "
     "same seed, data order and initial weights",
     "fp32 full": "counterpart: full precision, all weights trained",

@@ -1,6 +1,7 @@
 """The closing table of a command."""
 
 import shutil
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ from lyapft.records import Record
 from lyapft.report.cells import labels, ordered
 from lyapft.report.columns import errors, summary_columns
 from lyapft.report.tables import as_text
+from lyapft.verdict.words import EMULATED, EMULATED_MEANS
 
 MOST_CELLS, MOST_ERRORS = 300, 20  # that are printed
 
@@ -29,7 +31,8 @@ def summary_table(all_records: Sequence[Record], width: int | None = None) -> st
     columns = summary_columns(shown, [named[id(record)] for record in shown])
     if len({record.get("role") for record in shown}) == 1:  # nothing to tell apart: save the width
         columns = [column for column in columns if column.title != "role"]
-    parts = [as_text(columns, width or shutil.get_terminal_size((120, 24)).columns)]
+    width = width or shutil.get_terminal_size((120, 24)).columns
+    parts = [as_text(columns, width)]
     if len(shown) < len(found):
         counts = Counter(str(record.get("status")) for record in found).most_common()
         states = ", ".join(f"{count:,} {status}" for status, count in counts)
@@ -37,6 +40,8 @@ def summary_table(all_records: Sequence[Record], width: int | None = None) -> st
             f"… the first {len(shown)} of {len(found):,} cells ({states}); "
             "all of them are in tables/cells.parquet beside the report"
         )
+    if any(EMULATED in cell for column in columns for cell in column.cells if column.title == "tokens/s"):
+        parts.append(textwrap.fill(EMULATED_MEANS, width))
     failed = errors(found, list(named.values()))
     parts += [f"✗ {name}: {' '.join(message.split())[:300]}" for name, message in failed[:MOST_ERRORS]]
     if more := len(failed) - MOST_ERRORS:

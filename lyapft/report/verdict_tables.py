@@ -10,7 +10,7 @@ import pandas as pd
 from lyapft.report.columns import number
 from lyapft.report.tables import ABSENT, Column
 from lyapft.verdict import Verdict
-from lyapft.verdict.words import margin
+from lyapft.verdict.words import EMULATED, EMULATED_MEANS, margin
 
 Cells = Mapping[str, Any]
 MOST_ROWS = 1000  # of a table that is read as text
@@ -40,6 +40,17 @@ def _with_interval(name: str, title: str, form: str, group: str = "", scale: flo
         return mean if low == ABSENT else f"{mean} [{low}, {high}]"
 
     return Spec(title, text, group)
+
+
+def _cost(name: str, title: str) -> Spec:
+    """A ratio that counts speed, marked where half precision was emulated."""
+    plain = _with_interval(name, title, ".2f")
+
+    def text(row: Cells) -> str:
+        shown = plain.text(row)
+        return f"{shown} {EMULATED}" if row["emulated"] and shown != ABSENT else shown
+
+    return Spec(title, text, "cost")
 
 
 def _form(value: Any, form: str, scale: float = 1.0) -> str:
@@ -89,9 +100,11 @@ RECIPE = (
     *DIFFERENCE,
     _plain("doubts", "but"),
     _number("seeds_to_decide", "seeds to decide", "d"),
-    _with_interval("speed_ratio", "× tokens/s", ".2f", "cost"),
+    _cost("speed_ratio", "× tokens/s"),
     _with_interval("memory_ratio", "× memory/token", ".2f", "cost"),
-    _with_interval("cost", "× both", ".2f", "cost"),
+    _cost("cost", "× both"),
+    _number("floor_speed_ratio", "× tokens/s", ".2f", "cost, same again"),
+    _number("floor_memory_ratio", "× memory/token", ".2f", "cost, same again"),
     _with_interval("mean_abs_points", "mean |Δ| [95%]", ".2f", "size, points"),
     _number("floor_replicate_points", "same again", ".2f", "floor, points"),
     _number("floor_threads_points", "threads", ".2f", "floor, points"),
@@ -197,6 +210,16 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         _number("lowest_score", "lowest", ".3f", "score of the runs"),
         _number("highest_score", "highest", ".3f", "score of the runs"),
     ),
+    "stability": (
+        *NAMES,
+        _number("seeds", "seeds", "d"),
+        _with_interval("margin", "mean [95%]", ".2e", "margin, nats/token"),
+        _number("lowest_margin", "lowest", ".2e", "margin, nats/token"),
+        _number("highest_margin", "highest", ".2e", "margin, nats/token"),
+        _number("counterpart_margin", "counterparts' mean", ".2e", "margin, nats/token"),
+        _with_interval("difference", "difference [95%]", "+.2e", "margin, nats/token"),
+        _p("p_different", "p, Holm"),
+    ),
     "missing": (*NAMES, _number("seed", "seed", "d"), _plain("why", "why"), _plain("error", "error")),
 }
 CAPTIONS = {
@@ -217,6 +240,8 @@ CAPTIONS = {
     "settings": "One value of a setting against another one, everything else equal, seed by seed: over all tasks and "
     "shots, then each of them; p adjusted by Holm, the means and the single scores each for themselves.",
     "floors": "How far runs lie apart that differ in nothing that should matter.",
+    "stability": "Distance from the edge, −λ_max, of recurrent models: each run's smallest over layers and steps, by "
+    "recipe over seeds, and its difference from full-precision fine-tuning of all weights, seed by seed.",
     "missing": "Runs that the tables lack.",
 }
 
@@ -239,6 +264,8 @@ def text_columns(verdict: Verdict, name: str) -> list[Column]:
 def caption(verdict: Verdict, name: str) -> str:
     """What a table shows."""
     text = CAPTIONS[name]
+    if "emulated" in verdict.tables[name] and verdict.tables[name]["emulated"].any():
+        text += f" {EMULATED_MEANS}"
     if (rows := len(verdict.tables[name])) > MOST_ROWS:
         largest = " with the largest differences" * ("difference_points" in verdict.tables[name])
         text += f" {MOST_ROWS:,} of {rows:,} rows{largest}; tables/{name}.parquet and .csv have all."

@@ -18,6 +18,7 @@ from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, Evidence, Settings, g
 from lyapft.verdict.floors import Floor, floors
 from lyapft.verdict.gaps import Gap, Outstanding, gaps
 from lyapft.verdict.learning import Gain, Learned, gains, learned
+from lyapft.verdict.margins import margins
 from lyapft.verdict.recipes import Row, ScoreRow, rows, score_rows
 from lyapft.verdict.recommendation import Recommendation, recommend
 from lyapft.verdict.spikes import spikes
@@ -107,6 +108,7 @@ def judge(
         "base_and_tuned": tables.learned_table(tuned),
         "settings": tables.ablation_table(asked, settings),
         "floors": tables.floor_table(floor),
+        "stability": tables.margin_table(margins(evidence)),
         "missing": tables.gap_table(gap),
     }
     return Verdict(

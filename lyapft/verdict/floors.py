@@ -1,14 +1,14 @@
 """Noise floors: how far runs lie apart that differ in nothing that should matter."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from lyapft.divergence import paired_divergence
-from lyapft.records import Record, accuracies
+from lyapft.records import Record, accuracies, costs
 from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, is_own_counterpart, seed_of, threads, values_of
 
 KINDS = {
@@ -32,6 +32,7 @@ class Floor:
     largest: float
     scores: tuple[float, float] = (math.nan, math.nan)  # lowest and highest mean score of the runs, fractions
     by_score: Mapping[ScoreKey, float] = field(default_factory=dict)  # mean absolute difference of each
+    costs: Mapping[str, float] = field(default_factory=dict)  # × by which a cost lies apart, of the same cell again
 
 
 @dataclass
@@ -62,8 +63,24 @@ def floors(evidence: Evidence) -> list[Floor]:
             if n := len(apart.distances):
                 by_score = {key: total / apart.counts[key] for key, total in apart.sums.items()}
                 reach = (min(apart.means), max(apart.means))
-                found.append(Floor(setting, kind, n, sum(apart.distances) / n, max(apart.distances), reach, by_score))
+                dear = cost_floors(own) if kind == "replicate" else {}
+                mean, largest = sum(apart.distances) / n, max(apart.distances)
+                found.append(Floor(setting, kind, n, mean, largest, reach, by_score, dear))
     return found
+
+
+def cost_floors(recipes: Iterable[Recipe]) -> dict[str, float]:
+    """How far speed and memory per token of the same cell again lie apart: e^(root mean square of ln ratios), ≥ 1."""
+    logs: dict[str, list[float]] = {}
+    for recipe in recipes:
+        first = {(seed_of(run), threads(run)): run for run in recipe.runs}
+        for rerun in recipe.reruns:
+            twin = first.get((seed_of(rerun), threads(rerun)))
+            for name in ("tokens_per_s", "peak_bytes_per_token"):
+                sides = [costs(run).get(name) for run in (twin, rerun) if run is not None]
+                if len(sides) == 2 and sides[0] and sides[1]:
+                    logs.setdefault(name, []).append(math.log(sides[1] / sides[0]))
+    return {name: math.exp(math.sqrt(math.fsum(x**2 for x in own) / len(own))) for name, own in logs.items()}
 
 
 def _replicates(recipe: Recipe, apart: _Apart) -> None:

@@ -12,6 +12,7 @@ from lyapft.verdict.evidence import Recipe, Settings
 from lyapft.verdict.floors import KINDS, Floor
 from lyapft.verdict.gaps import Gap
 from lyapft.verdict.learning import Gain, Learned, Raw
+from lyapft.verdict.margins import Margins
 from lyapft.verdict.recipes import Row, ScoreRow
 from lyapft.verdict.recommendation import doubts
 from lyapft.verdict.spikes import Spikes
@@ -20,7 +21,14 @@ from lyapft.verdict.spikes import Spikes
 def recipe_table(found: Sequence[Row], floors: Sequence[Floor], settings: Settings) -> pd.DataFrame:
     """Every recipe against one kind of counterpart: raw scores, difference, tests, outcome, cost, answers, floors."""
     by_setting = {(floor.setting, floor.kind): floor.mean_abs for floor in floors}
-    return pd.DataFrame([_recipe(row, by_setting, settings) for row in found])
+    dear = {floor.setting: floor.costs for floor in floors if floor.costs}
+    return pd.DataFrame([_recipe(row, by_setting, settings) | _cost_floors(dear, row) for row in found])
+
+
+def _cost_floors(floors: Mapping[tuple[str, str, str], Mapping[str, float]], row: Row) -> dict[str, float | None]:
+    """By which ratio the costs of the same cell again lie apart."""
+    own = floors.get(row.recipe.setting, {})
+    return {"floor_speed_ratio": own.get("tokens_per_s"), "floor_memory_ratio": own.get("peak_bytes_per_token")}
 
 
 def _recipe(row: Row, floors: Mapping[tuple[tuple[str, str, str], str], float], settings: Settings) -> dict[str, Any]:
@@ -164,6 +172,21 @@ def floor_table(found: Sequence[Floor]) -> pd.DataFrame:
             | {"mean_abs_points": f.mean_abs, "largest_points": f.largest}
             | {"lowest_score": f.scores[0], "highest_score": f.scores[1]}
             for f in found
+        ]
+    )
+
+
+def margin_table(found: Sequence[Margins]) -> pd.DataFrame:
+    """Stability margins per recipe, and their difference from full-precision fine-tuning of all weights."""
+    return pd.DataFrame(
+        [
+            _named(one.recipe)
+            | {"seeds": one.mean.n}
+            | _estimated("margin", one.mean)
+            | {"lowest_margin": one.lowest, "highest_margin": one.highest, "counterpart_margin": one.counterpart}
+            | _estimated("difference", one.comparison.estimate if one.comparison else None)
+            | {"p_different": one.comparison.p_different if one.comparison else None}
+            for one in found
         ]
     )
 

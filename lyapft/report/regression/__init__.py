@@ -15,6 +15,7 @@ from lyapft.report.regression.matching import Matching, broken, lost, machines, 
 from lyapft.report.regression.quantities import QUANTITIES
 from lyapft.report.tables import as_text
 from lyapft.verdict.evidence import gather
+from lyapft.verdict.words import EMULATED, EMULATED_MEANS
 
 __all__ = ["QUANTITIES", "Change", "Floor", "Matching", "changes", "main", "matching"]
 
@@ -30,9 +31,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lyapft.report compare",
         description="Did a number get worse beyond its noise? Paired over the seeds that both studies have; the spread "
-        "over seeds counts as no smaller than that of the studies' own reruns (study.noise_floor), and a change within "
-        "what a rerun moves is none. With one seed nothing is called worse. What the new study lacks, or ran with "
-        "other settings, is named, and counts as worse unless one of the options below allows it.",
+        "over seeds counts as no smaller than that of the studies' own reruns (study.noise_floor), and a mean change "
+        "must exceed t(0.975, n) times what n reruns moved. With one seed nothing is called worse. What the new study "
+        "lacks, or ran with other settings, is named, and counts as worse unless one of the options below allows it.",
     )
     parser.add_argument("old", type=Path, help="folder of the study before the change")
     parser.add_argument("new", type=Path, help="folder of the study after it")
@@ -78,7 +79,8 @@ def _report(old: Path, new: Path, quantities: Sequence[str], allow_missing: bool
             f"{old} and {new} share no recipe with a common seed and {' or '.join(quantities)}: nothing to compare"
         )
     if found:
-        print(as_text(table(found), width=180))
+        shown = as_text(table(found), width=180)
+        print(f"{shown}\n{EMULATED_MEANS}" if EMULATED in shown else shown)
     worse = [change for change in found if change.outcome == "worse"]
     print(f"{len(worse)} of {len(found)} numbers got worse.")
     _list("✗", failed)

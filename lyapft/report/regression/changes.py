@@ -5,11 +5,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scipy import special
+
 from lyapft.divergence import ALPHA, Comparison, adjusted, compare
+from lyapft.report.cells import read
 from lyapft.report.regression.quantities import QUANTITIES
 from lyapft.report.tables import ABSENT, Column
 from lyapft.verdict.evidence import Recipe, seed_of, threads
-from lyapft.verdict.words import p_value
+from lyapft.verdict.words import EMULATED, p_value
 
 Pairs = Sequence[tuple[Recipe, Recipe]]
 
@@ -23,6 +26,15 @@ class Floor:
 
     size: float
     n: int
+
+    @property
+    def bar(self) -> float:
+        """What a rerun exceeds in 5% of cases: t(0.975, n) × size, as n pairs only estimate how far reruns lie apart.
+
+        >>> round(Floor(1.0, 2).bar, 3)
+        4.303
+        """
+        return float(special.stdtrit(self.n, 1 - ALPHA / 2)) * self.size
 
 
 @dataclass(frozen=True)
@@ -41,13 +53,13 @@ class Change:
     def outcome(self) -> str:
         """`better` or `worse` where a change is shown, `same` where nothing changed, else `undecided`.
 
-        Shown is what the paired t test over seeds shows, with no less spread than reruns have, and what lies beyond
-        the floor: averaging over seeds does not take away what a rerun moves in all of them alike.
+        Shown is what the paired t test over seeds shows, with no less spread than reruns have, and what a rerun would
+        hardly do: averaging over seeds does not take away what it moves in all of them alike.
         """
         mean = self.comparison.estimate.mean
         if self.identical:
             return "same"
-        if not self.comparison.p_different <= ALPHA or (self.floor and abs(mean) <= self.floor.size):
+        if not self.comparison.p_different <= ALPHA or (self.floor and abs(mean) <= self.floor.bar):
             return "undecided"
         return "better" if (mean > 0) == QUANTITIES[self.quantity].higher_is_better else "worse"
 
@@ -60,7 +72,7 @@ def changes(pairs: Pairs, quantities: Sequence[str]) -> list[Change]:
         for name in quantities:
             keys = ((old.setting, old.label), (new.setting, new.label), old.setting)
             known = [floors[name][key] for key in keys if key in floors[name]]
-            floor = max(known, key=lambda one: one.size, default=None)
+            floor = max(known, key=lambda one: one.bar, default=None)
             if change := _change(name, old, new, floor):
                 raw.append(change)
     comparisons = adjusted([change.comparison for change in raw])
@@ -108,6 +120,11 @@ def _reruns_apart(name: str, recipe: Recipe) -> Iterator[float]:
             yield quantity.difference(pair)
 
 
+def _mark(change: Change) -> str:
+    emulated = any(read(run, "precision", "emulated") for run in change.recipe.runs)
+    return f" {EMULATED}" * (emulated and change.quantity == "tokens_per_s")
+
+
 def table(found: Sequence[Change]) -> list[Column]:
     """The changes as columns of text."""
 
@@ -119,20 +136,20 @@ def table(found: Sequence[Change]) -> list[Column]:
             texts = [f"{value:+.3g}" for value in values]
         return texts[0] if math.isnan(values[1]) else f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
-    def floor(change: Change) -> str:
-        if change.floor is None:
+    def beside(change: Change, size: float | None) -> str:
+        if size is None:
             return ABSENT
-        size = change.floor.size
         return f"× {math.exp(size):.3f}" if QUANTITIES[change.quantity].ratio else f"{size:.3g}"
 
     return [
         Column("", "recipe", [change.recipe.name for change in found], numeric=False),
-        Column("", "number", [change.quantity for change in found], numeric=False),
+        Column("", "number", [f"{change.quantity}{_mark(change)}" for change in found], numeric=False),
         Column("", "seeds", [str(change.comparison.estimate.n) for change in found]),
         Column("", "old", [f"{change.old:.4g}" for change in found]),
         Column("", "new", [f"{change.new:.4g}" for change in found]),
         Column("", "change [95%]", [shown(change) for change in found]),
-        Column("", "rerun", [floor(change) for change in found]),
+        Column("", "rerun", [beside(change, change.floor.size if change.floor else None) for change in found]),
+        Column("", "beyond", [beside(change, change.floor.bar if change.floor else None) for change in found]),
         Column("", "Holm", [p_value(change.comparison.p_different) for change in found]),
         Column("", "outcome", [change.outcome for change in found], numeric=False),
     ]

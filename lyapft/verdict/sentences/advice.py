@@ -8,6 +8,8 @@ from lyapft.verdict.evidence import Settings
 from lyapft.verdict.recipes import Row
 from lyapft.verdict.recommendation import Recommendation, doubts
 from lyapft.verdict.words import (
+    EMULATED,
+    EMULATED_MEANS,
     MOST_LISTED,
     REFERENCE,
     beyond,
@@ -43,6 +45,8 @@ def recommendations(found: Sequence[Recommendation], settings: Settings, referen
         if more := one.open[MOST_LISTED:]:
             lines.append(f"Undecided too: {joined([row.recipe.name for row in more])}.")
         lines += [_unsound(row) for row in one.unsound]
+    if any(EMULATED in line for line in lines):
+        lines.append(EMULATED_MEANS)
     return lines or [f"No recipe has a counterpart to be compared with ({REFERENCE}): nothing can be recommended."]
 
 
@@ -60,7 +64,7 @@ def _at_cost(row: Row) -> str:
     cost = row.cost.index
     if math.isnan(cost.mean):
         return "its cost not measured"
-    return f"at {ratio(cost.mean)} the cost" + (" (one seed)" if cost.n == 1 else "")
+    return f"at {ratio(cost.mean)} the cost" + " (one seed)" * (cost.n == 1) + f" {EMULATED}" * row.cost.emulated
 
 
 def _recommended(one: Recommendation, settings: Settings) -> str:
@@ -92,14 +96,13 @@ def _savings(cost: Cost) -> str:
     """What a recipe saves, in time and memory."""
     parts = ["its speed was not measured", "its memory was not measured"]
     if cost.speed.n:
-        parts[0] = f"it trains {ratio(cost.speed.mean)} the tokens/s ({interval(cost.speed, '.2f')})"
+        mark = f" {EMULATED}" * cost.emulated
+        parts[0] = f"it trains {ratio(cost.speed.mean)} the tokens/s ({interval(cost.speed, '.2f')}){mark}"
     if cost.memory.n:
         less = round(100 * (1 - cost.memory.mean))
         amount = "as much memory" if less == 0 else f"{abs(less)}% {'less' if less > 0 else 'more'} memory"
         parts[1] = f"needs {amount} per token"
-    note = " Half precision was emulated: this is not the speed of hardware that has it." if cost.emulated else ""
-    if cost.halved:
-        note += f" Memory ran out in {cost.halved} of its pairs, whose cost is left out."
+    note = f" Memory ran out in {cost.halved} of its pairs, whose cost is left out." if cost.halved else ""
     text = " and ".join(parts)
     return f"{text[0].upper()}{text[1:]}.{note}"
 
