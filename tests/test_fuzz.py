@@ -34,8 +34,7 @@ from lyapft.plan import file as plan_file
 from lyapft.report import experiments, summary_table
 from lyapft.report.cells import load_study
 from lyapft.resume import CheckpointFiles
-from lyapft.resume.files import CHECKSUM, STATE
-from lyapft.resume.tree import digest
+from lyapft.resume.files import CELL, CHECKSUM, STATE, checksum
 from tests.test_cell import prepared
 from tests.test_config import composed
 from tests.test_tasks import FIXTURES
@@ -215,7 +214,7 @@ STATES = {"loops": [1, (2.0, None)], "tensor": torch.arange(6).view(2, 3), "rows
 @given(st.data())
 def test_checkpoints(data_of):
     with tempfile.TemporaryDirectory() as folder:
-        kept = CheckpointFiles(Path(folder))
+        kept = CheckpointFiles(Path(folder), "1f")
         kept.save_checkpoint(STATES, kept.newest)
         content = data_of.draw(files(kept.newest.read_bytes()))
         kept.newest.write_bytes(content)
@@ -228,8 +227,8 @@ def test_checkpoints(data_of):
 )
 def test_checkpoints_whose_checksum_is_right(tree):
     with tempfile.TemporaryDirectory() as folder:
-        kept, tensors, text = CheckpointFiles(Path(folder)), {"0": torch.ones(2)}, json.dumps(tree)
-        save_file(tensors, kept.newest, {STATE: text, CHECKSUM: digest(text, tensors)})
+        kept, tensors, text = CheckpointFiles(Path(folder), "1f"), {"0": torch.ones(2)}, json.dumps(tree)
+        save_file(tensors, kept.newest, {STATE: text, CELL: "1f", CHECKSUM: checksum("1f", text, tensors)})
         kept.latest()
         clear(lambda: kept.load_checkpoint(kept.newest))
 
