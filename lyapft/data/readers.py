@@ -68,8 +68,9 @@ class Files:
         """Of one file, asked before each row and at the end, where lines may be missing, whether it is the same."""
         _check(path, known)
         try:
-            for row, self._position in self.read(path, self._position):
+            for row, position in self.read(path, self._position):
                 _check(path, known)
+                self._position = position
                 yield row
         except (InputError, OSError) as error:
             _check(path, known)  # what is wrong may have come with the change
