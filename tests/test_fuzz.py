@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 
-from lyapft import backbone, cell, config, data, rates, records, recurrence, tasks
+from lyapft import backbone, cell, config, data, evaluation, precision, rates, records, recurrence, tasks
 from lyapft.data.streaming import good_examples
 from lyapft.errors import InputError
 from lyapft.experiments import stall
@@ -149,6 +149,22 @@ def test_records(data_of):
 
 
 @settings(max_examples=8)
+@given(st.data())
+def test_records_that_are_merged_or_scored(data_of):
+    """What is built of one: of a wrong setting nothing is, and the file is named."""
+    record = json.loads(contents(records.RECORD))
+    used = {key: record[key] for key in ("schema_version", "id", "name", "status", "paths", "files")}
+    used |= {"config": {group: record["config"][group] for group in (*evaluation.REBUILT, "kernel")}}
+    content = data_of.draw(altered_tree(used))
+
+    def read(folder):
+        (folder / records.RECORD).write_bytes(as_json(content))
+        _, found = evaluation.finished(folder)
+        return backbone.faults(found.model) or precision.faults(found.precision, "cpu") or instantiate(found.peft)
+
+    in_a_folder(read)
+
+
 @given(st.data())
 def test_tables_of_a_run(data_of):
     name = data_of.draw(st.sampled_from([records.STEPS, records.ITEMS, records.STABILITY]))
