@@ -377,6 +377,33 @@ def test_memory_does_not_grow_with_the_data(tmp_path, tokenizer):
     assert large < 1.2 * small
 
 
+def refused(source: Table, match: str) -> int:
+    """Bytes that were held at most until a file was refused."""
+    tracemalloc.start()
+    with pytest.raises(InputError, match=match):
+        source.fingerprint()
+    found = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["alpaca", "text"])
+def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST", 2**18)
+    path = tmp_path / f"a.{'txt' if kind == 'text' else 'jsonl'}"
+    fits = json.dumps(alpaca_rows(1)[0])
+    path.write_text(f"{fits:<{2**18 - 1}}\n" + "word " * 2**21)
+    expected = r"line 2, is longer than the 262144 bytes .*streaming=false"
+    assert refused(table(kind, str(path)), expected) < path.stat().st_size / 2
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n" * 2**17])
+def test_a_json_list_on_one_line_is_refused_by_its_first_byte(tmp_path, before):
+    path = tmp_path / "a.json"
+    path.write_bytes(before + json.dumps(alpaca_rows(1) * 2**16).encode())
+    assert refused(table("alpaca", str(path)), "one JSON list") < path.stat().st_size / 8
+
+
 # cells
 
 

@@ -6,8 +6,9 @@ Parquet file.
 """
 
 import hashlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from lyapft.errors import InputError
 
 PIECE = 10_000  # characters of plain text tokenised at once
 BEGINS, ENDS = "lyapft:begins", "lyapft:ends"  # of a piece: whether its text does; no column is called so
+LONGEST = 16 * 2**20  # bytes of a line that are held
 AT_ONCE = 1024  # rows of a Parquet file in memory
 Position = Sequence[int]  # bytes and lines, or rows, that were read of a file
 START: Position = (0, 0)
@@ -112,23 +114,36 @@ def read_pieces(path: Path, position: Position) -> Iterator[tuple[Row, Position]
 
 
 def _json_lines(path: Path, position: Position) -> Iterator[tuple[Row, Position]]:
+    if _first_byte(path) == b"[":
+        raise InputError(
+            f"{path} is one JSON list, which has to be read whole: make it JSON lines, one object per line, or set "
+            "data.streaming=false"
+        )
     for line, behind in _lines(path, position):
         text, number = _decoded(path, line, behind[1]), behind[1]
-        if number == 1 and text.lstrip().startswith("["):
-            raise InputError(
-                f"{path} is one JSON list, which has to be read whole: make it JSON lines, one object per line, or set "
-                "data.streaming=false"
-            )
         if text.strip():
             yield parse_line(path, text, number), behind
+
+
+def _first_byte(path: Path) -> bytes:
+    """That is not blank, nor of a byte order mark."""
+    with path.open("rb") as file:
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+            file.seek(0)
+        return next((found[:1] for block in iter(partial(file.read, 2**16), b"") if (found := block.lstrip())), b"")
 
 
 def _lines(path: Path, position: Position) -> Iterator[tuple[bytes, Position]]:
     offset, number = position
     with path.open("rb") as file:
         file.seek(offset)
-        for line in file:
+        while line := file.readline(LONGEST + 1):
             offset, number = offset + len(line), number + 1
+            if len(line) > LONGEST:
+                raise InputError(
+                    f"{path}, line {number}, is longer than the {LONGEST} bytes of which a streamed line may be: break "
+                    "it, or set data.streaming=false"
+                )
             yield line, (offset, number)
 
 
