@@ -451,6 +451,7 @@ def test_streaming_is_part_of_the_identity_and_a_large_window_changes_nothing_el
     assert same_weights(memory.folder, streamed.folder)
 
 
-def test_made_data_cannot_be_streamed(tmp_path):
-    with pytest.raises(Exception, match="streaming"):
-        prepared(tmp_path, "data=skills", "data.streaming=true")
+@pytest.mark.parametrize("made", ["skills", "mixture", "pydoc"])
+def test_made_data_cannot_be_streamed(tmp_path, made):
+    with pytest.raises(InputError, match=f"streaming=true: data={made} is made.*data=alpaca, sharegpt or text"):
+        prepared(tmp_path, f"data={made}", "data.streaming=true", "trainer.steps=1")
