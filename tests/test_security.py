@@ -382,7 +382,7 @@ def test_a_pickle_as_task_is_refused_unread(payload, tmp_path, kind):
 
 def test_a_pickle_as_checkpoint_of_a_training_is_passed_over_unread(payload, tmp_path, caplog):
     one = prepared(tmp_path / "runs", *SMALL, "reference=off")
-    files = CheckpointFiles(one.folder)
+    files = CheckpointFiles(one.folder, one.id)
     one.folder.mkdir(parents=True)
     for path in (files.newest, files.before):
         path.write_bytes(payload)

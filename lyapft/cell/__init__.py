@@ -112,7 +112,7 @@ def ensure(cell: Cell) -> Record:
                 if found["id"] != cell.id:
                     raise InputError(f"{cell.folder} holds the record of another cell ({found['id']}): move it away")
                 if records.is_final(found):
-                    CheckpointFiles(cell.folder).remove()  # of a process that died between the two
+                    CheckpointFiles(cell.folder, cell.id).remove()  # of a process that died between the two
                     log.info("%s is done already: %s", cell.folder.name, found["status"])
                     return _compared(cell, found)
             records.remove_leftovers(cell.folder)
@@ -182,7 +182,7 @@ def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
             record["finished"] = records.now()
             records.save(cell.folder, record)
             if records.is_final(record):
-                CheckpointFiles(cell.folder).remove()
+                CheckpointFiles(cell.folder, cell.id).remove()
             if lost := dashboard.finish(loggers, record):
                 record["dashboard"] = lost
                 records.save_dashboard(cell.folder, lost)
