@@ -104,7 +104,7 @@ class Ours:
             parts = Assembly(self.backbone, self.seam, self.peft, strategy)
             training = Training(self.cell, parts, Signals(), Halvings([]))
             training.fit(self.data, [])
-            CheckpointFiles(self.cell.folder).remove()
+            CheckpointFiles(self.cell.folder, self.cell.id).remove()
         return float(training.series.table()["loss"].mean())
 
 

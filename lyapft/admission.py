@@ -46,7 +46,8 @@ def faults(cfg: DictConfig) -> list[str]:
     params = OmegaConf.select(cfg, "hydra.sweeper.params", default=None) or {}
     typed += [f"{key}={value}" for key, value in params.items()]
     own: Any = OmegaConf.to_container(cfg, resolve=False)
-    own.pop("hydra", None)  # its overrides are in `typed`, and its own settings hold this machine's paths
+    hydra = own.pop("hydra", None) or {}  # its overrides are in `typed`, and the rest holds this machine's paths
+    own |= {"hydra": {"job": {"env_set": (hydra.get("job") or {}).get("env_set")}, "launcher": hydra.get("launcher")}}
     found = secrets.faults(own, typed)
     names = {key: [OmegaConf.select(cfg, key)] for key in config.FOLDER_PARTS if OmegaConf.select(cfg, key)}
     for key, value in _swept(typed):

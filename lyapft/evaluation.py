@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,14 +10,17 @@ from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lyapft import backbone, config, containment, precision, records, recurrence, tasks, trust
+from lyapft import backbone, config, containment, peft, precision, records, recurrence, tasks, trust
 from lyapft.cell import CellFailed, disk_message
+from lyapft.config.recorded import merged, part, typed
 from lyapft.environment import describe, resolve_device, resolve_threads
 from lyapft.errors import InputError
+from lyapft.peft.base import ADAPTER_FOLDER
 from lyapft.records import Record
 
 log = logging.getLogger(__name__)
 FOLDER = "evaluations"
+REBUILT = ("model", "task", "peft", "precision")  # groups of a record that something is built from
 
 
 def run(cfg: DictConfig) -> None:
@@ -39,10 +41,7 @@ def _run(cfg: DictConfig) -> None:
     if OmegaConf.is_missing(cfg, "run"):
         raise InputError("which run? Give its folder: python evaluate.py run=runs/STUDY/CELL")
     folder = Path(cfg.run)
-    record = records.load(folder)
-    if record["status"] != "ok":
-        raise InputError(f"{folder} has status {record['status']}: only a finished run can be scored")
-    cell = rebuild_config(record, cfg.trust_remote_code)
+    record, cell = finished(folder, cfg.trust_remote_code)
     task_node = cfg.task if cfg.task is not None else cell.task
     device, found = resolve_device(cfg.device)
     found += backbone.faults(cell.model) + precision.faults(cell.precision, device) + tasks.faults(task_node)
@@ -54,6 +53,7 @@ def _run(cfg: DictConfig) -> None:
             f"the base weights of {cell.model.name} are not those that {folder} was trained from "
             f"(content {content[:12]}…, the record has {record['config']['model']['content'][:12]}…)"
         )
+    check_fit(folder, record, cell)
     _score(cfg, folder, record, cell, task_node, device)
 
 
@@ -93,11 +93,11 @@ def _score_once(
     with precision.build(cell.precision, device) as strategy:
         base = backbone.load(cell.model)
         seam = recurrence.install(base.model, cell.kernel.name, fused=cell.kernel.fused)
-        peft = instantiate(cell.peft)
-        peft.attach(base, seam)
+        method = instantiate(cell.peft)
+        method.attach(base, seam)
         strategy.cast(base.model)
         if record["files"]["weights"] is not None:  # a cell of no steps is its base
-            peft.load(folder)
+            method.load(folder)
         found = tasks.context_faults(task, base.tokenizer, base.max_positions)
         if found:
             raise InputError("; ".join(found))
@@ -128,21 +128,55 @@ def _score_once(
     print(f"scores: {target}")
 
 
+def finished(folder: Path, trust_remote_code: bool = False) -> tuple[Record, DictConfig]:
+    """The record of a run that ended well, and the config that it was made from.
+
+    Raises:
+        InputError: there is none, it did not end well, or its record cannot be used: names the file and the key.
+    """
+    record = records.load(folder)
+    try:
+        if part(record, "status", str) != "ok":
+            raise InputError(f"status {record['status']}: only a finished run has weights to be used")
+        part(record, "id", str)
+        part(record, "files.weights", str, None)
+        part(record, "config.model.content", str)
+        cell = rebuild_config(record, trust_remote_code)
+        if wrong := peft.faults(cell.peft):
+            raise InputError("; ".join(wrong))
+        return record, cell
+    except InputError as error:
+        raise InputError(f"{folder / records.RECORD}: {error}") from None
+
+
+def check_fit(folder: Path, record: Record, cell: DictConfig) -> None:
+    """Put the adapter of a run on its model without weights, where wrong settings take no memory.
+
+    Raises:
+        InputError: settings that the model cannot have, or that are not those of the weights.
+    """
+    base, method = backbone.skeleton(cell.model), instantiate(cell.peft)
+    with torch.device("meta"):
+        method.attach(base, recurrence.install(base.model))
+    if record["files"]["weights"] == f"{ADAPTER_FOLDER}/":
+        method.load(folder)
+
+
 def rebuild_config(record: Record, trust_remote_code: bool = False) -> DictConfig:
     """The typed config that a record was made from, with the paths it had then.
 
     Raises:
-        InputError: it would run code that is not lyapft's; `trust_remote_code` allows the one that came with a model.
+        InputError: settings that no cell has; or it would run code that is not lyapft's, of which
+            `trust_remote_code` allows the one that came with a model.
     """
-    science = json.loads(json.dumps(record["config"]))
+    part(record, "name", str)
     nodes: dict[str, Any] = {}
-    for group in ("model", "task", "peft", "precision"):
-        values = science[group]
-        values.pop("content", None)
-        nodes[group] = OmegaConf.to_container(OmegaConf.merge(values, record["paths"].get(group, {})))
-    trust.check(record, nodes, trust_remote_code)
-    nodes["kernel"] = asdict(config.KernelConfig(**science["kernel"]))
-    return OmegaConf.create(nodes)
+    for group in (*REBUILT, "kernel"):
+        values = {key: value for key, value in part(record, f"config.{group}", dict).items() if key != "content"}
+        paths = part(record, f"paths.{group}", dict) if group in part(record, "paths", dict) else {}
+        nodes[group] = merged(values, paths)
+    trust.check(record, {group: nodes[group] for group in REBUILT}, trust_remote_code)
+    return OmegaConf.create({group: typed(group, values) for group, values in nodes.items()})
 
 
 def _plain(node: DictConfig) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from lyapft.errors import NOT_JSON, InputError
 
 SCHEMA_VERSION = 1
 RECORD, STEPS, ITEMS, LOG = "record.json", "steps.parquet", "items.parquet", "cell.log"
+LOCKS, TABLES = ".locks", "tables"  # folders of a study
 STABILITY = "stability.parquet"
 EXPERIMENTS = "experiments"  # folder of a study with the records of its experiments
 STATUSES = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard", "oom", "interrupted", "failed", "running")
@@ -47,6 +48,11 @@ log = logging.getLogger(__name__)
 def now() -> str:
     """The present moment, ISO 8601, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def folders(study: Path) -> list[Path]:
+    """The folders of a study that hold no cell."""
+    return [study / name for name in (LOCKS, EXPERIMENTS, TABLES)]
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

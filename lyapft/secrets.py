@@ -10,14 +10,39 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 HIDDEN = "(hidden)"
-KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key|credentials?)$", re.IGNORECASE)
+WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+# What a name's last word may be, and, where that says little by itself, the words that may stand before it.
+PLAIN = {"secret", "password", "passwd", "passphrase", "credential", "credentials", "bearer", "authorization", "apikey"}
+OPENED_BY = {"api", "access", "private", "secret", "auth", "hf", "hub", "wandb", "ssh", "signing"}  # a key, or tokens
+NOT_SECRET = {"PWD", "OLDPWD"}  # variables: the folder that a shell is in
 IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-# as the issuers of tokens mark them: Hugging Face, OpenAI and others, GitHub, AWS, private keys, W&B
+# NAME=value or NAME: value inside of a text, an override that is a mapping, a line of shell, a query of a URL
+PAIR = re.compile(r"(?=\b([A-Za-z][\w-]*)['\"]?\s*[=:]\s*['\"]?([^\s,;&}'\"]+))")
+# as the issuers of tokens mark them: Hugging Face, OpenAI and others, GitHub, AWS, private keys, W&B, Google, Slack
 VALUE = re.compile(
     r"\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}\b"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bwandb_v\d_\w{20,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bwandb_v\d_\w{20,}|\bAIza[\w-]{35}|\bxox[abprs]-[\w-]{10,}"
 )
 SHORTEST = 8  # characters of a variable's value: a shorter one could be an ordinary word
+
+
+def is_named(key: str) -> bool:
+    """Whether a name is that of a credential, however its words are joined.
+
+    >>> [is_named(key) for key in ("hub-token", "hubToken", "WANDB_API_KEY", "X-Amz-Signature", "db_pwd", "hf_tokens")]
+    [True, True, True, True, True, True]
+    >>> [is_named(key) for key in ("batch_tokens", "key", "tokenizer", "pwd_model", "signature")]
+    [False, False, False, False, False]
+    """
+    words = [word.lower() for word in WORD.findall(key)]
+    if not words or key in NOT_SECRET:
+        return False
+    *before, last = words
+    if last in PLAIN or last == "token":
+        return True
+    if last in ("key", "tokens"):
+        return bool(before) and before[-1] in OPENED_BY
+    return (last == "pwd" and bool(before)) or (last == "signature" and "amz" in before)
 
 
 def faults(settings: Any, overrides: Iterable[str] = ()) -> list[str]:
@@ -35,7 +60,7 @@ def faults(settings: Any, overrides: Iterable[str] = ()) -> list[str]:
     for override in overrides:
         name, _, value = override.lstrip("+~").partition("=")
         if _is_secret(name.rpartition(".")[2], value, known):
-            names.append(name)
+            names.append(name.partition("{")[0])
     return [
         f"{name} looks like a credential: settings are written into records and logs. Take it out, and put it into the "
         "environment instead (HF_TOKEN, WANDB_API_KEY)"
@@ -51,23 +76,24 @@ def without(value: Any, key: str = "") -> Any:
     """
     if isinstance(value, Mapping):
         return {str(name): without(inner, str(name)) for name, inner in value.items()}
-    if value is not None and KEY.search(key):
+    if value is not None and is_named(key):
         return HIDDEN
     if isinstance(value, list | tuple):
         return [without(inner) for inner in value]
     if isinstance(value, str):
         name, equals, _ = value.partition("=")  # an override such as model.hub_token=abc
-        if equals and KEY.search(name.rpartition(".")[2]):
+        if equals and is_named(name.rpartition(".")[2]):
             return f"{name}={HIDDEN}"
         return IN_URL.sub(HIDDEN, value)
     return value
 
 
 def _leaves(value: Any, name: str = "", key: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(dotted name, last key, value) of everything that is no container."""
+    """(dotted name, last key, value) of everything that is no container; a credential's key stands for all in it."""
     if isinstance(value, Mapping):
         for inner_key, inner in value.items():
-            yield from _leaves(inner, f"{name}.{inner_key}".lstrip("."), str(inner_key))
+            own = key if is_named(key) else str(inner_key)
+            yield from _leaves(inner, f"{name}.{inner_key}".lstrip("."), own)
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             yield from _leaves(inner, f"{name}[{index}]", key)
@@ -76,13 +102,24 @@ def _leaves(value: Any, name: str = "", key: str = "") -> Iterator[tuple[str, st
 
 
 def _is_secret(key: str, value: Any, known: set[str]) -> bool:
-    """Numbers are settings (`experiment.token=8`); a text is a secret by its field, its look, or as a known one."""
-    if not isinstance(value, str) or value in ("", "null"):
+    """A value is a secret by its field, its look, as a known one, or by a name before it in a text."""
+    if is_named(key) and _is_told(key, value):
+        return True
+    if not isinstance(value, str):
         return False
-    named = bool(KEY.search(key)) and not re.fullmatch(r"[\d,\s.]+", value)
-    return named or bool(VALUE.search(value) or IN_URL.search(value)) or any(secret in value for secret in known)
+    if VALUE.search(value) or IN_URL.search(value) or any(secret in value for secret in known):
+        return True
+    return any(is_named(name) and _is_told(name, told) for name, told in PAIR.findall(value))
+
+
+def _is_told(key: str, value: Any) -> bool:
+    """Whether a credential's field holds one. Numbers of tokens are settings (`experiment.token=8`), those of a
+    password are not; a reference to a variable tells nothing."""
+    if value is None or isinstance(value, bool) or value in ("", "null") or str(value).startswith("$"):
+        return False
+    return not ("token" in key.lower() and re.fullmatch(r"[\d,\s.]+", str(value)))
 
 
 def _in_environment() -> set[str]:
     """Values of the variables that hold credentials by their names."""
-    return {value for name, value in os.environ.items() if KEY.search(name) and len(value) >= SHORTEST}
+    return {value for name, value in os.environ.items() if is_named(name) and len(value) >= SHORTEST}

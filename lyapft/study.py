@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lyapft import containment, launch
+from lyapft import containment, launch, records
 from lyapft.config import register
 from lyapft.errors import InputError
 
@@ -61,7 +61,7 @@ def _folder(config: DictConfig) -> Path | None:
         return None
     folder = Path(runs) / name
     try:
-        containment.check(Path(runs), [folder])
+        containment.check(Path(runs), [folder, *records.folders(folder)])
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):  # asks also whether its file system is read-only
             raise OSError(errno.EACCES, "no right to write, or a read-only file system")

@@ -4,6 +4,7 @@ A record holds the settings that its cell was made from, names of classes includ
 anything.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -52,6 +53,10 @@ def _faults(node: Any, place: str) -> Iterator[str]:
 
 
 def _is_ours(name: Any) -> bool:
+    """Whether a class is of a kind, without importing what is neither lyapft's nor in the process already."""
+    module = str(name).rpartition(".")[0]
+    if not module.startswith("lyapft.") and module not in sys.modules:
+        return False
     try:
         return issubclass(get_class(name), KINDS)
     except Exception:  # noqa: BLE001 - whatever the name makes Python do, it is none of ours

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 
-from lyapft import backbone, cell, config, data, rates, records, recurrence, tasks
+from lyapft import backbone, cell, config, data, evaluation, precision, rates, records, recurrence, tasks
 from lyapft.data.streaming import good_examples
 from lyapft.errors import InputError
 from lyapft.experiments import stall
@@ -34,8 +34,7 @@ from lyapft.plan import file as plan_file
 from lyapft.report import experiments, summary_table
 from lyapft.report.cells import load_study
 from lyapft.resume import CheckpointFiles
-from lyapft.resume.files import CHECKSUM, STATE
-from lyapft.resume.tree import digest
+from lyapft.resume.files import CELL, CHECKSUM, STATE, checksum
 from tests.test_cell import prepared
 from tests.test_config import composed
 from tests.test_tasks import FIXTURES
@@ -151,6 +150,22 @@ def test_records(data_of):
 
 @settings(max_examples=8)
 @given(st.data())
+def test_records_that_are_merged_or_scored(data_of):
+    """What is built of one: of a wrong setting nothing is, and the file is named."""
+    record = json.loads(contents(records.RECORD))
+    used = {key: record[key] for key in ("schema_version", "id", "name", "status", "paths", "files")}
+    used |= {"config": {group: record["config"][group] for group in (*evaluation.REBUILT, "kernel")}}
+    content = data_of.draw(altered_tree(used))
+
+    def read(folder):
+        (folder / records.RECORD).write_bytes(as_json(content))
+        _, found = evaluation.finished(folder)
+        return backbone.faults(found.model) or precision.faults(found.precision, "cpu") or instantiate(found.peft)
+
+    in_a_folder(read)
+
+
+@given(st.data())
 def test_tables_of_a_run(data_of):
     name = data_of.draw(st.sampled_from([records.STEPS, records.ITEMS, records.STABILITY]))
     content = data_of.draw(altered_bytes(contents(name)) | st.binary(max_size=64))
@@ -215,7 +230,7 @@ STATES = {"loops": [1, (2.0, None)], "tensor": torch.arange(6).view(2, 3), "rows
 @given(st.data())
 def test_checkpoints(data_of):
     with tempfile.TemporaryDirectory() as folder:
-        kept = CheckpointFiles(Path(folder))
+        kept = CheckpointFiles(Path(folder), "1f")
         kept.save_checkpoint(STATES, kept.newest)
         content = data_of.draw(files(kept.newest.read_bytes()))
         kept.newest.write_bytes(content)
@@ -228,8 +243,8 @@ def test_checkpoints(data_of):
 )
 def test_checkpoints_whose_checksum_is_right(tree):
     with tempfile.TemporaryDirectory() as folder:
-        kept, tensors, text = CheckpointFiles(Path(folder)), {"0": torch.ones(2)}, json.dumps(tree)
-        save_file(tensors, kept.newest, {STATE: text, CHECKSUM: digest(text, tensors)})
+        kept, tensors, text = CheckpointFiles(Path(folder), "1f"), {"0": torch.ones(2)}, json.dumps(tree)
+        save_file(tensors, kept.newest, {STATE: text, CELL: "1f", CHECKSUM: checksum("1f", text, tensors)})
         kept.latest()
         clear(lambda: kept.load_checkpoint(kept.newest))
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from lyapft.plan import calibration, cells, cores, file, gpu, sizes
 from lyapft.plan.__main__ import main
 from lyapft.verdict import Outstanding, judge
 from tests.test_cell import SMALL
+from tests.test_cli import ROOT
 from tests.test_verdict import STEADY, study, text
 
 MATRIX = ("seed=0,1", "model=mamba_tiny,llama_tiny", "peft=none,lora", "precision=fp32,bf16", "threads=1")
@@ -238,3 +241,17 @@ def test_choices_are_spanned_without_a_preset():
         planned = cells.cells(cells.composed(["model=mamba_tiny,llama_tiny", "seed=range(2)", "reference=off"]))
     found = [(one.choices["model"], one.seed) for one in planned]
     assert found == [(model, seed) for model in ("mamba_tiny", "llama_tiny") for seed in range(2)]
+
+
+def test_two_commands_that_plan_one_study_at_once_lose_no_cell(tmp_path):
+    """Each adds to what the other has left, a hundred times."""
+    code = (
+        "import sys\nfrom dataclasses import replace\nfrom pathlib import Path\nfrom lyapft.plan import file\n"
+        "from tests.test_plan import planned\n"
+        "one = planned('reference=off', f'runs={sys.argv[1]}')[0]\n"
+        "for i in range(40):\n"
+        "    file.save([replace(one, settings={**one.settings, 'other': sys.argv[2] + str(i)})])\n"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], cwd=ROOT) for name in "ab"]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert len(file.load(tmp_path / "default")) == 80

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from lyapft import report
+from lyapft.records import TABLES
 from lyapft.report import exports, latex, verdict_tables
 from lyapft.report.__main__ import main
 from lyapft.report.tables import Column
@@ -35,7 +36,7 @@ def verdict(folder: Path) -> Verdict:
 def test_every_table_is_written_in_every_format_with_its_numbers(folder: Path, verdict: Verdict) -> None:
     assert set(verdict.tables) == set(SPECS) - {"base_and_tuned", "settings"}  # of studies that ask for them
     for name, table in verdict.tables.items():
-        home = folder / exports.TABLES / name
+        home = folder / TABLES / name
         pd.testing.assert_frame_equal(pd.read_parquet(home.with_suffix(".parquet")), table, check_dtype=False)
         read = pd.read_csv(home.with_suffix(".csv"))
         assert list(read.columns) == list(table.columns)
@@ -102,7 +103,7 @@ def columns_of(align: str) -> list[float | None]:
 
 def test_latex_parts_fit_the_text_width_and_lose_no_column(folder: Path, verdict: Verdict) -> None:
     for name, table in verdict.tables.items():
-        text = (folder / exports.TABLES / f"{name}.tex").read_text(encoding="utf-8")
+        text = (folder / TABLES / f"{name}.tex").read_text(encoding="utf-8")
         assert text.isascii()
         titles: list[str] = []
         for align, rows in parts(text):
@@ -118,7 +119,7 @@ def test_latex_parts_fit_the_text_width_and_lose_no_column(folder: Path, verdict
 
 
 def test_a_wide_table_repeats_the_names_of_its_rows(folder: Path) -> None:
-    text = (folder / exports.TABLES / "recipes.tex").read_text(encoding="utf-8")
+    text = (folder / TABLES / "recipes.tex").read_text(encoding="utf-8")
     found = parts(text)
     assert len(found) > 2
     names = [[row[:2] for row in rows] for _, rows in found]
@@ -181,7 +182,7 @@ def test_what_the_reader_decides_are_options(folder: Path, tmp_path: Path, capsy
     page = tmp_path / "page.html"
     assert main([str(folder), "--output", str(page), "--margin", "40", "--memory-weight", "0"]) == 0
     assert "within ±40 points" in (tmp_path / exports.MARKDOWN).read_text(encoding="utf-8")
-    table = pd.read_csv(tmp_path / exports.TABLES / "recipes.csv")
+    table = pd.read_csv(tmp_path / TABLES / "recipes.csv")
     assert table.cost.tolist() == pytest.approx((1 / table.speed_ratio).tolist())
     counts = {}
     for points in ("0.5", "60"):

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import signal
 from itertools import count
 from pathlib import Path
@@ -163,6 +164,19 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, monkeypatc
     same(whole, torn)
 
 
+def test_a_checkpoint_of_another_cell_is_passed_over_with_a_warning(tmp_path, monkeypatch, caplog):
+    whole, torn = (prepared(tmp_path / name, *NEVER, "seed=1") for name in ("whole", "torn"))
+    assert cell.ensure(whole)["status"] == "ok"
+    other = prepared(tmp_path, *NEVER)
+    cut(monkeypatch, other, 4, signal.SIGTERM)
+    torn.folder.mkdir(parents=True)
+    for path in other.folder.glob("checkpoint*"):
+        shutil.copy(path, torn.folder)
+    assert cell.ensure(torn)["resumed"]["at_steps"] == []
+    assert caplog.text.count(f"is the checkpoint of another cell ({other.id}, not {torn.id})") == 2
+    same(whole, torn)
+
+
 def test_two_damaged_checkpoints_mean_a_new_start(tmp_path, monkeypatch):
     whole, torn = (prepared(tmp_path / name, *NEVER) for name in ("whole", "torn"))
     assert cell.ensure(whole)["status"] == "ok"
@@ -176,7 +190,7 @@ def test_two_damaged_checkpoints_mean_a_new_start(tmp_path, monkeypatch):
 def test_a_checkpoint_holds_what_trains_and_no_more(tmp_path, monkeypatch):
     torn = prepared(tmp_path, *NEVER)
     cut(monkeypatch, torn, 2, signal.SIGTERM)
-    files = CheckpointFiles(torn.folder)
+    files = CheckpointFiles(torn.folder, torn.id)
     state = files.load_checkpoint(files.newest)["state_dict"]
     assert state
     assert all("lora_" in name for name in state)
@@ -215,7 +229,7 @@ def test_a_state_keeps_every_bit_and_type(tree):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.uint8])
 def test_tensors_keep_format_and_shape(tmp_path, dtype):
-    files = CheckpointFiles(tmp_path)
+    files = CheckpointFiles(tmp_path, "1f")
     base = torch.arange(6).to(dtype)
     state = {"scalar": base[3], "view": base[:2], "empty": base[:0], "matrix": base.view(2, 3).T}
     files.save_checkpoint(state, files.newest)
@@ -226,7 +240,7 @@ def test_tensors_keep_format_and_shape(tmp_path, dtype):
 
 
 def test_what_could_run_code_is_neither_written_nor_read(tmp_path):
-    files = CheckpointFiles(tmp_path)
+    files = CheckpointFiles(tmp_path, "1f")
     with pytest.raises(TypeError, match=r"state\['hook'\] is a function"):
         files.save_checkpoint({"hook": same}, files.newest)
     torch.save({"hook": 1}, files.newest)
@@ -236,7 +250,7 @@ def test_what_could_run_code_is_neither_written_nor_read(tmp_path):
 
 
 def test_the_one_before_is_there_at_every_moment(tmp_path, monkeypatch):
-    files = CheckpointFiles(tmp_path)
+    files = CheckpointFiles(tmp_path, "1f")
     files.save_checkpoint({"n": 1}, files.newest)
 
     def full(*_):

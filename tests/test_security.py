@@ -137,7 +137,37 @@ REFUSED = {
     "a URL": f"data.path=https://me:{CANARY}@host/data.json",
     "a token's look": f"model.path=hf_{CANARY}",
     "a swept field": f"+model.dims.api_key=a,{CANARY}",
+    "a name of joined words": "+model.dims.hubToken=" + CANARY,
+    "a name above": "+model.dims.password={value: " + CANARY + "}",
+    "a query": f'data.path="https://host/data.json?X-Amz-Signature={CANARY}"',
+    "a variable of Hydra's": "+hydra.job.env_set={WANDB_API_KEY: " + CANARY + "}",
 }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hub-token": "abc"}, {"authToken": "abc"}, {"hf_tokens": "abc"}, {"passphrase": "abc"}, {"db_pwd": "abc"},
+        {"authorization": "abc"}, {"private_key": "abc"}, {"wandb_key": "0" * 40}, {"token": {"value": "abc"}},
+        {"password": 12345678}, {"url": "https://h/x?token=abc"}, {"model": "AIza" + 35 * "x"},
+        {"x": "xoxb-" + 12 * "1"},
+        {"launcher": {"setup": ["export WANDB_API_KEY=abc"]}}, {"text": "{HF_TOKEN: abc}"},
+    ],
+)  # fmt: skip
+def test_what_names_or_looks_like_a_credential_is_found_wherever_it_stands(settings):
+    assert len(secrets.faults(settings)) == 1
+    assert secrets.faults({}, [f"a.{key}={value}" for key, value in settings.items()])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_tokens": 8192}, {"token": 8}, {"tokens": "256"}, {"tokenizer": "gpt2"}, {"revision": "0" * 40},
+        {"setup": ["export WANDB_API_KEY=$KEY"]}, {"password": None}, {"path": "a/b?c=d"}, {"key": "loss"},
+    ],
+)  # fmt: skip
+def test_an_ordinary_setting_is_none(settings):
+    assert secrets.faults(settings) == []
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -202,7 +232,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-LINKS = ("default", "default/{cell}", "default/.locks", "default/{cell}/cell.log")
+LINKS = ("default", "default/{cell}", "default/.locks", "default/{cell}/cell.log", "default/tables", ".tokens")
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +382,7 @@ def test_a_pickle_as_task_is_refused_unread(payload, tmp_path, kind):
 
 def test_a_pickle_as_checkpoint_of_a_training_is_passed_over_unread(payload, tmp_path, caplog):
     one = prepared(tmp_path / "runs", *SMALL, "reference=off")
-    files = CheckpointFiles(one.folder)
+    files = CheckpointFiles(one.folder, one.id)
     one.folder.mkdir(parents=True)
     for path in (files.newest, files.before):
         path.write_bytes(payload)
@@ -418,6 +448,16 @@ def test_a_record_from_elsewhere_runs_no_code(finished, typed, tmp_path, case, n
         assert "nothing was run" in printed or "Read that code" in printed
     assert {path.name for path in tmp_path.iterdir()} <= {"run", "runs"}
     assert not (run / "evaluations").exists()
+
+
+def test_a_class_of_a_record_is_refused_before_its_module_is_imported(finished, tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise SystemExit('this was run')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    record = records.load(finished)
+    record["config"]["peft"]["_target_"] = "evil.X"
+    with pytest.raises(InputError, match=r"names 'evil.X'.*|nothing was run"):
+        evaluation.rebuild_config(record)
+    assert "evil" not in sys.modules
 
 
 def test_code_of_a_model_is_allowed_by_the_command_not_by_the_record(finished):

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import signal
 import subprocess
 import tracemalloc
@@ -17,8 +18,8 @@ import torch
 
 from lyapft import cell, records, tasks
 from lyapft.data import Alpaca, Sharegpt, Stream, Table, TextFile, build, hub, pack, readers
-from lyapft.data.readers import Files, read_rows
 from lyapft.errors import InputError
+from lyapft.probes import StepRecorder
 from lyapft.resume.tree import pack as packed
 from lyapft.resume.tree import unpack
 from tests.test_cell import prepared, same_weights
@@ -299,14 +300,56 @@ def test_what_cannot_be_streamed_says_so(tmp_path, folders, tokenizer):
     assert "Traceback" not in str(raised.value)
 
 
-def test_a_file_that_changes_meanwhile_stops_the_training(folders, tokenizer):
-    loader = iter(stream(table("alpaca", folders["alpaca"], shuffle_buffer=2), tokenizer).batches(2, 9, seed=0))
-    reader = Files([Path(folders["alpaca"]) / "a.jsonl"], read_rows)
+def replaced(path: Path) -> None:
+    other = path.with_suffix(".other")
+    other.write_text(path.read_text().replace("Count", "Climb"))
+    os.replace(other, path)
+
+
+CHANGES = {
+    "another in its place": replaced,
+    "appended": lambda path: path.write_text(path.read_text() + "\n"),
+    "cut within a line": lambda path: os.truncate(path, path.stat().st_size - 5),
+    "cut between lines": lambda path: path.write_text("".join(path.read_text().splitlines(keepends=True)[:2])),
+    "emptied": lambda path: os.truncate(path, 0),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_meanwhile_stops_the_training(folders, tokenizer, change, workers):
+    """Also where every pass opens it anew, and whichever row of it comes next."""
+    source = table("alpaca", folders["alpaca"], shuffle_buffer=2, workers=workers)
+    loader = iter(stream(source, tokenizer).batches(2, 400, seed=0))
     next(loader)
-    with open(Path(folders["alpaca"]) / "a.jsonl", "a") as file:
-        file.write("\n")
-    with pytest.raises(InputError, match=r"a.jsonl has changed since the training began"):
-        list(reader)
+    CHANGES[change](Path(folders["alpaca"]) / "b.jsonl")
+    with pytest.raises(InputError, match=r"b.jsonl has changed while the cell trained on it") as raised:
+        list(loader)
+    assert "Traceback" not in str(raised.value)
+
+
+def test_a_changed_file_stops_the_next_cell_of_the_same_table_too(folders, tokenizer):
+    """A reference takes the fingerprint over from its cell."""
+    source = table("alpaca", folders["alpaca"])
+    first = stream(source, tokenizer)
+    list(first.batches(2, 3, seed=0))
+    replaced(Path(folders["alpaca"]) / "a.jsonl")
+    with pytest.raises(InputError, match=r"a.jsonl has changed while"):
+        list(stream(source, tokenizer).batches(2, 3, seed=0))
+
+
+def test_a_training_whose_file_was_replaced_is_no_finished_cell(tmp_path, folders, monkeypatch):
+    one = prepared(tmp_path, *overrides(folders["alpaca"], "data.streaming=true", "trainer.steps=9"))
+
+    def change(_, trainer, *__):
+        if trainer.global_step == 2:
+            replaced(Path(folders["alpaca"]) / "b.jsonl")
+
+    monkeypatch.setattr(StepRecorder, "on_before_optimizer_step", change)
+    record = cell.ensure(one)
+    assert record["status"] == "failed"
+    assert "b.jsonl has changed while the cell trained on it" in record["error"]["message"]
 
 
 def test_the_fingerprint_depends_on_content_never_on_the_path(tmp_path, folders):
@@ -332,6 +375,33 @@ def test_memory_does_not_grow_with_the_data(tmp_path, tokenizer):
     peak(500, "first.jsonl")  # what is allocated once
     small, large = peak(500, "small.jsonl"), peak(5000, "large.jsonl")
     assert large < 1.2 * small
+
+
+def refused(source: Table, match: str) -> int:
+    """Bytes that were held at most until a file was refused."""
+    tracemalloc.start()
+    with pytest.raises(InputError, match=match):
+        source.fingerprint()
+    found = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["alpaca", "text"])
+def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST", 2**18)
+    path = tmp_path / f"a.{'txt' if kind == 'text' else 'jsonl'}"
+    fits = json.dumps(alpaca_rows(1)[0])
+    path.write_text(f"{fits:<{2**18 - 1}}\n" + "word " * 2**21)
+    expected = r"line 2, is longer than the 262144 bytes .*streaming=false"
+    assert refused(table(kind, str(path)), expected) < path.stat().st_size / 2
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n" * 2**17])
+def test_a_json_list_on_one_line_is_refused_by_its_first_byte(tmp_path, before):
+    path = tmp_path / "a.json"
+    path.write_bytes(before + json.dumps(alpaca_rows(1) * 2**16).encode())
+    assert refused(table("alpaca", str(path)), "one JSON list") < path.stat().st_size / 8
 
 
 # cells
@@ -381,6 +451,7 @@ def test_streaming_is_part_of_the_identity_and_a_large_window_changes_nothing_el
     assert same_weights(memory.folder, streamed.folder)
 
 
-def test_made_data_cannot_be_streamed(tmp_path):
-    with pytest.raises(Exception, match="streaming"):
-        prepared(tmp_path, "data=skills", "data.streaming=true")
+@pytest.mark.parametrize("made", ["skills", "mixture", "pydoc"])
+def test_made_data_cannot_be_streamed(tmp_path, made):
+    with pytest.raises(InputError, match=f"streaming=true: data={made} is made.*data=alpaca, sharegpt or text"):
+        prepared(tmp_path, f"data={made}", "data.streaming=true", "trainer.steps=1")

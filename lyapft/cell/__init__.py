@@ -25,7 +25,7 @@ from lyapft.cell import answers, summary
 from lyapft.cell.crew import crew, follow
 from lyapft.cell.execution import execute
 from lyapft.cell.preparation import Cell, prepare
-from lyapft.cell.state import LOCKS, is_elsewhere, log_file, only_one
+from lyapft.cell.state import is_elsewhere, log_file, only_one
 from lyapft.errors import InputError
 from lyapft.halving import Halvings, OutOfMemory, until_it_fits
 from lyapft.module import TrainingStopped
@@ -103,7 +103,7 @@ def ensure(cell: Cell) -> Record:
     if cell.id in _failed_references:
         return _failed_references[cell.id]
     entries = cell.folder.iterdir() if cell.folder.is_dir() else ()
-    containment.check(Path(cell.config.runs), [cell.study / LOCKS, cell.folder, *entries])
+    containment.check(Path(cell.config.runs), [*records.folders(cell.study), cell.folder, *entries])
     try:
         with only_one(cell):
             found = None
@@ -112,7 +112,7 @@ def ensure(cell: Cell) -> Record:
                 if found["id"] != cell.id:
                     raise InputError(f"{cell.folder} holds the record of another cell ({found['id']}): move it away")
                 if records.is_final(found):
-                    CheckpointFiles(cell.folder).remove()  # of a process that died between the two
+                    CheckpointFiles(cell.folder, cell.id).remove()  # of a process that died between the two
                     log.info("%s is done already: %s", cell.folder.name, found["status"])
                     return _compared(cell, found)
             records.remove_leftovers(cell.folder)
@@ -182,7 +182,7 @@ def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
             record["finished"] = records.now()
             records.save(cell.folder, record)
             if records.is_final(record):
-                CheckpointFiles(cell.folder).remove()
+                CheckpointFiles(cell.folder, cell.id).remove()
             if lost := dashboard.finish(loggers, record):
                 record["dashboard"] = lost
                 records.save_dashboard(cell.folder, lost)

@@ -14,11 +14,11 @@ from filelock import FileLock, SoftFileLease, Timeout
 from lyapft import precision
 from lyapft.cell.preparation import Cell
 from lyapft.environment import keep_freed_memory
+from lyapft.records import LOCKS
 
 log = logging.getLogger(__name__)
 
 
-LOCKS = ".locks"  # folder of a study
 LEASE_S = 60.0  # without a sign of life for so long, a process on another machine is taken for dead
 
 

@@ -80,7 +80,7 @@ class Training:
                 probe.bind(parts.seam, parts.precision.autocast, partial(precision.matmul_flags, tf32=False))
         self.guards: list[Callback] = [] if cfg.guard._target_ is None else [instantiate(cfg.guard)]
         self.series = records.StepSeries(cell.folder / records.STEPS if ranks.leads() else None)
-        self.files = CheckpointFiles(cell.folder)
+        self.files = CheckpointFiles(cell.folder, cell.id)
         self.resume = Resume(self.files, self.settings.checkpoint_every_s, signals, parts.seam, self.memory)
 
     def fit(self, rows: TokenDataset | Stream, loggers: list[Logger]) -> None:

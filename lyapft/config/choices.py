@@ -50,7 +50,6 @@ class TableData(DataConfig):
     """Rows of a local file, or of a data set by its name."""
 
     split: str = "train"  # of a data set by name
-    streaming: bool = False  # read the rows as the training needs them, whatever the size of the data
     shuffle_buffer: int = 4096  # streaming: examples that are held and shuffled at once
     workers: int = 0  # streaming: processes that read and tokenise ahead
 

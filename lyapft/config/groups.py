@@ -32,6 +32,7 @@ class DataConfig:
     max_bad_fraction: float = 0.01  # rows with null or non-string fields beyond this share stop the run
     limit: int | None = None  # use the first N rows only
     packing: bool = False  # several examples to a row of max_length tokens, kept apart; a row of a batch is a pack
+    streaming: bool = False  # read the rows as the training needs them, whatever the size of the data: of tables only
 
 
 @dataclass

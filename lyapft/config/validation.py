@@ -39,6 +39,11 @@ def faults(cfg: DictConfig) -> list[str]:
     counts = {"seed": cfg.seed, "replicate": cfg.replicate}
     counts |= {f"trainer.{key}": cfg.trainer[key] for key in ("steps", "validation_rows")}
     found += [f"{key}={value} must not be negative" for key, value in counts.items() if value < 0]
+    if cfg.data.streaming and "shuffle_buffer" not in cfg.data:
+        found.append(
+            f"data.streaming=true: data={cfg.data.name} is made in memory. Rows of files and of the hub stream: "
+            "data=alpaca, sharegpt or text"
+        )
     found += [
         f"study.noise_floor: {kind!r} is unknown: use {' and '.join(NOISE_FLOORS)}"
         for kind in cfg.study.noise_floor

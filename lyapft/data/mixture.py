@@ -33,6 +33,7 @@ class Mixture:
     packing: bool = False
     max_bad_fraction: float = 0.01
     limit: int | None = None
+    streaming: bool = False
     rows: int = 72_000
     rules: Sequence[str] = BASE_RULES
     shots: Sequence[int] = (6,)

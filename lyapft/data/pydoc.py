@@ -117,6 +117,7 @@ class Pydoc:
     packing: bool = False
     max_bad_fraction: float = 0.01
     limit: int | None = None
+    streaming: bool = False
     kind: str = "pairs"
     packed: bool = field(default=False, init=False)
     ordered: bool = field(default=False, init=False)

@@ -196,6 +196,7 @@ class Skills:
     packing: bool = False
     max_bad_fraction: float = 0.01
     limit: int | None = None
+    streaming: bool = False
     rules: Sequence[str] = NEW_RULES
     rows: int = 3072
     shots: Sequence[int] = (6,)

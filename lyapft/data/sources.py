@@ -20,7 +20,7 @@ from datasets import Dataset
 from lyapft.data.examples import Example, Segment, digest
 from lyapft.data.files import Row, check_columns, local_files, read_json, read_text
 from lyapft.data.hub import commit_of, load_rows, stream_rows
-from lyapft.data.readers import ENDS, PIECE, START, Files, Reader, content, read_pieces, read_rows
+from lyapft.data.readers import ENDS, PIECE, START, Files, Reader, Stamp, content, read_pieces, read_rows, stamp
 from lyapft.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,12 @@ class Table(ABC):
         """The rows from the first one on, for `streaming`."""
         if self._files is None:
             return stream_rows(str(self.path), self.split, self._commit)
-        return Files(self._files, read_rows)
+        return Files(self._files, read_rows, self._stamps)
+
+    @cached_property
+    def _stamps(self) -> list[Stamp]:
+        """Of the files, before anything of what is streamed is read: kept for every cell that trains on this table."""
+        return [stamp(file) for file in self._files or ()]
 
     @property
     def reader_limit(self) -> int | None:
@@ -154,7 +159,7 @@ class Table(ABC):
     @cached_property
     def _content(self) -> str:
         """Of what is streamed, whose first rows are looked at."""
-        found = self._commit if self._files is None else content(self._files)
+        found = self._commit if self._files is None else content(self._files, self._stamps)
         rows = list(islice(self.reader(), max(ENOUGH, self.shuffle_buffer)))
         self._usable(rows)
         return found
@@ -262,7 +267,7 @@ class TextFile(Table):
 
     def reader(self) -> Reader:
         """Files in pieces; the first N of them where there is a limit."""
-        return super().reader() if self._files is None else Files(self._files[: self.limit], read_pieces)
+        return super().reader() if self._files is None else Files(self._files[: self.limit], read_pieces, self._stamps)
 
     @property
     def reader_limit(self) -> int | None:

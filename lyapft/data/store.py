@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
+from lyapft import containment
 from lyapft.data.batches import TokenDataset, build
 from lyapft.data.examples import Source
 from lyapft.records import write_atomically
@@ -48,6 +49,7 @@ def tokenised(
     if not tokenizer.is_fast:
         return build(source, tokenizer, max_length, content, progress)
     path = folder / f"{_key(tokenizer, max_length, settings)}.safetensors"
+    containment.check(folder.parent, [folder, path])
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         found = _read(path) if path.exists() else None

@@ -10,7 +10,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lyapft import config, records
+from lyapft import config, containment, records
 from lyapft.cell import CellFailed, disk_message
 from lyapft.environment import describe, resolve_threads
 from lyapft.errors import InputError, behind
@@ -46,6 +46,7 @@ def _run(cfg: DictConfig, folder: Path) -> Path:
     name = settings["_target_"].split(".")[-2]
     target = folder / f"{name}-{config.identity(settings | {'threads': threads})}.json"
     if not target.exists():
+        containment.check(folder.parent, [folder, target])
         torch.set_num_threads(threads)
         folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from hydra.utils import instantiate
 
-from lyapft import backbone, records, recurrence
+from lyapft import backbone, recurrence
 from lyapft.backbone import no_progress_bars
 from lyapft.errors import InputError
-from lyapft.evaluation import rebuild_config
+from lyapft.evaluation import check_fit, finished
 from lyapft.peft.base import written_whole
 
 
@@ -41,10 +41,7 @@ def merge(run: Path, folder: Path, trust_remote_code: bool = False) -> None:
     """
     if folder.exists():
         raise InputError(f"{folder} exists already: give a folder that does not")
-    record = records.load(run)
-    if record["status"] != "ok":
-        raise InputError(f"{run} has status {record['status']}: only a finished run can be merged")
-    cfg = rebuild_config(record, trust_remote_code)
+    record, cfg = finished(run, trust_remote_code)
     found = backbone.faults(cfg.model)
     if found:
         raise InputError("\n".join(found))
@@ -53,6 +50,7 @@ def merge(run: Path, folder: Path, trust_remote_code: bool = False) -> None:
         raise InputError(
             f"the base weights of {cfg.model.name} are not those of {run} ({content[:12]}, {trained[:12]})"
         )
+    check_fit(run, record, cfg)
     base = backbone.load(cfg.model)
     strategy = instantiate(cfg.peft)
     strategy.attach(base, recurrence.install(base.model))

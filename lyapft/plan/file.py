@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from lyapft.errors import NOT_JSON, InputError
 from lyapft.plan.cells import CELL, RERUN, Planned, key_of, recipe_of, settings_of
-from lyapft.records import RECORD, Record, load_study, save_json
+from lyapft.records import LOCKS, RECORD, Record, load_study, save_json
 from lyapft.verdict import Outstanding
 
 FILE = "plan.json"
@@ -47,15 +49,18 @@ def entry(planned: Planned) -> Entry:
 
 def save(planned: Iterable[Planned]) -> None:
     """Write each study's plan into its folder, beside what earlier commands planned there."""
-    by_study: dict[Path, dict[str, Entry]] = {}
+    by_study: dict[Path, list[Entry]] = {}
     for cell in planned:
-        folder = Path(cell.config.runs) / cell.config.study.name
-        known = by_study.setdefault(folder, {entry.key: entry for entry in load(folder)})
-        own = entry(cell)
-        if own.key not in known or own.role == CELL:
-            known[own.key] = own
+        by_study.setdefault(Path(cell.config.runs) / cell.config.study.name, []).append(entry(cell))
     for folder, entries in by_study.items():
-        save_json(folder / FILE, [asdict(one) for one in entries.values()])
+        lock = folder / LOCKS / "plan.lock"  # others may plan the same study: each adds to what the one before left
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            known = {one.key: one for one in load(folder)}
+            for own in entries:
+                if own.key not in known or own.role == CELL:
+                    known[own.key] = own
+            save_json(folder / FILE, [asdict(one) for one in known.values()])
 
 
 def load(folder: Path) -> list[Entry]:

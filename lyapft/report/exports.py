@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lyapft import records
+from lyapft import containment, records
 from lyapft.records import accuracies, divergence_entry
 from lyapft.report.cells import COUNTERPARTS, Cell, read
 from lyapft.report.latex import as_latex
@@ -13,8 +13,8 @@ from lyapft.report.tables import Column
 from lyapft.report.verdict_tables import caption, text_columns
 from lyapft.verdict import Verdict
 
-MARKDOWN, TABLES = "verdict.md", "tables"
-CELLS_FILE = f"{TABLES}/cells.parquet"
+MARKDOWN = "verdict.md"
+CELLS_FILE = f"{records.TABLES}/cells.parquet"
 PLAIN = ("id", "name", "status", "role", "seed", "replicate")
 NUMBERS = (
     ("training", "loss_mean_last_10pct"),
@@ -33,13 +33,14 @@ def write(folder: Path, verdict: Verdict, cells: Sequence[Cell] = ()) -> list[Pa
     CSV and Parquet hold one number per column in full precision; Markdown and LaTeX the text of the page. All cells,
     also those of a large study that the page does not show, are in `tables/cells.parquet`.
     """
+    containment.check(folder, [folder / records.TABLES])
     written = [_write_text(folder / MARKDOWN, as_markdown(verdict))]
     if cells:
         table = cell_table(cells)
         records.write_atomically(folder / CELLS_FILE, lambda path: table.to_parquet(path, index=False))
         written.append(folder / CELLS_FILE)
     for name, table in verdict.tables.items():
-        home = folder / TABLES / name
+        home = folder / records.TABLES / name
         parts: list[tuple[str, Callable[[Path], object]]] = [
             (".csv", lambda path, table=table: table.to_csv(path, index=False)),  # type: ignore[misc]
             (".parquet", lambda path, table=table: table.to_parquet(path, index=False)),  # type: ignore[misc]

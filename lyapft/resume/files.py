@@ -10,17 +10,18 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lyapft.errors import NOT_JSON, InputError
 from lyapft.records import write_atomically
 from lyapft.resume import tree
 
 log = logging.getLogger(__name__)
-STATE, CHECKSUM = "state", "sha256"  # metadata of the file
+STATE, CELL, CHECKSUM = "state", "cell", "sha256"  # metadata of the file
 
 
 class CorruptCheckpoint(InputError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint that is not what was written, or was written by another cell."""
 
 
 class CheckpointFiles(CheckpointIO):
@@ -29,11 +30,14 @@ class CheckpointFiles(CheckpointIO):
     A new checkpoint is written under a name of its own and flushed to disk; then the newest becomes the one before,
     and the new one the newest. At every moment one of the two is whole.
 
+    Args:
+        cell: id of the cell; the checkpoint of another one is as good as none.
     Attributes:
         newest, before: their paths.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cell: str) -> None:
+        self.cell = cell
         self.newest, self.before = (folder / f"{name}.safetensors" for name in ("checkpoint", "checkpoint.before"))
         self._next = folder / "checkpoint.next.safetensors"
 
@@ -45,7 +49,7 @@ class CheckpointFiles(CheckpointIO):
             TypeError: something in it that is neither a number nor text nor a tensor.
         """
         text, tensors = tree.pack(checkpoint)
-        metadata = {STATE: text, CHECKSUM: tree.digest(text, tensors)}
+        metadata = {STATE: text, CELL: self.cell, CHECKSUM: checksum(self.cell, text, tensors)}
         write_atomically(self._next, lambda temporary: save_file(tensors, temporary, metadata))
         if self.newest.exists():
             os.replace(self.newest, self.before)
@@ -55,15 +59,17 @@ class CheckpointFiles(CheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            CorruptCheckpoint: it is not what was written.
+            CorruptCheckpoint: it is not what was written, or another cell wrote it.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            text = metadata[STATE]
-            if tree.digest(text, tensors) != metadata[CHECKSUM]:
+            text, cell = metadata[STATE], metadata[CELL]
+            if checksum(cell, text, tensors) != metadata[CHECKSUM]:
                 raise CorruptCheckpoint(f"{path} is damaged: its checksum differs")
+            if cell != self.cell:
+                raise CorruptCheckpoint(f"{path} is the checkpoint of another cell ({cell}, not {self.cell})")
             return tree.unpack(text, tensors)
         except (SafetensorError, LookupError, TypeError, *NOT_JSON, OSError) as error:
             if isinstance(error, CorruptCheckpoint):
@@ -91,3 +97,8 @@ class CheckpointFiles(CheckpointIO):
         """Remove every file: the cell is done."""
         for path in (self.newest, self.before, self._next):
             path.unlink(missing_ok=True)
+
+
+def checksum(cell: str, text: str, tensors: dict[str, Tensor]) -> str:
+    """Of all that a checkpoint holds."""
+    return tree.digest(f"{cell}\n{text}", tensors)
