@@ -27,6 +27,11 @@ LINKED = ("train.py", "evaluate.py", "conf", "lyapft", "benchmarks")
 SHORT = "trainer.steps=4 trainer.batch_size=4 data.limit=96 task.limit=4 seed=0 model=mamba_tiny"
 RATES = "peft=lora,none trainer.learning_rate=1e-3,2e-3 trainer.validation_rows=16"
 SMALLER = {
+    "tutorial": {"'seed=range(2)' trainer.steps=20": "seed=0 trainer.steps=4"},
+    "extending": {
+        "reference=off study.name=": "trainer.steps=4 task.limit=4 reference=off study.name=",
+        "trainer.steps=20 ": "",
+    },
     "scaling": {  # 612 cells, eight GPUs, every item of a task, a file of the reader's, 100,000 cells
         "study=paper": "study=paper model=mamba_130m precision=fp32,bf16 seed=0",
         "torchrun --nproc-per-node 8 train.py": "python train.py --cfg job",

@@ -28,7 +28,7 @@ def a_batch(rows: int = 3, length: int = 9):
 def a_module(accumulate: int = 1):
     settings = OmegaConf.structured(TrainerConfig(steps=4, accumulate=accumulate))
     cpu = torch.device("cpu")
-    return types.SimpleNamespace(observed={}, settings=settings, device=cpu, skipped_steps=0, parts=1)
+    return types.SimpleNamespace(observed={}, settings=settings, device=cpu, skipped_steps=0, parts=1, copies=1)
 
 
 def step_sizes_of_stock(model, batch, monkeypatch):
