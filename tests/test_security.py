@@ -92,6 +92,7 @@ def typed_alone(folder: Path, *words: str) -> tuple[int, str]:
             os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
         sys.argv = list(words)
+        sys.modules.pop(f"{words[0]}.__main__", None)  # another test's: a process of its own would not have it
         if words[0].endswith(".py"):
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")
         else:
