@@ -64,12 +64,27 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def flush(path: Path) -> None:
+    """Have a file on disk, or the names in a folder, before anything that relies on them is written.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    if path.is_dir() and os.name == "nt":  # Windows opens no folder, and keeps its names by itself
+        return
+    place = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
 
 
 def is_final(record: Record | None) -> bool:

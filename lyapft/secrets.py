@@ -74,10 +74,10 @@ def without(value: Any, key: str = "") -> Any:
     >>> without({"hub_token": "abc", "batch_tokens": 8192, "path": "https://me:pw@host/x"})
     {'hub_token': '(hidden)', 'batch_tokens': 8192, 'path': 'https://(hidden)@host/x'}
     """
-    if isinstance(value, Mapping):
-        return {str(name): without(inner, str(name)) for name, inner in value.items()}
     if value is not None and is_named(key):
         return HIDDEN
+    if isinstance(value, Mapping):
+        return {str(name): without(inner, str(name)) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [without(inner) for inner in value]
     if isinstance(value, str):
@@ -109,13 +109,15 @@ def _is_secret(key: str, value: Any, known: set[str]) -> bool:
         return False
     if VALUE.search(value) or IN_URL.search(value) or any(secret in value for secret in known):
         return True
-    return any(is_named(name) and _is_told(name, told) for name, told in PAIR.findall(value))
+    # in a text, what a variable holds is not told by its name: `export WANDB_API_KEY=$KEY`
+    found = [(name, told) for name, told in PAIR.findall(value) if not told.startswith("$")]
+    return any(is_named(name) and _is_told(name, told) for name, told in found)
 
 
 def _is_told(key: str, value: Any) -> bool:
-    """Whether a credential's field holds one. Numbers of tokens are settings (`experiment.token=8`), those of a
-    password are not; a reference to a variable tells nothing."""
-    if value is None or isinstance(value, bool) or value in ("", "null") or str(value).startswith("$"):
+    """Whether a credential's field holds one: numbers of tokens are settings (`experiment.token=8`), but those of a
+    password are not."""
+    if value is None or isinstance(value, bool) or value in ("", "null"):
         return False
     return not ("token" in key.lower() and re.fullmatch(r"[\d,\s.]+", str(value)))
 

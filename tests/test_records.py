@@ -1,12 +1,15 @@
 """Records: atomic, never overwritten once finished, and refused when they cannot be trusted."""
 
 import json
+import os
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from lyapft import records
 from lyapft.errors import InputError
+from lyapft.peft.base import written_whole
 
 
 def a_record(status: str = "running", **more) -> dict:
@@ -118,3 +121,20 @@ def test_a_step_series_can_be_read_while_it_grows(tmp_path):
         "loss": [2.5, 1.5],
         "skipped": [False, True],
     }
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="which file a descriptor is of is asked of Linux")
+def test_what_a_rename_relies_on_is_on_disk_before_it_and_the_new_name_after(tmp_path, monkeypatch):
+    """So that a power cut leaves the old file or the new one, and no record without its weights."""
+    told = []
+    replace, rename, fsync = os.replace, Path.rename, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda place: (told.append(os.readlink(f"/proc/self/fd/{place}")), fsync(place)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (told.append("moved"), replace(a, b)))
+    monkeypatch.setattr(Path, "rename", lambda a, b: (told.append("moved"), rename(a, b)))
+    records.write_atomically(tmp_path / "record.json", lambda path: path.write_text("{}"))
+    assert [Path(one).name.startswith(".record.json") for one in told] == [True, False, False]
+    assert told[1:] == ["moved", str(tmp_path)]
+    told.clear()
+    with written_whole(tmp_path / "adapter") as folder:
+        (folder / "weights.safetensors").write_bytes(b"x")
+    assert [Path(one).name for one in told] == ["weights.safetensors", ".adapter.partial", "moved", tmp_path.name]

@@ -4,6 +4,7 @@ import contextlib
 import html.parser
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import runpy
@@ -25,7 +26,6 @@ from lyapft.peft import __main__ as peft_command
 from lyapft.peft.base import ADAPTER_FOLDER, TENSORS
 from lyapft.report.experiments import page as experiments_page
 from lyapft.resume import CheckpointFiles
-from tests.campaigns import kills
 from tests.test_cell import prepared
 from tests.test_cli import ROOT, SMALL, typed  # noqa: F401 - a fixture
 
@@ -79,28 +79,34 @@ def titles_of(process: psutil.Process) -> set[str]:
     return found
 
 
+# A fork of a process that has only imported: one of this process, whose OpenMP has worked, could stand still for ever.
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload([__name__])
+
+
 def typed_alone(folder: Path, *words: str) -> tuple[int, str]:
-    """Exit code and output of a command with credentials in a process of its own, forked: the imports are paid."""
-    output = folder / "printed"
+    """Exit code and output of a command with credentials in a process of its own, for which the imports are paid."""
+    process = CLEAN.Process(target=work_alone, args=(folder, words))
+    process.start()
+    process.join(120)
+    process.kill()
+    process.join()
+    return process.exitcode, (folder / "printed").read_text()
 
-    def work() -> None:
-        os.environ.clear()
-        os.environ.update(secretive(folder))
-        os.chdir(folder)
-        with output.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
-        sys.argv = list(words)
-        sys.modules.pop(f"{words[0]}.__main__", None)  # another test's: a process of its own would not have it
-        if words[0].endswith(".py"):
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-        else:
-            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
-    code = kills.ended(kills.child(work), 120)
-    assert code is not None, output.read_text()
-    return code, output.read_text()
+def work_alone(folder: Path, words: tuple[str, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(secretive(folder))
+    os.chdir(folder)
+    with (folder / "printed").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
+    sys.argv = list(words)
+    if words[0].endswith(".py"):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    else:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 WINOGRANDE = ("task=winogrande", f"task.path={ROOT / 'tests' / 'fixtures' / 'winogrande.jsonl'}", "task.shots=[0]")
@@ -152,7 +158,7 @@ REFUSED = {
         {"authorization": "abc"}, {"private_key": "abc"}, {"wandb_key": "0" * 40}, {"token": {"value": "abc"}},
         {"password": 12345678}, {"url": "https://h/x?token=abc"}, {"model": "AIza" + 35 * "x"},
         {"x": "xoxb-" + 12 * "1"},
-        {"launcher": {"setup": ["export WANDB_API_KEY=abc"]}}, {"text": "{HF_TOKEN: abc}"},
+        {"launcher": {"setup": ["export WANDB_API_KEY=abc"]}}, {"text": "{HF_TOKEN: abc}"}, {"password": "$abc"},
     ],
 )  # fmt: skip
 def test_what_names_or_looks_like_a_credential_is_found_wherever_it_stands(settings):

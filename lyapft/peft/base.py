@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lyapft.backbone import Backbone
 from lyapft.errors import NOT_JSON, InputError
 from lyapft.peft.liveness import listed
+from lyapft.records import flush
 
 if TYPE_CHECKING:
     from lyapft.config import PeftConfig
@@ -180,9 +181,12 @@ def written_whole(folder: Path) -> Iterator[Path]:
     yield partial
     for path in partial.glob("*.safetensors"):  # written for the owner alone: whoever may read the folder may read all
         path.chmod(partial.stat().st_mode & 0o666)
+    for path in (*partial.iterdir(), partial):  # a record that is final speaks of weights that a power cut left there
+        flush(path)
     if folder.exists():  # from an attempt that was cut off before its record was final
         shutil.rmtree(folder)
     partial.rename(folder)
+    flush(folder.parent)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lyapft.errors import NOT_JSON, InputError
-from lyapft.records import write_atomically
+from lyapft.records import flush, write_atomically
 from lyapft.resume import tree
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class CheckpointFiles(CheckpointIO):
         if self.newest.exists():
             os.replace(self.newest, self.before)
         os.replace(self._next, self.newest)
+        flush(self.newest.parent)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Read a checkpoint.

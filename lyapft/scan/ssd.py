@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 64  # at P = N = 64 the matrices of a chunk and its states take the same memory
+# T, here and in the compiled kernel, whose matrices of one head then fit a core's level-2 cache. At P = N = 64 the
+# matrices of a chunk and its states take the same memory.
+CHUNK = 64
 _FORGET = -1e3  # added to ΔA where a sequence begins: its exponential is 0 in every float format
 
 

@@ -26,9 +26,9 @@ from lyapft.scan import simd
 from lyapft.scan.layout import FLAT, VIEW, padded
 from lyapft.scan.products import BLOCKS, FULL, LOWER, multiply, transpose
 from lyapft.scan.simd import LN2, LOG2E, WIDTH
+from lyapft.scan.ssd import CHUNK
 from lyapft.scan.tiles import at as place
 
-CHUNK = 64  # T: its square matrices and a state of 64 × 64 take a quarter of a level-2 cache together
 SIZES = types.UniTuple(types.int64, 6)  # B, L, H, P, G, N
 FLAGS = types.UniTuple(types.boolean, 2)  # sequences begin inside a row; keep what backward needs
 SIGNATURE = types.void(

@@ -171,7 +171,8 @@ def beyond_trained_length(record: Record) -> dict[ScoreKey, int]:
 
 def settings_of(recipe: Recipe) -> dict[str, str]:
     """The config of a recipe as flat names and JSON values, without what may differ between its runs."""
-    found = flat(recipe.runs[0].get("config") or {}) if recipe.runs else {}
+    run = next(iter((*recipe.runs, *recipe.reruns, *recipe.failed)), {})
+    found = flat(run.get("config") or {})
     return {key: value for key, value in found.items() if key not in NOT_THE_RECIPE}
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lyapft.records import Record
-from lyapft.verdict.evidence import NOT_THE_RECIPE, Evidence, Recipe, flat, seed_of, values_of
+from lyapft.verdict.evidence import Evidence, Recipe, seed_of, settings_of, values_of
 
 # not those that are running or were interrupted
 FAILED = ("nonfinite", "loss_scale_underflow", "stopped_by_guard", "oom", "failed")
@@ -34,12 +34,12 @@ def matching(old: Evidence, new: Evidence, may_change: Sequence[str] = ()) -> Ma
     """
     left: dict[tuple[Any, ...], list[tuple[Recipe, Mapping[str, str]]]] = {}
     for recipe in new.recipes:
-        left.setdefault(_kind(recipe), []).append((recipe, _settings(recipe)))
+        left.setdefault(_kind(recipe), []).append((recipe, settings_of(recipe)))
     same, different, changed, gone = [], [], [], []
     # those without any difference first: what is left is paired with the nearest
     unequal = []
     for recipe in old.recipes:
-        settings, others = _settings(recipe), left.get(_kind(recipe), [])
+        settings, others = settings_of(recipe), left.get(_kind(recipe), [])
         place = next((i for i, (_, theirs) in enumerate(others) if theirs == settings), None)
         if place is None:
             unequal.append((recipe, settings))
@@ -64,12 +64,6 @@ def matching(old: Evidence, new: Evidence, may_change: Sequence[str] = ()) -> Ma
 
 def _kind(recipe: Recipe) -> tuple[str, ...]:
     return (*recipe.setting, recipe.precision, recipe.peft)
-
-
-def _settings(recipe: Recipe) -> dict[str, str]:
-    """What the runs of a recipe share of their config, name by name, as JSON."""
-    run = (*recipe.runs, *recipe.reruns, *recipe.failed)[0]
-    return {name: value for name, value in flat(run.get("config") or {}).items() if name not in NOT_THE_RECIPE}
 
 
 def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, tuple[str, str]]:
