@@ -37,19 +37,21 @@ def recommend(found: Sequence[Row], settings: Settings) -> list[Recommendation]:
     """A recommendation for every model, data set and task, from the rows against the paper's counterpart.
 
     A recipe that another one of the study repeats under its own name is judged once, by the first name. What they cost
-    is tested as well: p adjusted by Holm over the recipes of a setting.
+    is tested as well: p adjusted by Holm over all recipes of the study, as that of their scores is.
     """
-    by_setting: dict[tuple[str, str, str], list[Row]] = {}
-    for row in found:
-        by_setting.setdefault(row.recipe.setting, []).append(row)
-    return [_recommended(setting, own, settings) for setting, own in by_setting.items()]
-
-
-def _recommended(setting: tuple[str, str, str], found: Sequence[Row], settings: Settings) -> Recommendation:
     named = {row.recipe.key for row in found}
     kept = [row for row in found if row.same_as is None or row.same_as.key not in named]
     costs = jointly([row.cost for row in kept])
-    own = sorted((replace(row, cost=cost) for row, cost in zip(kept, costs, strict=True)), key=_place)
+    by_setting: dict[tuple[str, str, str], list[Row]] = {}
+    for row, cost in zip(kept, costs, strict=True):
+        by_setting.setdefault(row.recipe.setting, []).append(replace(row, cost=cost))
+    return [_recommended(setting, own, len(kept), settings) for setting, own in by_setting.items()]
+
+
+def _recommended(
+    setting: tuple[str, str, str], found: Sequence[Row], family: int, settings: Settings
+) -> Recommendation:
+    own = sorted(found, key=_place)
     equivalent = [row for row in own if row.outcome(settings) == "equivalent"]
     sound = [row for row in equivalent if not doubts(row)]
     chosen = next((row for row in sound if row.cost.saves(settings.alpha)), None)
@@ -66,8 +68,8 @@ def _recommended(setting: tuple[str, str, str], found: Sequence[Row], settings: 
             for row in own
             if row.outcome(settings) == "better" and row.cost.saves(settings.alpha) and not doubts(row)
         ),
-        trained=any(row.recipe.trained for row in found),
-        recipes=len(own),
+        trained=any(row.recipe.trained for row in own),
+        recipes=family,
     )
 
 
@@ -88,10 +90,13 @@ def doubts(row: Row) -> list[str]:
 
 
 def _tied(chosen: Row, sound: Sequence[Row], settings: Settings) -> tuple[Row, ...]:
-    """The others whose cost cannot be told from that of the chosen one, at the risk shared among all of them."""
-    others = [row for row in sound if row is not chosen]
-    confidence = 1 - settings.alpha / max(1, len(others))
-    return tuple(row for row in others if not told_apart(chosen.cost, row.cost, confidence))
+    """The others whose cost cannot be told from that of the chosen one.
+
+    The risk is shared among all pairs, not only those with the chosen one: it was chosen for its low cost, which among
+    several that cost the same is luck.
+    """
+    confidence = 1 - settings.alpha / max(1, math.comb(len(sound), 2))
+    return tuple(row for row in sound if row is not chosen and not told_apart(chosen.cost, row.cost, confidence))
 
 
 def _cost(row: Row) -> float:
