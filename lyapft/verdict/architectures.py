@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lyapft.divergence import Comparison, Estimate, adjusted, compare, estimate
-from lyapft.verdict.evidence import Evidence, Settings
+from lyapft.verdict.evidence import PRECISION_ONLY, Evidence, Settings
 from lyapft.verdict.pairing import mean_scores, resolution
 from lyapft.verdict.recipes import Row
 
@@ -84,13 +84,20 @@ def contrasts(evidence: Evidence, found: Sequence[Row], settings: Settings) -> l
             if key[0] == model and (twin, *key[1:]) in by_key
         ]
         for place in dict.fromkeys(_place(row) for row, _ in shared):
-            raw += _contrasts(model, twin, [both for both in shared if _place(both[0]) == place], settings)
+            own = [both for both in shared if _place(both[0]) == place]
+            if any(not _said_already(row) for row, _ in own):
+                raw += _contrasts(model, twin, own, settings)
     return _adjusted([one for one in raw if one.overall]) + _adjusted([one for one in raw if not one.overall])
 
 
 def _place(row: Row) -> tuple[str, str, str]:
     """What two rows must share to be compared across models."""
     return row.recipe.data, row.recipe.task, row.counterpart
+
+
+def _said_already(row: Row) -> bool:
+    """Whether its other counterpart is the same: with all weights, full precision of the same peft is the paper's."""
+    return row.counterpart == PRECISION_ONLY and row.recipe.peft == "none"
 
 
 def _adjusted(raw: Sequence[Contrast]) -> list[Contrast]:
