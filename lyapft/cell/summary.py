@@ -73,7 +73,8 @@ def stability(series: pd.DataFrame, seam: recurrence.Seam, scan_format: str) -> 
 def shadow(series: pd.DataFrame) -> dict[str, Any]:
     """How far the number format was from float32 on the same weights, where a shadow probe ran.
 
-    `nonfinite` of the n measurements overflowed in the format; means and extremes are over the others.
+    `nonfinite` of the n measurements overflowed in the format; means and extremes are over the others. Blocks that
+    overflowed in any of them have no largest deviation.
     """
     if "shadow_s" not in series:
         return {}
@@ -89,7 +90,7 @@ def shadow(series: pd.DataFrame) -> dict[str, Any]:
         "seconds": taken["shadow_s"].sum(),
         "share_of_training": taken["shadow_s"].sum() / (series["step_s"].sum() + taken["shadow_s"].sum()),
     }
-    layers = {name.removeprefix("shadow_deviation/"): float(taken[name].max()) for name in blocks}
+    layers = {name.removeprefix("shadow_deviation/"): float(taken[name].max(skipna=False)) for name in blocks}
     counts = {"n": len(taken), "nonfinite": broken}
     return {"shadow": counts | {k: float(v) for k, v in numbers.items()} | {"deviation_max_by_block": layers}}
 
