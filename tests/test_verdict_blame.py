@@ -95,25 +95,48 @@ def shadowed(blocks: Sequence[Mapping[str, float | None]]) -> list[dict[str, Any
     return records
 
 
-def test_the_block_in_which_most_of_the_deviation_arises_is_named_not_the_one_that_passes_it_on() -> None:
-    seen = [{"layers.0": 0.001, "layers.1": 0.011, "layers.2": 0.012}] * 6
-    seen += [{"layers.0": 0.009, "layers.1": 0.010, "layers.2": 0.011}] * 2
+def test_the_block_that_is_shown_to_add_most_is_named_not_the_one_that_passes_it_on() -> None:
+    seen = [{"layers.0": 0.001, "layers.1": 0.011 + x / 1000, "layers.2": 0.012 + x / 1000} for x in LITTLE]
+    seen[3] = {"layers.0": 0.006, "layers.1": 0.011, "layers.2": 0.012}
     said = line_of(judge(shadowed(seen)), "fp16 · none")
     assert "All of it is the number format's" in said
-    assert "most of the format's deviation from float32 arise in layers.1, in 6 of 8 runs: 1.0e-02 of 1.2e-02" in said
+    added = [run["layers.1"] - run["layers.0"] for run in seen]
+    largest = np.mean([run["layers.2"] for run in seen])
+    assert f"grow most in layers.1, in 7 of 8 runs: by {np.mean(added):.1e} of {largest:.1e}" in said
     assert "which does not prove that the score is lost there" in said
+
+
+def test_a_block_is_named_by_a_paired_test_against_every_other_with_one_error_rate_for_the_page() -> None:
+    first = np.array([0.010, 0.009, 0.012, 0.006, 0.011, 0.012, 0.007, 0.010])
+    second = np.array([0.007, 0.007, 0.009, 0.008, 0.006, 0.006, 0.0072, 0.007])
+    p = stats.ttest_rel(first, second).pvalue
+    assert 0.05 / 2 < p < 0.05
+    seen = [{"layers.0": a, "layers.1": a + b, "layers.2": a + b + 0.001} for a, b in zip(first, second, strict=True)]
+    alone = shadowed(seen)
+    assert "grow most in layers.0, in 6 of 8 runs" in line_of(judge(alone), "fp16 · none")
+    other = study({("bf16", "none"): STEADY}, model="mamba2_tiny")  # does not fail, and is asked all the same
+    for record in other:
+        if record["choices"]["precision"] == "bf16":
+            added = 0.01 + 0.001 * (-1) ** record["seed"]
+            record["shadow"] = {"deviation_max_by_block": {"layers.0": 0.01, "layers.1": 0.01 + added}}
+    said = line_of(judge([*alone, *other]), "fp16 · none")
+    assert "the shadow probe does not tell: on average the deviation grows most in layers.0, in 6 of 8 runs." in said
 
 
 def test_a_block_in_which_the_format_overflows_comes_before_every_deviation() -> None:
     said = line_of(judge(shadowed([{"layers.0": 0.5, "layers.1": None, "layers.2": None}] * 8)), "fp16 · none")
     assert "The shadow probe saw fp16 leave its range in layers.1, in 8 of 8 runs." in said
+    twice = [{"layers.0": 0.5, "layers.1": None}] * 2 + [{"layers.0": 0.5, "layers.1": 0.6}] * 6
+    said = line_of(judge(shadowed(twice)), "fp16 · none")
+    assert "leave its range in layers.1, in 2 of 8 runs." in said
 
 
 def test_blocks_that_the_records_do_not_hold_or_do_not_agree_on_are_not_named() -> None:
     assert "no shadow probe ran (probe=shadow)" in line_of(judge(study({("fp16", "none"): WORSE})), "fp16 · none")
     split = [{"layers.0": 0.01, "layers.1": 0.01}] * 4 + [{"layers.0": 0.001, "layers.1": 0.01}] * 4
-    said = line_of(judge(shadowed(split)), "fp16 · none")
-    assert "In which block, the 8 runs with a shadow probe do not agree." in said
+    for seen in (split, [{"layers.0": 0.001, "layers.1": 0.01}]):  # one run has no spread
+        said = line_of(judge(shadowed(seen)), "fp16 · none")
+        assert "In which block, the shadow probe does not tell" in said
 
 
 def test_a_block_is_asked_for_only_where_the_format_is_shown_to_lose() -> None:

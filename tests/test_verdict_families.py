@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lyapft.divergence import holm
 from lyapft.verdict import Settings, Verdict, judge
+from lyapft.verdict.parts import Part, jointly
 from lyapft.verdict.recommendation import doubts
 from tests.test_verdict import BASE, STEADY, WILD, WORSE, counterparts, study, text
 
@@ -87,24 +89,60 @@ def test_of_recipes_that_cost_alike_few_studies_recommend_any() -> None:
 # --- blame -----------------------------------------------------------------------------------------------------------
 
 SMALL, ALL = {"in_proj": 2, "dt_proj": 0}, {"in_proj": 2, "dt_proj": 2}
-UNSURE = [1.0, -0.1, 0.9, -0.1, 0.8, 0.4, 0.9, -0.1]  # points by which the wider target set gains
+UNSURE = [1.0, -0.1, 0.9, -0.1, 0.8, 0.4, 0.9, -0.1]  # points by which the wider target set gains, or half precision
 
 
-def test_layers_and_parts_are_blamed_with_one_error_rate_for_the_page() -> None:
+def test_layers_are_blamed_with_one_error_rate_for_all_target_sets_whether_they_fail_or_not() -> None:
     p = stats.ttest_1samp(UNSURE, 0.0).pvalue
-    assert 0.05 / 3 < p < 0.05
-    wider = [w + x for w, x in zip(WORSE, UNSURE, strict=True)]
+    assert 0.05 / 2 < p < 0.05
     targets = {"lora": SMALL, "lora_all": ALL}
+    wider = [w + x for w, x in zip(WORSE, UNSURE, strict=True)]
     ours = adapting(study({("fp32", "lora"): WORSE, ("fp32", "lora_all"): wider}), targets)
     alone = text(judge(ours), "Where it fails")  # the two ask about each other: one test
     assert "Leaving dt_proj alone is to blame for part of it" in alone
-    cells = {("fp32", "lora"): WORSE, ("bf16", "lora"): [w + x for w, x in zip(WORSE, LITTLE, strict=True)]}
-    cells["fp16", "lora"] = [w - 2 * x for w, x in zip(WORSE, LITTLE, strict=True)]
-    # of the other model, the peft's part once and the format's of two formats: four tests, of which one is far surer
-    found = judge([*ours, *study(cells, model="llama_tiny")])
-    assert "is the peft's (lora) and" in text(found, "Where it fails")
-    assert "Whether leaving dt_proj alone is to blame, the seeds do not tell" in text(found, "Where it fails")
-    assert "dt_proj alone is to blame for" not in text(found, "Where it fails")
+    near = [x + y for x, y in zip(STEADY, LITTLE, strict=True)]
+    fine = adapting(study({("fp32", "lora"): STEADY, ("fp32", "lora_all"): near}, model="llama_tiny"), targets)
+    said = text(judge([*ours, *fine]), "Where it fails")
+    assert "llama_tiny" not in said.split("Spikes")[0]
+    assert "Whether leaving dt_proj alone is to blame, the seeds do not tell" in said
+    assert "dt_proj alone is to blame for" not in said
+
+
+def test_a_format_is_blamed_with_one_error_rate_for_all_recipes_whether_they_fail_or_not() -> None:
+    def moved(points: list[float], by: list[float]) -> list[float]:
+        return [a + b for a, b in zip(points, by, strict=True)]
+
+    ours = study({("fp32", "lora"): WORSE, ("bf16", "lora"): moved(WORSE, UNSURE)})
+    fine = study({("fp32", "lora"): STEADY, ("bf16", "lora"): moved(STEADY, LITTLE)}, model="llama_tiny")
+    low, high = stats.ttest_1samp(UNSURE, 0.0).confidence_interval(0.95)
+    share = f"+{np.mean(UNSURE):.2f} (95% +{low:.2f} to +{high:.2f}, n = 8 seeds"
+    assert f"{share}) the format's (bf16)" in text(judge(ours), "Where it fails")
+    assert f"{share}, which may be nothing) the format's (bf16)" in text(judge([*ours, *fine]), "Where it fails")
+
+
+def test_scores_that_were_chosen_by_their_numbers_are_tested_one_by_one() -> None:
+    keys = [("t", 0), ("t", 5)]
+    points = {"a": (UNSURE, WORSE), "b": (LITTLE, WILD)}
+    parts = [
+        Part(
+            ("format", name),
+            {seed: dict(zip(keys, own, strict=True)) for seed, own in enumerate(zip(*both, strict=True))},
+            1000,
+        )
+        for name, both in points.items()
+    ]
+    families = jointly([*parts, parts[0]])  # what is one test counts once
+    raw = [stats.ttest_1samp(own, 0.0).pvalue for both in points.values() for own in both]
+    single = holm(raw)
+    means = [stats.ttest_1samp(np.mean(both, axis=0), 0.0).pvalue for both in points.values()]
+    assert families.comparison(parts[0], keys, 1.0).p_different == pytest.approx(holm(means)[0])
+    for key, p in zip(keys, single[:2], strict=True):
+        found = families.comparison(parts[0], [key], 1.0)
+        assert found.p_different == pytest.approx(p)
+        assert found.estimate.mean == pytest.approx(np.mean(points["a"][keys.index(key)]))
+    three = [Part(("peft", "c"), {s: own | {("t", 9): WILD[s]} for s, own in parts[0].points.items()}, 1000)]
+    found = jointly(three).comparison(three[0], keys, 1.0)  # −1.3 points, of which the first score is no part
+    assert found.p_different == pytest.approx(holm([*raw[:2], stats.ttest_1samp(WILD, 0.0).pvalue])[1])
 
 
 # --- reruns ----------------------------------------------------------------------------------------------------------

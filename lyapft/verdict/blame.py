@@ -1,27 +1,20 @@
 """Where a recipe fails: the part of the peft and that of the number format, and the remedy that the study tried.
 
 Within each part the records are asked for more: which of the adapted layers, by the study's other target sets, and in
-which block the format's rounding enters, by the shadow probe. Where they cannot tell, that is said. What is tested for
-all failures of a page together shares one error rate.
+which block the format's rounding enters, by the shadow probe. Where they cannot tell, that is said.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lyapft.divergence import Comparison, adjusted, compare
+from lyapft.divergence import Comparison
+from lyapft.verdict import remedies
 from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, Settings
-from lyapft.verdict.pairing import mean_scores_of, resolution_over
-from lyapft.verdict.recipes import Row, Shares, shares
-from lyapft.verdict.rounding import origin_of
-from lyapft.verdict.words import beyond, difference, interval, joined, raw, signed
-
-HOW = {
-    "equivalent": "which brings it inside the margin",
-    "undecided": "which leaves it undecided",
-    "better": "which makes it better than the counterpart",
-    "worse": "which does not bring it inside the margin",
-}
+from lyapft.verdict.pairing import mean_scores_of
+from lyapft.verdict.parts import Beside, Families, Shares, beside, halves, holm_by_name, jointly
+from lyapft.verdict.recipes import Row, ScoreRow
+from lyapft.verdict.rounding import Origins, origins_of
+from lyapft.verdict.words import interval, joined, raw, signed
 
 
 @dataclass(frozen=True)
@@ -35,89 +28,72 @@ class Layers:
 
 
 @dataclass(frozen=True)
-class Remedy:
-    """The recipe with another choice to blame that lies nearest the counterpart, on the scores that fail."""
-
-    changed: str  # peft or precision
-    recipe: Recipe
-    comparison: Comparison
-    scores: tuple[float, float]
-    beyond: int  # of the scores, beyond the trained length
-    of: int
-
-
-@dataclass(frozen=True)
 class Inquiry:
-    """One failure against the paper's counterpart, with all that the study's other recipes say of it.
-
-    `keys` are the scores that fail; where they are all of the recipe's, its remedy has been tested in the table.
-    """
+    """One failure against the paper's counterpart, with all that the study's other recipes say of it."""
 
     row: Row
-    keys: tuple[ScoreKey, ...]
+    keys: tuple[ScoreKey, ...]  # the scores that fail
     shares: Shares | None
     layers: tuple[Layers, ...]
+    origins: Origins | None  # of the format's rounding
     changed: str  # the choice that a remedy has to change
-    remedy: Remedy | None
-
-    @property
-    def whole(self) -> bool:
-        """Whether the recipe fails as a whole, not on single scores."""
-        return set(self.keys) == set(self.row.keys)
+    remedy: remedies.Remedy | None
 
     @property
     def loses(self) -> bool:
         """Whether the scores lie below the counterpart's: what a gain needs is no remedy."""
         return sum(pair.mean_over(self.keys) for pair in self.row.pairs) < 0
 
-    def tests(self) -> Iterator[Comparison]:
-        """What is tested here for the first time."""
-        if self.shares:
-            yield from (self.shares.peft, self.shares.form)
-        yield from (one.apart for one in self.layers)
-        if self.remedy and not self.whole:
-            yield self.remedy.comparison
-
-    def tested(self, found: Iterator[Comparison]) -> "Inquiry":
-        """The same with other results, in the order of `tests`."""
-        parts = self.shares and replace(self.shares, peft=next(found), form=next(found))
-        layers = tuple(replace(one, apart=next(found)) for one in self.layers)
-        remedy = self.remedy
-        if remedy and not self.whole:
-            remedy = replace(remedy, comparison=next(found))
-        return replace(self, shares=parts, layers=layers, remedy=remedy)
-
 
 def inquire(
-    evidence: Evidence, row: Row, found: Sequence[Row], keys: Sequence[ScoreKey], settings: Settings
-) -> Inquiry:
-    """What the study's other recipes say of a failure.
+    evidence: Evidence,
+    found: Sequence[Row],
+    scores: Sequence[ScoreRow],
+    failing: Sequence[tuple[Row, Sequence[ScoreKey]]],
+    settings: Settings,
+) -> list[Inquiry]:
+    """What the study's other recipes say of its failures. What is tested is tested of every recipe (see `parts`).
 
     Args:
-        row: against the paper's counterpart. found: all such rows of its setting. keys: the scores that are explained.
+        found: all rows against the paper's counterpart. scores: their single scores. failing: rows among them, and
+            the scores that are to be explained.
     """
-    recipe = row.recipe
-    parts = None
-    if recipe.precision != "fp32" and recipe.peft != "none":
-        parts = shares(evidence, recipe, keys, settings.margin)
-    tried = [_layers(row, other, more, keys, settings) for other in found if (more := _more(recipe, other.recipe))]
-    formats = recipe.precision != "fp32" and (
-        recipe.peft == "none" or (parts is not None and abs(parts.form.estimate.mean) > abs(parts.peft.estimate.mean))
-    )
-    changed = "precision" if formats else "peft"
-    layers = tuple(one for one in tried if one)
-    return Inquiry(row, tuple(keys), parts, layers, changed, _remedy(row, found, changed, keys, settings))
+    if not failing:
+        return []
+    both = {id(row): parts for row in found if (parts := halves(evidence, row))}
+    sets = beside(found)
+    families = jointly([*(part for one in both.values() for part in (one.peft, one.form)), *(s.part for s in sets)])
+    origins = _origins(found)
+    outcomes = {(id(one.row), (one.task, one.shots)): one.comparison.outcome(settings.alpha) for one in scores}
+    inquiries = []
+    for row, keys in failing:
+        shares = both[id(row)].shares(keys, families, settings.margin) if id(row) in both else None
+        changed = _to_change(row.recipe, shares)
+        layers = [_layers(one, keys, families, settings) for one in sets if one.row is row]
+        best = remedies.nearest(row, found, changed, keys, outcomes, settings)
+        own = tuple(one for one in layers if one)
+        inquiries.append(Inquiry(row, tuple(keys), shares, own, origins.get(id(row)), changed, best))
+    return inquiries
 
 
-def jointly(found: Sequence[Inquiry]) -> list[Inquiry]:
-    """The inquiries of a page with every p adjusted by Holm over all of them; what is one test counts once.
+def _to_change(recipe: Recipe, shares: Shares | None) -> str:
+    """The choice that a remedy has to change: the one with the larger part."""
+    if recipe.precision == "fp32":
+        return "peft"
+    if recipe.peft == "none" or (shares and abs(shares.form.estimate.mean) > abs(shares.peft.estimate.mean)):
+        return "precision"
+    return "peft"
 
-    Two target sets are asked about each other twice, and the part of a peft is the same in every format.
-    """
-    tests = [(one.row.recipe.setting, test) for one in found for test in one.tests()]
-    names = [(where, round(abs(t.estimate.mean), 9), round(t.sd, 9), t.estimate.n) for where, t in tests]
-    results = iter(adjusted([test for _, test in tests], names))
-    return [one.tested(results) for one in found]
+
+def _origins(found: Sequence[Row]) -> dict[int, Origins]:
+    """Where rounding enters, by the identity of a row; p by Holm over all recipes in half precision."""
+    seen = {
+        id(row): ((row.same_as or row.recipe).key, own)
+        for row in found
+        if row.recipe.precision != "fp32" and (own := origins_of(row.recipe.runs))
+    }
+    adjusted = holm_by_name({name: own.p for name, own in seen.values()})
+    return {place: replace(own, p=adjusted[name]) for place, (name, own) in seen.items()}
 
 
 def blame(one: Inquiry, settings: Settings) -> str:
@@ -126,7 +102,7 @@ def blame(one: Inquiry, settings: Settings) -> str:
     if recipe.precision == "fp32":
         return f" All of it is the peft's: {recipe.peft}{_modules(recipe)}.{_which_layers(one, settings)}"
     if recipe.peft == "none":
-        return f" All of it is the number format's: every weight trains in both.{_block(recipe)}"
+        return f" All of it is the number format's: every weight trains in both.{_block(one, settings)}"
     if one.shares is None:
         return " Peft or format, the records cannot tell: full precision with the same peft is missing."
     parts = one.shares
@@ -136,18 +112,23 @@ def blame(one: Inquiry, settings: Settings) -> str:
         "the same peft."
     )
     text += _which_layers(one, settings) if _shown(parts.peft, settings) else ""
-    return text + (_block(recipe) if _shown(parts.form, settings) else "")
+    return text + (_block(one, settings) if _shown(parts.form, settings) else "")
 
 
 def blame_beside(one: Inquiry, settings: Settings) -> str:
     """What the number format did, of a recipe whose peft is blamed already in another format."""
     recipe = one.row.recipe
     if recipe.peft == "none":
-        return f" In {recipe.precision} likewise.{_block(recipe)}"
+        return f" In {recipe.precision} likewise.{_block(one, settings)}"
     if one.shares is None:
         return f" In {recipe.precision}, full precision with the same peft is missing."
-    block = _block(recipe) if _shown(one.shares.form, settings) else ""
+    block = _block(one, settings) if _shown(one.shares.form, settings) else ""
     return f" In {recipe.precision}, {_part(one.shares.form, settings)} of it is the format's.{block}"
+
+
+def remedy(one: Inquiry) -> str:
+    """Of the study's recipes that change only the choice to blame, the one that lies nearest the counterpart."""
+    return remedies.said(one.remedy, one.changed)
 
 
 def _shown(found: Comparison, settings: Settings) -> bool:
@@ -169,23 +150,16 @@ def _modules(recipe: Recipe) -> str:
 # --- which layers ----------------------------------------------------------------------------------------------------
 
 
-def _more(recipe: Recipe, other: Recipe) -> frozenset[str]:
-    """The layers by which one of two recipes that adapt layers exceeds the other; empty where neither contains it."""
-    ours, theirs = recipe.adapted, other.adapted
-    comparable = recipe.precision == other.precision and ours and theirs and (ours < theirs or theirs < ours)
-    return ours ^ theirs if comparable else frozenset()
-
-
-def _layers(row: Row, other: Row, more: frozenset[str], keys: Sequence[ScoreKey], settings: Settings) -> Layers | None:
+def _layers(one: Beside, keys: Sequence[ScoreKey], families: Families, settings: Settings) -> Layers | None:
     """What adapting those layers, or leaving them alone, did; None where no seed of the two has all the scores."""
-    ours, theirs = ({pair.seed: pair for pair in one.pairs} for one in (row, other))
-    seeds = [s for s in ours if s in theirs and all(key in p.signed for key in keys for p in (ours[s], theirs[s]))]
-    if not seeds:
+    if not one.part.over(keys):
         return None
-    gain = [theirs[seed].mean_over(keys) - ours[seed].mean_over(keys) for seed in seeds]
-    grain = resolution_over([side[seed] for side in (ours, theirs) for seed in seeds], keys)
-    (score, _), (other_score, _) = (mean_scores_of([side[seed] for seed in seeds], keys) for side in (theirs, ours))
-    return Layers(other.recipe, more, compare(gain, settings.margin, grain), (score, other_score))
+    seeds = {seed for seed, own in one.part.points.items() if all(key in own for key in keys)}
+    score, other_score = (
+        mean_scores_of([pair for pair in side.pairs if pair.seed in seeds], keys)[0] for side in (one.row, one.other)
+    )
+    apart = families.comparison(one.part, keys, settings.margin)
+    return Layers(one.other.recipe, one.more, apart, (other_score, score))
 
 
 def _which_layers(one: Inquiry, settings: Settings) -> str:
@@ -202,82 +176,31 @@ def _told(recipe: Recipe, found: Layers, settings: Settings) -> str:
     doing = f"leaving {layers} alone" if wider else f"adapting {layers}"
     how = f"adapts {it} too" if wider else f"leaves {it} alone"
     apart = found.apart.estimate
-    beside = (
+    numbers = (
         f"{found.other.peft}, which {how}, lies {signed(apart.mean)} points from it ({interval(apart)}; "
         f"{raw(*found.scores)})"
     )
     if not _shown(found.apart, settings):
-        return f"Whether {doing} is to blame, the seeds do not tell: {beside}"
+        return f"Whether {doing} is to blame, the seeds do not tell: {numbers}"
     blamed = "is to blame for part of it" if apart.mean > 0 else "is not to blame"
-    return f"{doing[0].upper()}{doing[1:]} {blamed}: {beside}"
+    return f"{doing[0].upper()}{doing[1:]} {blamed}: {numbers}"
 
 
 # --- which block -----------------------------------------------------------------------------------------------------
 
 
-def _block(recipe: Recipe) -> str:
+def _block(one: Inquiry, settings: Settings) -> str:
     """The residual block in which most of the format's deviation arises, by the shadow probe of the runs."""
-    found = [one for run in recipe.runs if (one := origin_of(run))]
-    if not found:
+    found = one.origins
+    if found is None:
         return " In which block, the records cannot tell: no shadow probe ran (probe=shadow)."
-    block, count = Counter(one.block for one in found).most_common(1)[0]
-    if 2 * count <= len(found) and len(found) > 1:
-        return f" In which block, the {len(found)} runs with a shadow probe do not agree."
-    own = [one for one in found if one.block == block]
-    if any(one.overflowed for one in own):
-        return f" The shadow probe saw {recipe.precision} leave its range in {block}, in {count} of {len(found)} runs."
-    new, last = (sum(values) / len(own) for values in ([o.added for o in own], [o.largest for o in own]))
+    where = f"{found.block}, in {found.seen} of {found.runs} runs"
+    if found.overflowed:
+        return f" The shadow probe saw {one.row.recipe.precision} leave its range in {where}."
+    if not found.p <= settings.alpha:  # NaN, of one run, shows nothing
+        return f" In which block, the shadow probe does not tell: on average the deviation grows most in {where}."
     return (
-        f" The shadow probe saw most of the format's deviation from float32 arise in {block}, in {count} of "
-        f"{len(found)} runs: {new:.1e} of {last:.1e} (relative, of the hidden states); that is where rounding enters, "
-        "which does not prove that the score is lost there."
+        f" The shadow probe saw the format's deviation from float32 grow most in {where}: by {found.added:.1e} of "
+        f"{found.largest:.1e} (relative, of the hidden states); that is where rounding enters, which does not prove "
+        "that the score is lost there."
     )
-
-
-# --- remedies --------------------------------------------------------------------------------------------------------
-
-
-def remedy(one: Inquiry, settings: Settings) -> str:
-    """Of the study's recipes that change only the choice to blame, the one that lies nearest the counterpart."""
-    best = one.remedy
-    if best is None:
-        return f" No remedy was tried: add another {one.changed}=… to the study."
-    return (
-        f" Remedy tried: {best.changed}={getattr(best.recipe, best.changed)} instead, {difference(best.comparison)}, "
-        f"score {raw(*best.scores)}{beyond(best.beyond, best.of)}, {HOW[best.comparison.outcome(settings.alpha)]}."
-    )
-
-
-def _remedy(
-    row: Row, found: Sequence[Row], changed: str, keys: Sequence[ScoreKey], settings: Settings
-) -> Remedy | None:
-    kept = {"peft": "precision", "precision": "peft"}[changed]
-    tried = [
-        made
-        for other in found
-        if other is not row
-        and getattr(other.recipe, kept) == getattr(row.recipe, kept)
-        and getattr(other.recipe, changed) != getattr(row.recipe, changed)
-        and not _repeats(row, other)
-        and (made := _tried(other, changed, keys, settings))
-    ]
-    return min(tried, key=lambda one: abs(one.comparison.estimate.mean), default=None)
-
-
-def _tried(other: Row, changed: str, keys: Sequence[ScoreKey], settings: Settings) -> Remedy | None:
-    """Another recipe on the scores that fail; on all of its scores, as its table has it."""
-    if set(keys) >= set(other.keys):
-        scores = (other.score, other.counterpart_score)
-        return Remedy(changed, other.recipe, other.comparison, scores, len(other.beyond), len(other.keys))
-    own = [pair for pair in other.pairs if all(key in pair.signed for key in keys)]
-    if not own:
-        return None
-    apart = compare([pair.mean_over(keys) for pair in own], settings.margin, resolution_over(own, keys))
-    labelled = len(set(keys) & set(other.beyond))
-    return Remedy(changed, other.recipe, apart, mean_scores_of(own, keys), labelled, len(keys))
-
-
-def _repeats(row: Row, other: Row) -> bool:
-    """Whether the two are one recipe under two names."""
-    firsts = [(one.same_as or one.recipe).key for one in (row, other)]
-    return firsts[0] == firsts[1]

@@ -23,7 +23,6 @@ from lyapft.verdict.costs import Cost, cost_of
 from lyapft.verdict.duplicates import first_of_its_kind
 from lyapft.verdict.evidence import (
     PAPER,
-    PRECISION_ONLY,
     Evidence,
     Recipe,
     ScoreKey,
@@ -35,10 +34,8 @@ from lyapft.verdict.evidence import (
 from lyapft.verdict.pairing import (
     Pair,
     mean_scores,
-    mean_scores_of,
     pairs,
     resolution,
-    resolution_over,
     shared_keys,
 )
 
@@ -124,34 +121,6 @@ def score_rows(found: Sequence[Row], settings: Settings) -> list[ScoreRow]:
     tests = {id(row): name_of_test(row) for row in found}
     comparisons = adjusted([one.comparison for one in raw], [(tests[id(one.row)], one.task, one.shots) for one in raw])
     return [replace(one, comparison=new) for one, new in zip(raw, comparisons, strict=True)]
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Parts of a mean signed difference, in points; `middle` is the score in between: full precision, same peft."""
-
-    peft: Comparison
-    form: Comparison
-    middle: float
-
-
-def shares(evidence: Evidence, recipe: Recipe, keys: Sequence[ScoreKey], margin: float) -> Shares | None:
-    """Parts of the mean signed difference over some scores: of the peft, and of the number format.
-
-    (cell − paper) = (fp32 same peft − paper) + (cell − fp32 same peft), seed by seed; None where either is missing.
-    """
-    sides = [
-        {pair.seed: pair for pair in pairs(evidence, recipe, kind) if all(key in pair.signed for key in keys)}
-        for kind in (PAPER, PRECISION_ONLY)
-    ]
-    seeds = sorted(sides[0].keys() & sides[1].keys())
-    if not seeds:
-        return None
-    total, form = ([side[seed].mean_over(keys) for seed in seeds] for side in sides)
-    _, middle = mean_scores_of([sides[1][seed] for seed in seeds], keys)
-    grain = resolution_over([side[seed] for side in sides for seed in seeds], keys)
-    peft = [t - f for t, f in zip(total, form, strict=True)]
-    return Shares(compare(peft, margin, grain), compare(form, margin, grain), middle)
 
 
 def _row(

@@ -1,7 +1,15 @@
 """In which residual block a number format's rounding enters, as the shadow probe saw it."""
 
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from lyapft.divergence import p_different
 from lyapft.records import Record
 
 
@@ -18,21 +26,81 @@ class Origin:
     overflowed: bool = False  # the first block after which the numbers are not finite
 
 
+@dataclass(frozen=True)
+class Origins:
+    """The same over several runs: the block that adds most to their mean, or in which most of those overflow that do.
+
+    `p` is of a paired t test over the runs that another block adds as much, the largest over the other blocks: one that
+    is shown to add more than each is shown to add most. NaN for one run, and where numbers overflowed.
+    """
+
+    block: str
+    seen: int  # runs in which it is the one
+    runs: int
+    added: float
+    largest: float
+    overflowed: bool
+    p: float
+
+
 def origin_of(run: Record) -> Origin | None:
     """Of one run; None where no shadow probe ran.
 
     Blocks are in the order of the model, each with the largest deviation of the training. One that was not finite is
     None in a record.
     """
-    blocks: dict[str, float | None] = (run.get("shadow") or {}).get("deviation_max_by_block") or {}
-    if not blocks:
+    added = _added(run)
+    if not added:
         return None
-    largest = max((value for value in blocks.values() if value is not None), default=0.0)
-    before, best = 0.0, Origin(next(iter(blocks)), -1.0, largest)
-    for name, value in blocks.items():
+    block = max(added, key=lambda name: added[name])
+    overflowed = math.isinf(added[block])
+    return Origin(block, 0.0 if overflowed else added[block], _largest(run), overflowed)
+
+
+def origins_of(runs: Iterable[Record]) -> Origins | None:
+    """Of the runs of one recipe; None where no shadow probe ran in any of them."""
+    seen = [(origin, run) for run in runs if (origin := origin_of(run))]
+    if not seen:
+        return None
+    if overflows := Counter(origin.block for origin, _ in seen if origin.overflowed):
+        block, count = overflows.most_common(1)[0]
+        return Origins(block, count, len(seen), 0.0, math.nan, overflowed=True, p=math.nan)
+    blocks = list(_added(seen[0][1]))
+    added: np.ndarray[Any, Any] = np.array([[_added(run)[name] for name in blocks] for _, run in seen])
+    most = int(added.mean(axis=0).argmax())
+    own = added[:, most]
+    others = np.delete(added, most, axis=1).T
+    return Origins(
+        block=blocks[most],
+        seen=sum(origin.block == blocks[most] for origin, _ in seen),
+        runs=len(seen),
+        added=float(own.mean()),
+        largest=float(np.mean([origin.largest for origin, _ in seen])),
+        overflowed=False,
+        p=_largest_p(own - others),
+    )
+
+
+def _largest_p(apart: Sequence[Any]) -> float:
+    """Over the other blocks, (blocks, runs); numbers that are equal in all runs have the spread of their rounding."""
+    if not len(apart):
+        return 0.0  # there is no other
+    return float(np.max(p_different(apart, sys.float_info.epsilon)))
+
+
+def _added(run: Record) -> Mapping[str, float]:
+    """By how much the deviation grows in each block, up to the first that overflows, which adds ∞."""
+    found, before = {}, 0.0
+    for name, value in _deviations(run).items():
         if value is None:
-            return Origin(name, 0.0, largest, overflowed=True)
-        if value - before > best.added:
-            best = Origin(name, value - before, largest)
-        before = value
-    return best
+            return found | {name: math.inf}
+        found[name], before = value - before, value
+    return found
+
+
+def _largest(run: Record) -> float:
+    return max((value for value in _deviations(run).values() if value is not None), default=0.0)
+
+
+def _deviations(run: Record) -> Mapping[str, float | None]:
+    return (run.get("shadow") or {}).get("deviation_max_by_block") or {}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from lyapft.divergence import is_spike
-from lyapft.verdict.blame import Inquiry, blame, inquire, jointly, remedy
+from lyapft.verdict.blame import Inquiry, blame, inquire, remedy
 from lyapft.verdict.evidence import PAPER, Evidence, Settings
 from lyapft.verdict.recipes import Row, ScoreRow
 from lyapft.verdict.sentences.advice import scores_of
@@ -34,17 +34,11 @@ def failures(
     Args:
         found: rows against the paper's counterpart. scores: single scores, against both kinds.
     """
-    siblings = {
-        setting: list(own)
-        for setting, own in groupby(sorted(found, key=lambda r: r.recipe.setting), lambda r: r.recipe.setting)
-    }
     whole = [row for row in found if row.outcome(settings) in ("worse", "better") and row.same_as is None]
     single = outside(scores, settings)
     explained = [(row, row.keys) for row in whole]
     explained += [(row, keys_of(own)) for row, own in single if unexplained(row, settings)]
-    inquiries = jointly(
-        [inquire(evidence, row, siblings[row.recipe.setting], keys, settings) for row, keys in explained]
-    )
+    inquiries = inquire(evidence, found, scores, explained, settings)
     lines = [_failure(one, settings) for one in inquiries[: len(whole)]]
     lines += single_scores(single, {id(one.row): one for one in inquiries[len(whole) :]}, settings)
     if lines:
@@ -61,7 +55,7 @@ def failures(
 
 def _failure(one: Inquiry, settings: Settings) -> str:
     row = one.row
-    tried = remedy(one, settings) if row.outcome(settings) == "worse" else ""
+    tried = remedy(one) if row.outcome(settings) == "worse" else ""
     return (
         f"{row.recipe.name} is {row.outcome(settings)} than {AGAINST[PAPER]} by more than {settings.margin:g} "
         f"point{'s' * (settings.margin != 1)}: {difference(row.comparison)}, {p_value(row.comparison.p_outside)}; "

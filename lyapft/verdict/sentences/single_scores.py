@@ -81,4 +81,4 @@ def _why(asked: Sequence[Inquiry], several: bool, settings: Settings) -> str:
     text = blame(first, settings).lstrip()
     said = f" In {first.row.recipe.precision}: {text[0].lower()}{text[1:]}" if several else f" {text}"
     beside = "".join(blame_beside(one, settings) for one in asked if one is not first)
-    return said + beside + (remedy(first, settings) if first.loses else "")
+    return said + beside + (remedy(first) if first.loses else "")
