@@ -79,7 +79,7 @@ def gains(evidence: Evidence) -> list[Gain]:
                 Gain(
                     recipe=recipe,
                     task=task,
-                    gain=estimate([one.gain for one in own.values()]),
+                    gain=estimate([one.gain for one in own.values()], _resolution(recipe.runs, task, own.values())),
                     raw=_raw(own.values()),
                     twin=twin if both else None,
                     relative=relative,
@@ -150,6 +150,11 @@ def _grain(tuned: ShotScores, base: ShotScores, items: int) -> float:
     One with shots moves `few` by 1/(n · shots), one without moves `zero` by 1/n: by the derivative, few/(n zero²).
     """
     return max(max(1.0 / len(one.shots), one.few / one.zero) / (items * one.zero) for one in (tuned, base))
+
+
+def _resolution(runs: Iterable[Record], task: str, found: Iterable[ShotScores]) -> float:
+    items = min(n for run in runs for (name, _), n in items_of(run).items() if name == task)
+    return max(_grain(one, one, items) for one in found)
 
 
 def _by_task(runs: Iterable[Record]) -> Mapping[str, BySeed]:
