@@ -24,7 +24,8 @@ from lyapft.verdict.evidence import PAPER, PRECISION_ONLY
 
 # --- cases -----------------------------------------------------------------------------------------------------------
 
-LOSS = {3: 6.0, 5: 2.3, 8: 1.6}  # points that about half of the studies show, by seeds: there noise chooses what fails
+LOSS = {3: 6.0, 5: 2.3, 8: 1.6}  # points, by seeds, that most pages show of most recipes that lose them
+LITTLE = {3: 2.0, 5: 1.35, 8: 1.25}  # that a page shows of one or two: there noise chooses which
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ CASES = {
     "pefts lose": Case(
         MATRIX,
         lambda seeds: Truth(lambda recipe: -LOSS[seeds] * (recipe.peft != "none")),
+        BLAME,
+    ),
+    "pefts lose little": Case(
+        MATRIX,
+        lambda seeds: Truth(lambda recipe: -LITTLE[seeds] * (recipe.peft != "none")),
         BLAME,
     ),
     "formats lose": Case(

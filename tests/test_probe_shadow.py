@@ -115,11 +115,14 @@ def test_weights_in_half_are_compared_with_the_same_weights_widened(build):
 def test_an_overflow_of_the_shadow_is_counted_and_a_shadow_is_no_part_of_a_step(tmp_path):
     kl, nothing = [1e-3, math.nan, 3e-3], [math.nan] * 3
     taken = {"shadow_kl": kl, "shadow_top1": [1.0, 0.5, 0.75], "shadow_deviation": [0.1, math.nan, 0.2]}
+    taken |= {"shadow_deviation/a": [0.1, 0.1, 0.05], "shadow_deviation/b": [0.1, math.nan, 0.2]}
     measured = pd.DataFrame(taken | {"shadow_s": [2.0, 2.0, 2.0], "step_s": [1.0, 1.0, 2.0]})
     between = pd.DataFrame(dict.fromkeys((*taken, "shadow_s"), nothing) | {"step_s": [1.0, 1.0, 2.0]})
     found = summary.shadow(pd.concat([measured, between]))["shadow"]
     assert (found["n"], found["nonfinite"]) == (3, 1)
     assert (found["kl_mean"], found["kl_max"]) == (pytest.approx(2e-3), 3e-3)
+    assert found["deviation_max_by_block"]["a"] == 0.1
+    assert math.isnan(found["deviation_max_by_block"]["b"])  # a record has null there
     assert found["share_of_training"] == pytest.approx(6 / 14)
     recorder, module = StepRecorder(StepSeries(tmp_path / "s.parquet"), flush_every_s=99.0), a_module()
     trainer = types.SimpleNamespace(global_step=1, loggers=[])

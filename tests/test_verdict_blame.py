@@ -2,13 +2,21 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
-from lyapft.verdict import Verdict, judge
+from lyapft import cell
+from lyapft import records as records_
+from lyapft.verdict import Settings, Verdict, judge
+from lyapft.verdict.blame import blame, inquire
+from lyapft.verdict.evidence import gather
+from lyapft.verdict.recipes import rows, score_rows
+from tests.test_cell import prepared
 from tests.test_verdict import BASE, STEADY, WORSE, run, study, text
 
 SMALL, ALL = {"in_proj": 2, "dt_proj": 0}, {"in_proj": 2, "dt_proj": 2}
@@ -137,6 +145,34 @@ def test_blocks_that_the_records_do_not_hold_or_do_not_agree_on_are_not_named() 
     for seen in (split, [{"layers.0": 0.001, "layers.1": 0.01}]):  # one run has no spread
         said = line_of(judge(shadowed(seen)), "fp16 · none")
         assert "In which block, the shadow probe does not tell" in said
+
+
+def test_the_block_of_real_records_is_what_their_step_series_say(tmp_path: Path) -> None:
+    for seed in range(3):  # each makes its counterpart
+        cell.ensure(
+            prepared(tmp_path, "precision=fp16", "peft=none", f"seed={seed}", "probe=shadow", "probe.shadow.every=1")
+        )
+    evidence = gather([record for _, record in records_.load_study(tmp_path / "default")])
+    settings = Settings()
+    found = rows(evidence, settings)
+    # so few steps leave nothing to fail, and a failure is only what is asked about
+    (one,) = inquire(evidence, found, score_rows(found, settings), [(row, row.keys) for row in found], settings)
+    series = [pd.read_parquet(path) for path in sorted(tmp_path.glob("default/*fp16*/steps.parquet"))]
+    columns = [column for column in series[0] if column.startswith("shadow_deviation/")]
+    largest = np.array([[run[column].max() for column in columns] for run in series])
+    added = np.diff(largest, axis=1, prepend=0.0)
+    assert (added.shape, len(columns)) == ((3, 2), 2)
+    most = int(added.mean(axis=0).argmax())
+    p = stats.ttest_rel(added[:, most], added[:, 1 - most]).pvalue
+    assert one.origins is not None
+    assert one.origins.p == pytest.approx(p)
+    where = f"{columns[most].partition('/')[2]}, in {(added.argmax(axis=1) == most).sum()} of 3 runs"
+    said = blame(one, settings)
+    assert "All of it is the number format's: every weight trains in both." in said
+    if p <= 0.05:
+        assert f"grow most in {where}: by {added[:, most].mean():.1e} of {largest.max(axis=1).mean():.1e}" in said
+    else:
+        assert f"does not tell: on average the deviation grows most in {where}." in said
 
 
 def test_a_block_is_asked_for_only_where_the_format_is_shown_to_lose() -> None:

@@ -9,8 +9,10 @@ from scipy import stats
 
 from lyapft.divergence import holm
 from lyapft.verdict import Settings, Verdict, judge
+from lyapft.verdict.evidence import gather
 from lyapft.verdict.parts import Part, jointly
-from lyapft.verdict.recommendation import doubts
+from lyapft.verdict.recipes import rows
+from lyapft.verdict.recommendation import doubts, recommend
 from tests.test_verdict import BASE, STEADY, WILD, WORSE, counterparts, study, text
 
 LITTLE = [0.3, -0.2, 0.1, -0.1, 0.2, -0.3, 0.1, -0.2]
@@ -82,7 +84,8 @@ def test_of_recipes_that_cost_alike_few_studies_recommend_any() -> None:
     names = ("none", "lora", "ia3", "dora", "vera", "lokr")
     for _ in range(studies):
         costs = {name: list(rng.normal(0.0, 0.05, 8)) for name in names}
-        chosen += judge(priced(costs), settings=memory).recommendations[0].chosen is not None
+        (one,) = recommend(rows(gather(priced(costs)), memory), memory)
+        chosen += one.chosen is not None
     assert chosen <= stats.binom.ppf(0.999, studies, 0.025)  # of the risk of 5%, half is that of costing more
 
 

@@ -45,21 +45,26 @@ def recommend(found: Sequence[Row], settings: Settings) -> list[Recommendation]:
     by_setting: dict[tuple[str, str, str], list[Row]] = {}
     for row, cost in zip(kept, costs, strict=True):
         by_setting.setdefault(row.recipe.setting, []).append(replace(row, cost=cost))
-    return [_recommended(setting, own, len(kept), settings) for setting, own in by_setting.items()]
+    pairs = sum(math.comb(len(_sound(own, settings)), 2) for own in by_setting.values())
+    return [_recommended(setting, own, len(kept), pairs, settings) for setting, own in by_setting.items()]
 
 
 def _recommended(
-    setting: tuple[str, str, str], found: Sequence[Row], family: int, settings: Settings
+    setting: tuple[str, str, str], found: Sequence[Row], family: int, pairs: int, settings: Settings
 ) -> Recommendation:
+    """
+    Args:
+        family: recipes of the study whose costs are tested. pairs: of equivalent ones that are compared by their costs.
+    """
     own = sorted(found, key=_place)
     equivalent = [row for row in own if row.outcome(settings) == "equivalent"]
-    sound = [row for row in equivalent if not doubts(row)]
+    sound = _sound(own, settings)
     chosen = next((row for row in sound if row.cost.saves(settings.alpha)), None)
     undecided = [row for row in own if row.outcome(settings) == "undecided"]
     return Recommendation(
         setting,
         chosen,
-        tied=_tied(chosen, sound, settings) if chosen else (),
+        tied=_tied(chosen, sound, settings.alpha / max(1, pairs)) if chosen else (),
         open=tuple(row for row in undecided if chosen is None or not _cost(row) >= _cost(chosen)),
         unsound=tuple(row for row in equivalent if doubts(row)),
         dear=tuple(row for row in sound if not row.cost.saves(settings.alpha)),
@@ -89,14 +94,18 @@ def doubts(row: Row) -> list[str]:
     return [*row.recipe.breakdowns(), *(reason for reason, count in reasons.items() if count)]
 
 
-def _tied(chosen: Row, sound: Sequence[Row], settings: Settings) -> tuple[Row, ...]:
+def _sound(found: Sequence[Row], settings: Settings) -> list[Row]:
+    """Those that are shown to be equivalent on all that they were given."""
+    return [row for row in found if row.outcome(settings) == "equivalent" and not doubts(row)]
+
+
+def _tied(chosen: Row, sound: Sequence[Row], risk: float) -> tuple[Row, ...]:
     """The others whose cost cannot be told from that of the chosen one.
 
-    The risk is shared among all pairs, not only those with the chosen one: it was chosen for its low cost, which among
-    several that cost the same is luck.
+    The risk is shared among all pairs of the study, not only those with the chosen one: it was chosen for its low cost,
+    which among several that cost the same is luck.
     """
-    confidence = 1 - settings.alpha / max(1, math.comb(len(sound), 2))
-    return tuple(row for row in sound if row is not chosen and not told_apart(chosen.cost, row.cost, confidence))
+    return tuple(row for row in sound if row is not chosen and not told_apart(chosen.cost, row.cost, 1 - risk))
 
 
 def _cost(row: Row) -> float:
