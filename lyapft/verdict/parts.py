@@ -139,12 +139,16 @@ def halves(evidence: Evidence, row: Row) -> Halves | None:
     if recipe.precision == "fp32" or recipe.peft == "none":
         return None
     same = {pair.seed: pair.signed for pair in pairs(evidence, recipe, PRECISION_ONLY)}
-    both = [(pair, form) for pair in row.pairs if (form := same.get(pair.seed)) and pair.signed.keys() & form.keys()]
-    if not both:
+    form: dict[int, dict[ScoreKey, float]] = {}
+    peft: dict[int, dict[ScoreKey, float]] = {}
+    for pair in row.pairs:
+        own = same.get(pair.seed, {})
+        if shared := [key for key in pair.signed if key in own]:
+            form[pair.seed] = {key: own[key] for key in shared}
+            peft[pair.seed] = {key: pair.signed[key] - own[key] for key in shared}
+    if not form:
         return None
-    form = {pair.seed: {key: own[key] for key in pair.signed if key in own} for pair, own in both}
-    peft = {pair.seed: {key: pair.signed[key] - own for key, own in form[pair.seed].items()} for pair, _ in both}
-    fewest = min(pair.fewest_items for pair, _ in both)
+    fewest = min(pair.fewest_items for pair in row.pairs)
     first = row.same_as or recipe
     return Halves(
         row,

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ def origins_of(runs: Iterable[Record]) -> Origins | None:
     )
 
 
-def _largest_p(apart: Sequence[Any]) -> float:
+def _largest_p(apart: np.ndarray[Any, Any]) -> float:
     """Over the other blocks, (blocks, runs); numbers that are equal in all runs have the spread of their rounding."""
     if not len(apart):
         return 0.0  # there is no other
@@ -90,7 +90,8 @@ def _largest_p(apart: Sequence[Any]) -> float:
 
 def _added(run: Record) -> Mapping[str, float]:
     """By how much the deviation grows in each block, up to the first that overflows, which adds ∞."""
-    found, before = {}, 0.0
+    found: dict[str, float] = {}
+    before = 0.0
     for name, value in _deviations(run).items():
         if value is None:
             return found | {name: math.inf}
