@@ -107,13 +107,15 @@ def test_every_setting_of_the_shipped_matrix_has_its_line(matrix: Verdict) -> No
     said = lines(matrix, "Which recipe to use on skills")
     assert len(said) == len(matrix.recommendations) == 3
     assert {line.split(":")[0] for line in said} == {one.setting[0] for one in matrix.recommendations}
-    pairs = [one for one in matrix.contrasts if one.overall]
-    assert len([line for line in lines(matrix, "Mamba") if "steadier" in line]) == len(pairs) == 4
+    compared = lines(matrix, "Mamba")
+    shown = len([line for line in compared if ", difference " in line])
+    left = [int(line.split()[1]) for line in compared if line.startswith("And ")]
+    assert shown + sum(left) == sum(one.overall for one in matrix.contrasts) == 4
 
 
 def test_what_is_left_to_the_details_is_counted(paper: Verdict) -> None:
     advice, contrasts = (lines(paper, title) for title in ("Which recipe", "Mamba"))
-    whole = [line for line in lines(paper, "Where") if " than the reference (" in line]
+    whole = [line for line in lines(paper, "Where") if " is worse (" in line or " is better (" in line]
     pairs = [one for one in paper.contrasts if one.overall]
     told = {
         "settings": (advice, Counter(
@@ -241,9 +243,9 @@ def test_what_is_equivalent_and_cheaper_is_used_with_what_it_saves() -> None:
         "at 2 × the tokens/s and 50% less memory per token (emulated)."
     )
     key = lines(found, "How to read")
-    assert "In brackets the 95% interval over n = 8 seeds." in key[0]
+    assert "on the same seeds [95% interval; n = 8 seeds where no other n is named]; then" in key[0]
     assert key[-1].startswith("(emulated): half precision ran in software")
-    assert lines(found, "Where it fails")[0].startswith("mamba_tiny · fp16 · lora is worse than the reference (−3.00 [")
+    assert lines(found, "Where it fails")[0].startswith("mamba_tiny · fp16 · lora is worse (−3.00 [")
     assert "(reference)" not in line
 
 
@@ -266,7 +268,7 @@ def test_too_little_power_names_the_nearest_recipe_and_the_seeds() -> None:
     needed = wild.seeds_needed()
     assert line.startswith("mamba_tiny: undecided. Nearest is bf16 · lora (")
     assert f"about {needed} seeds would show that it is equivalent." in line
-    assert "Seeds that would show something do so with 80% chance, if mean and spread stay." in lines(found, "How")
+    assert "Seeds that would show it do so with 80% chance, if mean and spread stay." in lines(found, "How")
     assert lines(found, "Where it fails") == [
         "No recipe is shown to lie outside ±1 point; 2 of 2 are undecided, which does not mean that they agree."
     ]
@@ -276,7 +278,7 @@ def test_one_seed_decides_nothing() -> None:
     twin = study({("bf16", "lora"): [0.5]}, model="llama_tiny", parameters=300_000)
     found = judge(study({("bf16", "lora"): [0.0]}) + twin)
     text = "\n".join(lines(found))
-    assert "There is one seed, so no interval, and nothing is decided." in text
+    assert "on the same seeds: one seed, so no interval, and nothing is decided; then" in text
     assert "undecided. Nearest is bf16 · lora (0.00; 0.375 against 0.375)" in text
     assert "one seed has no spread, so run at least three" in text
     assert "one common seed, so neither can be called steadier" in text
@@ -286,12 +288,12 @@ def test_one_seed_decides_nothing() -> None:
 
 
 def test_few_seeds_and_uneven_ones_are_labelled() -> None:
-    assert "over n = 4 seeds, preliminary." in lines(judge(study({("bf16", "lora"): STEADY[:4]})), "How")[0]
+    assert "n = 4 seeds, preliminary where" in lines(judge(study({("bf16", "lora"): STEADY[:4]})), "How")[0]
     records = study({("bf16", "lora"): STEADY, ("fp16", "lora"): WORSE})
     lost(records[-1], "oom")
     text = "\n".join(lines(judge(records)))
-    assert "over the seeds named there" in text
-    assert "; n = 8 seeds]" in text
+    assert "[95% interval; n = 8 seeds where no other n is named]" in text
+    assert "; n = 8 seeds]" not in text
     assert "; n = 7 seeds, preliminary]" in text
 
 
@@ -311,7 +313,7 @@ def test_failed_runs_are_counted_with_their_reasons() -> None:
         lost(record, "nonfinite")
     found = judge(records)
     line = next(line for line in lines(found, "How far") if line.startswith("Missing"))
-    assert line.endswith("with the number of seeds: nonfinite (2) and oom (1); of mamba_tiny · fp16 · lora (3).")
+    assert line.endswith("failed seeds: nonfinite (2) and oom (1); of mamba_tiny · fp16 · lora (3).")
     assert "mamba_tiny · fp16 · lora: training broke down on 2 of 8 seeds (nonfinite)." in lines(found, "Where")
     only = [r for r in records if r["choices"]["precision"] != "bf16"]
     (line,) = lines(judge(only), "Which recipe")
@@ -367,7 +369,7 @@ def test_labels_are_where_they_belong() -> None:
     plain, labelled = (judge(study({("bf16", "lora"): STEADY}, beyond=n)) for n in (0, 7))
     assert "†" not in "\n".join(lines(plain))
     assert "against 0.376 †" in lines(labelled, "Which")[0]
-    assert "Such scores: mamba_tiny 2 of 2." in "\n".join(lines(labelled, "How far"))
+    assert "extrapolation too: mamba_tiny (2 of 2 scores)." in "\n".join(lines(labelled, "How far"))
 
 
 def test_one_recipe_under_two_names_is_said_to_count_once() -> None:
@@ -377,7 +379,7 @@ def test_one_recipe_under_two_names_is_said_to_count_once() -> None:
             record["peft"]["coverage"] = {"in_proj": {"adapted": 2, "present": 2}}
             record["config"] = record["config"] | {"peft": {"name": peft, "targets": peft, "r": 8}}
     said = lines(judge(records))
-    assert sum("is worse than" in line for line in said) == 1
+    assert sum("is worse (" in line for line in said) == 1
     assert "Counted once where they came out alike: lora and lora_all of mamba_tiny, which are one recipe." in said
 
 
@@ -403,7 +405,7 @@ def test_what_the_reader_decides_is_on_the_page() -> None:
     found = judge(study({("bf16", "lora"): WORSE}), settings=Settings(margin=4.0, spike=2.0, power=0.9))
     text = "\n".join(lines(found))
     assert "inside ±4 points" in text
-    assert "lie over 2 points from" in text
+    assert "lie over 2 points off" in text
     assert "1 point " not in text
 
 

@@ -8,6 +8,7 @@ from lyapft.verdict.recommendation import Recommendation, doubts
 from lyapft.verdict.sentences.advice import at_cost, memory_of, unfinished
 from lyapft.verdict.words import EMULATED, joined, margin, needed, ratio
 
+LEAST = 4  # settings that are named before more is said of anything else
 KINDS = {"dear": "with the reference", "outside": "with the reference", "better": "with no equivalent recipe"}
 
 
@@ -25,7 +26,7 @@ def recommendations(common: Common) -> Topic:
         return line(heading, *sentences.recommendations((), found.settings, found.references_only))
     ordered = by_turns(found.recommendations, _kind, lambda one: common.size(one.setting[0]))
     return topic(
-        heading, ordered, lambda one: f"{common.where(one.setting)}: {_advice(one, common)}.", "settings", _kind
+        heading, ordered, lambda one: f"{common.where(one.setting)}: {_advice(one, common)}.", "settings", _kind, LEAST
     )
 
 

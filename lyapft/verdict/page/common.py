@@ -21,13 +21,13 @@ class Common:
     found: Findings
 
     @cached_property
-    def seeds(self) -> int | None:
-        """Seeds of every comparison, where all have as many."""
+    def seeds(self) -> int:
+        """Seeds of most comparisons; 0 where there is none."""
         found = self.found
-        counts = {row.n for row in (*found.rows, *found.format_rows)}
-        counts |= {one.difference.n for one in found.learned}
-        counts |= {one.comparison.estimate.n for one in found.ablations}
-        return counts.pop() if len(counts) == 1 else None
+        counts = [row.n for row in (*found.rows, *found.format_rows)]
+        counts += [one.difference.n for one in found.learned]
+        counts += [one.comparison.estimate.n for one in found.ablations]
+        return max(set(counts), key=lambda n: (counts.count(n), n), default=0)
 
     @cached_property
     def place(self) -> tuple[str, str] | None:
@@ -74,7 +74,7 @@ class Common:
         return f"{cut(recipe.name)}{self.on(recipe.data, recipe.task)}"
 
     def apart(self, found: Estimate, p: float | None = None) -> str:
-        """A difference, its interval, the seeds where they are not those of all lines, and its p."""
+        """A difference, its interval, the seeds where they are not those of most lines, and its p."""
         parts = [] if found.n < 2 else [f"{signed(found.low)}, {signed(found.high)}"]
         parts += [seeds(found.n)] if found.n != self.seeds else []
         bracket = f" [{'; '.join(parts)}]" if parts else ""

@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, repeat, zip_longest
 from typing import TypeVar
 
 from lyapft.verdict.words import Section
 
-WORDS = 480  # of a page with its headings and bullets: one sheet, one screen
+WORDS = 490  # of a page with its headings and bullets: one sheet, one screen
 MOST = 20  # lines of one topic that are written at all: more never fit
 MOST_KINDS = 3  # by which the lines that are left out are counted
 T = TypeVar("T")
@@ -21,7 +21,8 @@ class Topic:
     title: str
     lines: tuple[str, ...]  # at most MOST
     kinds: tuple[str, ...]  # of all, by which they are counted
-    noun: str = ""  # what they are
+    noun: str = "notes"  # what they are
+    least: int = 1  # lines that come before more of others
 
     def shown(self, count: int) -> list[str]:
         """The first lines; where these are not all, how many there are of each kind, and how many are left."""
@@ -41,11 +42,16 @@ def line(title: str, text: str) -> Topic:
 
 
 def topic(
-    title: str, found: Sequence[T], say: Callable[[T], str], noun: str, kind: Callable[[T], str] | None = None
+    title: str,
+    found: Sequence[T],
+    say: Callable[[T], str],
+    noun: str,
+    kind: Callable[[T], str] | None = None,
+    least: int = 1,
 ) -> Topic:
     """A topic of a line for each of what was found."""
     kinds = tuple(map(kind, found)) if kind else ("",) * len(found)
-    return Topic(title, tuple(map(say, found[:MOST])), kinds, noun)
+    return Topic(title, tuple(map(say, found[:MOST])), kinds, noun, least)
 
 
 def _tally(kinds: Sequence[str]) -> str:
@@ -70,26 +76,27 @@ def by_turns(found: Sequence[T], kind: Callable[[T], str], size: Callable[[T], f
 
 
 def fitted(topics: Sequence[Topic], titles: Sequence[str]) -> tuple[Section, ...]:
-    """A page of at most WORDS words: one line of each topic, then in turn one more of each while there is room.
+    """A page of at most WORDS words: the least that each topic should say, then in turn a line more of each.
 
     Args:
-        topics: the most important first; where one line of each is too much, the last ones give up theirs.
-        titles: the headings in the order of the page.
+        topics: the most important first. titles: the headings in the order of the page.
     """
-    counts = [min(1, len(one.lines)) for one in topics]
-    for place in reversed(range(len(topics))):
-        if words(_sections(topics, counts, titles)) <= WORDS:
+    counts = [0] * len(topics)
+    least = [place for place, one in enumerate(topics) for _ in range(one.least)]
+    for turn in chain([least], repeat(range(len(topics)))):
+        before = counts
+        for place in turn:
+            counts = _grown(topics, counts, place, titles)
+        if counts == before:
             break
-        counts[place] = 0
-    growing = list(range(len(topics)))
-    while growing:
-        for place in list(growing):
-            more = [count + (at == place) for at, count in enumerate(counts)]
-            fits = more[place] <= len(topics[place].lines) and words(_sections(topics, more, titles)) <= WORDS
-            counts = more if fits else counts
-            if not fits:
-                growing.remove(place)
     return _sections(topics, counts, titles)
+
+
+def _grown(topics: Sequence[Topic], counts: list[int], place: int, titles: Sequence[str]) -> list[int]:
+    """The same with one more line of a topic, if there is one and room for it."""
+    more = [count + (at == place) for at, count in enumerate(counts)]
+    fits = more[place] <= len(topics[place].lines) and words(_sections(topics, more, titles)) <= WORDS
+    return more if fits else counts
 
 
 def words(sections: Sequence[Section]) -> int:

@@ -14,7 +14,8 @@ from lyapft.verdict.page.common import BEYOND, Common, cut
 from lyapft.verdict.page.layout import Topic, by_turns, line, topic
 from lyapft.verdict.words import AGAINST, p_value, raw, signed
 
-MODELS = "Mamba against Transformer: these checkpoints on these data"
+MODELS = "Mamba against Transformer: mean divergence in points, of these checkpoints on these data"
+LEAST = 4  # comparisons that are shown before more is said of anything else
 ASKED = "What else was asked"
 MOST_TASKS = 2
 
@@ -32,23 +33,21 @@ def contrasts(common: Common) -> Topic:
 
     overall = [one for one in found.contrasts if one.overall]
     ordered = by_turns(overall, kind, lambda one: common.size(one.model))
-    return topic(MODELS, ordered, lambda one: _contrast(one, common), "comparisons", kind)
+    return topic(MODELS, ordered, lambda one: _contrast(one, common), "comparisons", kind, LEAST)
 
 
 def _contrast(one: Contrast, common: Common) -> str:
     found = one.comparison
     against = "the reference" if one.counterpart == PAPER else AGAINST[one.counterpart]
-    recipes = f"{one.pooled} recipes" if one.pooled > 1 else cut(one.recipe)
     names = f"{cut(one.model)} and {cut(one.twin)}{common.on(one.data, one.task)}"
     steadier = one.steadier(common.found.settings)
     if found.estimate.n < 2:
         told = "one common seed, so neither can be called steadier"
     else:
-        told = f"{cut(steadier)} is steadier" if steadier else "neither is shown to be steadier"
+        told = f"{cut(steadier)} is steadier" if steadier else "undecided"
     return (
-        f"{names}, from {against} in {recipes}: {told}; mean divergence {one.size.mean:.2f} ({raw(*one.scores)}) and "
-        f"{one.twin_size.mean:.2f} ({common.scores(one.twin_scores, one.beyond)}), difference "
-        f"{common.apart(found.estimate, found.p_different)}."
+        f"{names}, from {against}: {told}; {one.size.mean:.2f} ({raw(*one.scores)}) and {one.twin_size.mean:.2f} "
+        f"({common.scores(one.twin_scores, one.beyond)}), difference {common.apart(found.estimate, found.p_different)}."
     )
 
 

@@ -9,7 +9,7 @@ from lyapft.verdict.floors import KINDS
 from lyapft.verdict.page.common import BEYOND, Common, cut, some
 from lyapft.verdict.page.layout import Topic, line, topic
 from lyapft.verdict.sentences.failures import NOISE
-from lyapft.verdict.words import ALONE, EMULATED, EMULATED_MEANS, chance, joined, margin, scored, seeds
+from lyapft.verdict.words import EMULATED, EMULATED_MEANS, chance, joined, margin, scored, seeds
 
 MOST_RECIPES = 2
 TRUST, KEY = "How far to trust it", "How to read this page"
@@ -45,7 +45,7 @@ def spikes(common: Common) -> Topic:
         f"({common.scores((worst.score, worst.counterpart_score), worst.beyond)})"
     ) * bool(count)
     points = f"{settings.spike:g} point{'s' * (settings.spike != 1)}"
-    return line(TRUST, f"Spikes: {count} of {total} single scores lie over {points} from their counterpart's{often}.")
+    return line(TRUST, f"Spikes: {count} of {total} single scores lie over {points} off{often}.")
 
 
 def missing(common: Common) -> Topic:
@@ -57,7 +57,7 @@ def missing(common: Common) -> Topic:
     why = some([f"{kind} ({count})" for kind, count in kinds], "reasons")
     recipes = Counter(common.name(gap.recipe) for gap in gaps).most_common()
     named = some([f"{name} ({count})" for name, count in recipes], "recipes, below", MOST_RECIPES)
-    return line(TRUST, f"Missing or failed, with the number of seeds: {why}; of {named}.")
+    return line(TRUST, f"Missing or failed seeds: {why}; of {named}.")
 
 
 def beyond_training(common: Common) -> Topic:
@@ -69,12 +69,8 @@ def beyond_training(common: Common) -> Topic:
     ordered = sorted((model for model in own if any(own[model].values())), key=lambda model: -common.size(model))
     if not ordered:
         return Topic(TRUST, (), ())
-    counts = [f"{cut(model)} {sum(own[model].values())} of {len(own[model])}" for model in ordered]
-    return line(
-        TRUST,
-        f"{BEYOND} Some of these scores are beyond the trained length, so they measure extrapolation too. Such scores: "
-        f"{some(counts, 'models, below')}.",
-    )
+    counts = [f"{cut(model)} ({sum(own[model].values())} of {len(own[model])} scores)" for model in ordered]
+    return line(TRUST, f"{BEYOND} beyond the trained length, so extrapolation too: {some(counts, 'models, below')}.")
 
 
 def repeated(common: Common) -> Topic:
@@ -106,11 +102,12 @@ def key(common: Common, text: str) -> list[Topic]:
     if not (found.rows or found.learned or found.ablations):
         return []
     lines = [
-        "Differences are points of accuracy, mean over tasks and shots, on the same seeds; beside them score against "
-        f"score. {_brackets(common)} Equivalent: inside {margin(found.settings)} by two one-sided tests. {ALONE}"
+        f"Differences are points of accuracy, mean over tasks and shots, on the same seeds{_brackets(common)}; then "
+        f"score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Every p is after Holm's "
+        "correction, no interval is."
     ]
     if "seeds would show" in text:
-        lines.append(f"Seeds that would show something do so with {chance(found.settings)}.")
+        lines.append(f"Seeds that would show it do so with {chance(found.settings)}.")
     if EMULATED in text:
         lines.append(EMULATED_MEANS)
     return [line(KEY, one) for one in lines]
@@ -118,5 +115,5 @@ def key(common: Common, text: str) -> list[Topic]:
 
 def _brackets(common: Common) -> str:
     if common.seeds == 1:
-        return "There is one seed, so no interval, and nothing is decided."
-    return f"In brackets the 95% interval over {seeds(common.seeds) if common.seeds else 'the seeds named there'}."
+        return ": one seed, so no interval, and nothing is decided"
+    return f" [95% interval; {seeds(common.seeds)} where no other n is named]"
