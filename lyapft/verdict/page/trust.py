@@ -103,8 +103,8 @@ def key(common: Common, text: str) -> list[Topic]:
         return []
     lines = [
         f"Differences are points of accuracy, mean over tasks and shots, on the same seeds{_brackets(common)}; then "
-        f"score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Every p is after Holm's "
-        "correction, no interval is."
+        f"score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Every p is after "
+        "Holm's correction, no interval is."
     ]
     if "seeds would show" in text:
         lines.append(f"Seeds that would show it do so with {chance(found.settings)}.")
