@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lyapft.report import exports, latex
 from lyapft.report.page import _verdict as as_html
 from lyapft.verdict import Settings, Verdict, judge
+from lyapft.verdict.page.advice import KINDS
 from lyapft.verdict.page.common import LONGEST_NAME
 from lyapft.verdict.page.layout import MOST, WORDS, Topic, by_turns, fitted, words
 from tests.test_verdict import STEADY, WILD, WORSE, run, study
@@ -70,18 +71,17 @@ def matrix() -> Verdict:
 
 @pytest.fixture(scope="module")
 def paper() -> Verdict:
-    """Twenty models of four families, two data sets, two tasks, three seeds."""
+    """Twenty models of four families, two data sets, two tasks, six seeds."""
     rng = np.random.default_rng(5)
     records: list[dict[str, Any]] = []
     for family in ("mamba", "mamba2", "pythia", "llama"):
         for size, parameters in SIZES.items():
-            for place in ((data, task) for data in ("alpaca", "openhermes") for task in ("mmlu", "winogrande")):
-                chosen = [("bf16", "none"), ("bf16", "lora"), ("fp16", "lora"), ("fp32", "lora")]
-                records += setting(rng, f"{family}_{size}", place, 3, chosen, parameters=parameters, beyond=2)
-    for record in records[7:900:83]:
-        lost(record, "oom")
-    for record in records[9:900:91]:
-        lost(record, "nonfinite")
+            for place in (("alpaca", "mmlu"), ("alpaca", "winogrande"), ("openhermes", "mmlu")):
+                chosen = [("bf16", "none"), ("bf16", "lora"), ("fp32", "lora")]
+                records += setting(rng, f"{family}_{size}", place, 6, chosen, parameters=parameters, beyond=2)
+    half = [record for record in records if record["choices"]["precision"] != "fp32"]  # nothing is compared with them
+    for place, record in enumerate(half[7:400:41]):
+        lost(record, ("oom", "nonfinite")[place % 2])
     return judge(records)
 
 
@@ -120,7 +120,7 @@ def test_what_is_left_to_the_details_is_counted(paper: Verdict) -> None:
     told = {
         "settings": (advice, Counter(
             f"with {one.chosen.recipe.label} to use" if one.chosen else
-            {"dear": "with the reference", "outside": "with the reference"}.get(one.advice, "undecided")
+            KINDS.get(one.advice, "undecided")
             for one in paper.recommendations)),
         "comparisons": (contrasts, Counter(
             "undecided" if not (who := one.steadier(paper.settings)) else
@@ -128,19 +128,19 @@ def test_what_is_left_to_the_details_is_counted(paper: Verdict) -> None:
     }  # fmt: skip
     for noun, (said, counts) in told.items():
         assert said[0].startswith(f"Of {counts.total()} {noun}: ")
-        named = dict(re.findall(r"(\d+) ([^,]+)", said[0].removesuffix(".").split(": ")[1])[::-1])
-        assert sum(map(int, named)) == counts.total()
-        assert all(counts[kind] == int(count) for count, kind in named.items() if kind != "otherwise")
+        named = re.findall(r"(\d+) ([^,]+)", said[0].removesuffix(".").split(": ")[1])
+        assert sum(int(count) for count, _ in named) == counts.total()
+        assert all(counts[kind] == int(count) for count, kind in named if kind != "otherwise")
         place = next(place for place, line in enumerate(said) if line.startswith("And "))
         assert place - 1 + int(re.findall(r"\d+", said[place])[0]) == counts.total()
-    left = next(line for line in lines(paper, "Where") if re.fullmatch(r"And \d+ more, below.", line))
+    left = next(line for line in lines(paper, "Where") if line.startswith("And "))
     assert len(whole) + int(re.findall(r"\d+", left)[0]) == len(paper.failures.whole)
 
 
 def test_the_largest_models_come_first_and_no_outcome_hides_another(paper: Verdict) -> None:
     said = lines(paper, "Which recipe")[1:-1]
-    shown = [next(one for one in paper.recommendations if line.startswith(f"{one.setting[0]} on {one.setting[1]}, "
-             f"scored on {one.setting[2]}: ")) for line in said]  # fmt: skip
+    shown = [next(one for one in paper.recommendations if line.startswith(f"{one.setting[0]} on {one.setting[1]} "
+             f"({one.setting[2]}): ")) for line in said]  # fmt: skip
     kinds = Counter(one.advice == "use" for one in shown)
     assert all(one.setting[0].endswith(("2.8b", "1.4b")) for one in shown)
     assert min(kinds.values()) >= 1
@@ -188,7 +188,7 @@ def test_every_number_of_the_page_stands_in_a_structure_or_table(found: Verdict)
     for name in names:
         text = text.replace(name, "")
     shown = re.findall(r"\d+\.\d+%?|\d+%|(?<=< )\d\.\d+", text)
-    assert len(shown) > 60
+    assert len(shown) > 30
     assert not [number for number in shown if number not in known and number != "0.001"]
     needed = {
         max(count, row.n + 1)
@@ -206,7 +206,7 @@ def test_what_the_page_advises_is_what_was_found(found: Verdict) -> None:
         if line.startswith("And ") or not own:
             own = [one for key, one in by_name.items() if line.startswith(f"{key[0]}:")]
         if len(own) != 1:
-            assert line.startswith("And ")
+            assert line.startswith(("And ", "Of "))
             continue
         (one,) = own
         checked[one.advice] += 1
@@ -223,8 +223,8 @@ def test_what_the_page_advises_is_what_was_found(found: Verdict) -> None:
 
 
 def test_every_difference_has_its_scores_beside_it(found: Verdict) -> None:
-    said = [line for line in lines(found) if re.search(r"[+−]\d+\.\d\d( \[|;)", line)]
-    assert len(said) > 8
+    said = [line for line in lines(found) if re.search(r"\d\.\d\d \[", line)]
+    assert len(said) > 3
     for line in said:
         assert re.search(r"\d\.\d{3} against \d\.\d{3}", line), line
 
@@ -243,7 +243,7 @@ def test_what_is_equivalent_and_cheaper_is_used_with_what_it_saves() -> None:
         "at 2 × the tokens/s and 50% less memory per token (emulated)."
     )
     key = lines(found, "How to read")
-    assert "on the same seeds [95% interval; n = 8 seeds where no other n is named]; then" in key[0]
+    assert "on the same seeds [95% interval; n = 8 seeds, unless another n is named]; then" in key[0]
     assert key[-1].startswith("(emulated): half precision ran in software")
     assert lines(found, "Where it fails")[0].startswith("mamba_tiny · fp16 · lora is worse (−3.00 [")
     assert "(reference)" not in line
@@ -288,11 +288,11 @@ def test_one_seed_decides_nothing() -> None:
 
 
 def test_few_seeds_and_uneven_ones_are_labelled() -> None:
-    assert "n = 4 seeds, preliminary where" in lines(judge(study({("bf16", "lora"): STEADY[:4]})), "How")[0]
+    assert "n = 4 seeds, preliminary, unless" in lines(judge(study({("bf16", "lora"): STEADY[:4]})), "How to read")[0]
     records = study({("bf16", "lora"): STEADY, ("fp16", "lora"): WORSE})
     lost(records[-1], "oom")
     text = "\n".join(lines(judge(records)))
-    assert "[95% interval; n = 8 seeds where no other n is named]" in text
+    assert "[95% interval; n = 8 seeds, unless another n is named]" in text
     assert "; n = 8 seeds]" not in text
     assert "; n = 7 seeds, preliminary]" in text
 
@@ -315,7 +315,7 @@ def test_failed_runs_are_counted_with_their_reasons() -> None:
     line = next(line for line in lines(found, "How far") if line.startswith("Missing"))
     assert line.endswith("failed seeds: nonfinite (2) and oom (1); of mamba_tiny · fp16 · lora (3).")
     assert "mamba_tiny · fp16 · lora: training broke down on 2 of 8 seeds (nonfinite)." in lines(found, "Where")
-    only = [r for r in records if r["choices"]["precision"] != "bf16"]
+    only = [r for r in records if (r["choices"]["precision"] == "fp16") == (r["choices"]["peft"] == "lora")]
     (line,) = lines(judge(only), "Which recipe")
     assert "undecided. fp16 · lora is equivalent on 5 seeds (" in line
     assert "but training broke down on 2 of 8 seeds (nonfinite) and 1 of 8 seeds did not finish (oom)" in line
@@ -328,7 +328,7 @@ def test_blame_is_only_what_is_shown() -> None:
     found = judge(adapting(cells, {"lora": SMALL, "lora_all": {"in_proj": 2, "dt_proj": 2}}))
     line = next(line for line in lines(found, "Where") if line.startswith("mamba_tiny · fp32 · lora is worse"))
     assert "To blame: the peft (lora on in_proj; in part leaving dt_proj alone)." in line
-    assert "Tried peft=lora_all: undecided (−0.99 [" in line
+    assert f"Tried peft=lora_all: undecided (−{abs(np.mean(cells['fp32', 'lora_all'])):.2f} [" in line
     blocks = [{"layers.0": 0.001, "layers.1": 0.011, "layers.2": 0.012}] * 8
     (line, *_) = lines(judge(shadowed(blocks)), "Where")
     assert "To blame: the format (fp16, most of whose rounding enters in layers.1). No remedy was tried." in line
@@ -351,11 +351,9 @@ def test_a_base_that_nobody_trained_is_compared_with_its_own() -> None:
 def test_studies_that_ask_something_else_are_answered() -> None:
     found = judge(icl_study())
     (line,) = lines(found, "What else was asked")
-    one = found.learned[0]
+    apart = found.learned[0].difference
     assert line.startswith("mamba_tiny · fp32 · none · trainer.steps=120, t: learns more in context than its base: ")
-    assert (
-        f"difference +{one.difference.mean:.2f} [+{one.difference.low:.2f}, +{one.difference.high:.2f}], p = " in line
-    )
+    assert f"difference +{apart.mean:.2f} [+{apart.low:.2f}, +{apart.high:.2f}], p < 0.001." in line
     assert lines(found, "How to read")  # its brackets are explained, though there is no recommendation
     assert "none to recommend" in lines(found, "Which recipe")[0]
     found = judge(tied_study([x + 2.0 for x in LITTLE], [-x for x in reversed(LITTLE)]))
@@ -452,9 +450,12 @@ def test_turns_go_round_the_kinds_largest_first() -> None:
 def test_many_kinds_are_summed_up() -> None:
     kinds = tuple(f"of kind {n}" for n in range(6) for _ in range(6 - n))
     found = Topic("title", ("a", "b"), kinds, "things")
-    tally = "Of 21 things: 6 of kind 0, 5 of kind 1, 4 of kind 2, 6 otherwise."
+    tally = "Of 21 things: 6 of kind 0, 5 of kind 1, 4 of kind 2, 3 of kind 3, 3 otherwise."
     assert found.shown(2) == [tally, "a", "b", "And 19 more, below."]
     assert found.shown(0) == [f"{tally} All below."]
+    undecided = Topic("title", ("a",), ("undecided",) * 3, "things")
+    assert undecided.shown(1) == ["a", "And 2 more undecided, below."]
+    assert undecided.shown(0) == ["Of 3 things: 3 undecided. All below."]
     alike = Topic("title", ("a",), ("", ""), "things")
     assert alike.shown(1) == ["a", "And 1 more, below."]
     assert alike.shown(0) == ["Things: 2, below."]

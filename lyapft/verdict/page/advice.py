@@ -8,7 +8,7 @@ from lyapft.verdict.recommendation import Recommendation, doubts
 from lyapft.verdict.sentences.advice import at_cost, memory_of, unfinished
 from lyapft.verdict.words import EMULATED, joined, margin, needed, ratio
 
-LEAST = 4  # settings that are named before more is said of anything else
+LEAST = 3  # settings that are named before more is said of anything else
 KINDS = {"dear": "with the reference", "outside": "with the reference", "better": "with no equivalent recipe"}
 
 
@@ -24,7 +24,7 @@ def recommendations(common: Common) -> Topic:
     found, heading = common.found, title(common)
     if not found.recommendations:
         return line(heading, *sentences.recommendations((), found.settings, found.references_only))
-    ordered = by_turns(found.recommendations, _kind, lambda one: common.size(one.setting[0]))
+    ordered = by_turns(found.recommendations, _kind, lambda one: common.size(one.setting[0]), LEAST)
     return topic(
         heading, ordered, lambda one: f"{common.where(one.setting)}: {_advice(one, common)}.", "settings", _kind, LEAST
     )
@@ -47,10 +47,10 @@ def _advice(one: Recommendation, common: Common) -> str:
             f"stay with the reference. {cut(row.recipe.label)}{also} is equivalent ({_numbers(row, common)}) but, "
             f"{at_cost(row)}, not shown to cost less{left}{_better(one, common)}"
         )
-    if row := one.nearest:
+    if near := one.nearest:
         return (
-            f"undecided. Nearest is {cut(row.recipe.label)} ({_numbers(row, common)}), {at_cost(row)}: "
-            f"{needed(row.comparison, common.found.settings, conditions=False)}{_better(one, common)}"
+            f"undecided. Nearest is {cut(near.recipe.label)} ({_numbers(near, common)}), {at_cost(near)}: "
+            f"{needed(near.comparison, common.found.settings, conditions=False)}{_better(one, common)}"
         )
     if one.unsound:
         row = one.unsound[0]

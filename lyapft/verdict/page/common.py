@@ -7,7 +7,7 @@ from functools import cached_property
 from lyapft.divergence import Estimate
 from lyapft.verdict.evidence import Recipe
 from lyapft.verdict.findings import Findings
-from lyapft.verdict.words import REFERENCE, joined, p_value, raw, seeds, signed, where_of
+from lyapft.verdict.words import REFERENCE, joined, p_value, raw, seeds, signed
 
 BEYOND = "†"  # beside scores that are also of items longer than what the base was trained on
 LONGEST_NAME = 60
@@ -54,7 +54,10 @@ class Common:
     @property
     def everywhere(self) -> str:
         """Data and task where the study has one of each, to be said once."""
-        return f" {cut(where_of(('', *self.place)))}" if self.place else ""
+        if not self.place:
+            return ""
+        data, task = self.place
+        return f" on {cut(data if data == task else f'{data} (scored on {task})')}"
 
     def size(self, model: str) -> int:
         """Parameters of a model; 0 where no record says so."""
@@ -62,7 +65,7 @@ class Common:
 
     def on(self, data: str, task: str) -> str:
         """Where, after the name of a model; nothing where the whole study is there."""
-        return "" if self.place else f" {cut(where_of(('', data, task)))}"
+        return "" if self.place else f" on {cut(data if data == task else f'{data} ({task})')}"
 
     def where(self, setting: tuple[str, str, str]) -> str:
         """A setting by its model, and data and task where there are several."""
@@ -102,10 +105,11 @@ def cut(name: str) -> str:
 
 
 def some(names: Sequence[str], what: str, most: int = MOST_NAMED) -> str:
-    """The first names of many, and how many more.
+    """The first names of many, and how many more, which are at least two.
 
     >>> some(["a", "b", "c", "d", "e", "f"], "layers")
     'a, b, c, d and 2 more layers'
     """
-    shown = list(map(cut, names[:most]))
-    return f"{', '.join(shown)} and {left} more {what}" if (left := len(names) - len(shown)) else joined(shown)
+    if len(names) <= most + 1:
+        return joined(list(map(cut, names)))
+    return f"{', '.join(map(cut, names[:most]))} and {len(names) - most} more {what}"

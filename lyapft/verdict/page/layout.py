@@ -10,7 +10,7 @@ from lyapft.verdict.words import Section
 
 WORDS = 490  # of a page with its headings and bullets: one sheet, one screen
 MOST = 20  # lines of one topic that are written at all: more never fit
-MOST_KINDS = 3  # by which the lines that are left out are counted
+MOST_KINDS = 4  # by which the lines that are left out are counted
 T = TypeVar("T")
 
 
@@ -29,11 +29,12 @@ class Topic:
         left = len(self.kinds) - count
         if not left:
             return list(self.lines)
-        several = len(set(self.kinds)) > 1
+        kinds = set(self.kinds)
         tally = f"Of {len(self.kinds)} {self.noun}: {_tally(self.kinds)}."
         if not count:
-            return [f"{tally} All below." if several else f"{self.noun.capitalize()}: {left}, below."]
-        return [*[tally] * several, *self.lines[:count], f"And {left} more, below."]
+            return [f"{tally} All below." if any(kinds) else f"{self.noun.capitalize()}: {left}, below."]
+        alike = f" {kinds.pop()}".rstrip() if len(kinds) == 1 else ""
+        return [*[tally] * bool(kinds), *self.lines[:count], f"And {left} more{alike}, below."]
 
 
 def line(title: str, text: str) -> Topic:
@@ -67,8 +68,10 @@ def _tally(kinds: Sequence[str]) -> str:
     return ", ".join(named)
 
 
-def by_turns(found: Sequence[T], kind: Callable[[T], str], size: Callable[[T], float]) -> list[T]:
-    """The largest of each kind, then the second largest of each: no kind hides the others."""
+def by_turns(found: Sequence[T], kind: Callable[[T], str], size: Callable[[T], float], few: int = 1) -> Sequence[T]:
+    """The largest of each kind, then the second largest of each: no kind hides the others. A few stay as they are."""
+    if len(found) <= few:
+        return found
     kinds: dict[str, list[T]] = {}
     for one in sorted(found, key=size, reverse=True):
         kinds.setdefault(kind(one), []).append(one)

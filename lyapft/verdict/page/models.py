@@ -32,7 +32,7 @@ def contrasts(common: Common) -> Topic:
         return f"with the {who} steadier" if steadier else "undecided"
 
     overall = [one for one in found.contrasts if one.overall]
-    ordered = by_turns(overall, kind, lambda one: common.size(one.model))
+    ordered = by_turns(overall, kind, lambda one: common.size(one.model), LEAST)
     return topic(MODELS, ordered, lambda one: _contrast(one, common), "comparisons", kind, LEAST)
 
 

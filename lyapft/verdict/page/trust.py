@@ -11,7 +11,7 @@ from lyapft.verdict.page.layout import Topic, line, topic
 from lyapft.verdict.sentences.failures import NOISE
 from lyapft.verdict.words import EMULATED, EMULATED_MEANS, chance, joined, margin, scored, seeds
 
-MOST_RECIPES = 2
+MOST_RECIPES, MOST_MODELS = 1, 2
 TRUST, KEY = "How far to trust it", "How to read this page"
 
 
@@ -40,10 +40,8 @@ def spikes(common: Common) -> Topic:
     if not total:
         return Topic(TRUST, (), ())
     worst = max(found, key=lambda one: (one.spikes / one.scores, one.mean_abs))
-    often = (
-        f", most often {common.where(worst.setting)}, {cut(scored(worst.key))}: {worst.spikes} of {worst.scores} "
-        f"({common.scores((worst.score, worst.counterpart_score), worst.beyond)})"
-    ) * bool(count)
+    where = f"{common.where(worst.setting)}, {cut(scored(worst.key))}"
+    often = f", most often {where}: {worst.spikes} of {worst.scores}" * bool(count)
     points = f"{settings.spike:g} point{'s' * (settings.spike != 1)}"
     return line(TRUST, f"Spikes: {count} of {total} single scores lie over {points} off{often}.")
 
@@ -70,7 +68,10 @@ def beyond_training(common: Common) -> Topic:
     if not ordered:
         return Topic(TRUST, (), ())
     counts = [f"{cut(model)} ({sum(own[model].values())} of {len(own[model])} scores)" for model in ordered]
-    return line(TRUST, f"{BEYOND} beyond the trained length, so extrapolation too: {some(counts, 'models, below')}.")
+    return line(
+        TRUST,
+        f"{BEYOND} beyond the trained length, so extrapolation too: {some(counts, 'models, below', MOST_MODELS)}.",
+    )
 
 
 def repeated(common: Common) -> Topic:
@@ -116,4 +117,4 @@ def key(common: Common, text: str) -> list[Topic]:
 def _brackets(common: Common) -> str:
     if common.seeds == 1:
         return ": one seed, so no interval, and nothing is decided"
-    return f" [95% interval; {seeds(common.seeds)} where no other n is named]"
+    return f" [95% interval; {seeds(common.seeds)}, unless another n is named]"
