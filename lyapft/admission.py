@@ -35,6 +35,15 @@ def _admit(found: list[str]) -> None:
         raise SystemExit(1)
 
 
+def check_typed(words: list[str]) -> None:
+    """Refuse credentials on a command line before Hydra reads it, whose own messages repeat what was typed.
+
+    Raises:
+        SystemExit: there is one.
+    """
+    _admit(secrets.faults({}, words))
+
+
 def faults(cfg: DictConfig) -> list[str]:
     """Credentials among the settings and overrides, and names that would lead out of the folder of the runs.
 
@@ -48,12 +57,12 @@ def faults(cfg: DictConfig) -> list[str]:
     own: Any = OmegaConf.to_container(cfg, resolve=False)
     hydra = own.pop("hydra", None) or {}  # its overrides are in `typed`, and the rest holds this machine's paths
     own |= {"hydra": {"job": {"env_set": (hydra.get("job") or {}).get("env_set")}, "launcher": hydra.get("launcher")}}
-    found = secrets.faults(own, typed)
     names = {key: [OmegaConf.select(cfg, key)] for key in config.FOLDER_PARTS if OmegaConf.select(cfg, key)}
     for key, value in _swept(typed):
         if key in config.FOLDER_PARTS:
             names.setdefault(key, []).append(value)
-    return found + [fault for key, values in names.items() for fault in config.name_faults(key, values)]
+    found = secrets.faults(own, typed) or secrets.faults(names)  # as they were typed, and names as they will be
+    return found or [fault for key, values in names.items() for fault in config.name_faults(key, values)]
 
 
 def _swept(overrides: list[str]) -> Iterator[tuple[str, str]]:

@@ -44,7 +44,7 @@ for blob in (image / "blobs" / "sha256").iterdir():
             assert canary.decode() not in entry.name, entry.name
             if entry.isfile():
                 assert canary not in layer.extractfile(entry).read(), entry.name
-assert {"opt/lyapft/train.py", "opt/lyapft/tests/test_security.py"} <= seen, "these are not the image's layers"
+assert {"opt/lyapft/train.py", "opt/lyapft/tests/test_secrets.py"} <= seen, "these are not the image's layers"
 print(f"{layers} layers, {files} files: none holds a credential")
 PY
 buildah inspect --type image lyapft:canary | python3 -c '
