@@ -4,6 +4,7 @@ A Hydra callback, since Hydra makes its output folder before it calls the entry 
 whole only here. Nothing here imports torch.
 """
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lyapft import config, launch, secrets
 
+EXTRAS = {"hydra_plugins.hydra_submitit_launcher": "cluster", "hydra_plugins.hydra_ray_launcher": "ray"}
+
 
 class Admission(Callback):
     """Ends the command with exit code 1 and every reason at once."""
@@ -26,7 +29,7 @@ class Admission(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep."""
-        _admit(rank_faults(dict(os.environ), sys.argv) + faults(config))
+        _admit(rank_faults(dict(os.environ), sys.argv) + launcher_faults(config) + faults(config))
 
 
 def _admit(found: list[str]) -> None:
@@ -98,6 +101,17 @@ def rank_faults(environment: dict[str, str], argv: list[str]) -> list[str]:
         f"For one cell over several processes: {start} train.py without -m, a single value for each setting. "
         f"For many cells, from one process: python train.py -m {typed} hydra/launcher=slurm, local or joblib"
     ]
+
+
+def launcher_faults(cfg: DictConfig) -> list[str]:
+    """A launcher whose package is not installed."""
+    package = ".".join(str(OmegaConf.select(cfg, "hydra.launcher._target_")).split(".")[:2])
+    if not package.startswith("hydra_plugins.") or importlib.util.find_spec(package) is not None:
+        return []
+    choice = OmegaConf.select(cfg, "hydra.runtime.choices")["hydra/launcher"]
+    extra = EXTRAS.get(package)
+    install = f"pip install -e '.[{extra}]'" if extra else f"install {package}"
+    return [f"hydra/launcher={choice} needs {package}, which is not installed: {install}"]
 
 
 def lone_faults(cfg: DictConfig) -> list[str]:
