@@ -83,8 +83,9 @@ def _folder(config: DictConfig) -> Path | None:
 def _folders_of_hydra(config: DictConfig) -> list[Path]:
     """Where Hydra and its launchers write, which a config may set."""
     run, sweep = Path(config.hydra.run.dir), Path(config.hydra.sweep.dir)
+    typed: Any = OmegaConf.to_container(config.hydra.sweep)  # `subdir` may hold a job number, unknown yet
     jobs = _jobs_of_submitit(config)
-    return [run, sweep, sweep / str(OmegaConf.to_container(config.hydra.sweep)["subdir"]), *([jobs] if jobs else [])]
+    return [run, sweep, sweep / typed["subdir"], *([jobs] if jobs else [])]
 
 
 def _jobs_of_submitit(config: DictConfig) -> Path | None:

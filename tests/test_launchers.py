@@ -68,8 +68,9 @@ def test_a_launcher_that_is_not_installed_is_named_with_what_to_do(typed, monkey
 
 def sweep(folder: Path, *arguments: str) -> list[dict]:
     command = [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, "reference=off", f"runs={folder}", *arguments]
+    environment = secretive(folder.parent) | {"PYTHONPATH": str(ROOT)}  # workers import this checkout
     done = subprocess.run(
-        command, cwd=folder.parent, capture_output=True, text=True, env=secretive(folder.parent), timeout=300, umask=0
+        command, cwd=folder.parent, capture_output=True, text=True, env=environment, timeout=300, umask=0
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return [record for _, record in records.load_study(folder / "default")]

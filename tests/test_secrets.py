@@ -252,9 +252,9 @@ def test_what_a_library_says_of_the_environment_is_hidden(typed, tmp_path, monke
     monkeypatch.setattr(cell, "execute", execute)
     code, printed = typed(*SMALL, "reference=off")
     assert code == 1
-    assert "no way to https://(hidden)@mirror/x by (hidden) with (hidden)" in printed
+    assert "no way to https://(hidden)@mirror/x by (hidden) with hf_(hidden)" in printed
     ((folder, record),) = records.load_study(Path("runs/default"))
-    assert record["error"]["message"] == "no way to https://(hidden)@mirror/x by (hidden) with (hidden)"
+    assert record["error"]["message"] == "no way to https://(hidden)@mirror/x by (hidden) with hf_(hidden)"
     assert "Traceback" in (folder / records.LOG).read_text()
     assert (CANARY in printed, leaks(tmp_path)) == (False, [])
     with pytest.raises(InputError, match=r"https://\(hidden\)@mirror: 404"):

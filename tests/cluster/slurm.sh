@@ -9,7 +9,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 folder=$1
 python=${PYTHON:-$root/.venv/bin/python}
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 PYTHONPATH=$root # of the jobs, which import this checkout
 mkdir -p "$folder"
 fail() { echo "FAILED: $1" >&2; exit 1; }
 train() { # ends the shell that calls it: the process in the background is the command itself
