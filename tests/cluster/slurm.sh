@@ -14,7 +14,7 @@ mkdir -p "$folder"
 fail() { echo "FAILED: $1" >&2; exit 1; }
 train() { # ends the shell that calls it: the process in the background is the command itself
   cd "$root"
-  exec "$python" train.py -m trainer.steps="${STEPS:-1500}" trainer.checkpoint_every_s=2 trainer.progress=false \
+  exec "$python" train.py -m trainer.steps="${STEPS:-1200}" trainer.checkpoint_every_s=2 trainer.progress=false \
     threads=1 reference=off "$@"
 }
 study() {
@@ -50,14 +50,19 @@ limited=$(jobs_in PENDING | sort | tail -1)
 test "${#running[@]}" -eq 2 || fail "not two jobs run, but ${running[*]}"
 scancel "${running[0]}"
 scontrol requeue "${running[1]}"
-scontrol update "JobId=$limited" TimeLimit=1 # of minutes; the signal is due two minutes before it, so at once
+cancelled=${running[0]##*_} requeued=${running[1]##*_} limited=${limited##*_} # the array index is the seed
+array=${running[0]%_*}
 : >"$folder.account"
-raised=
+limit=240 # of the third job, in minutes
 # Without accounting submitit never learns that a job was cancelled and waits on: the first command is ended by hand.
 while kill -0 "$first" 2>/dev/null && (($(jobs_in all | wc -l) > 0)); do
   account >>"$folder.account"
-  if [[ -z $raised ]] && grep -qE "^${limited##*_} [1-9]" "$folder.account"; then
-    scontrol update "JobId=$limited" TimeLimit=60 && raised=yes # once is enough
+  if [[ $limit == 240 ]] && compgen -G "$folder/default/*-s$limited-*/checkpoint.safetensors" >/dev/null; then
+    limit=2 # the signal is due two minutes before the end, so at once
+    scontrol update "JobId=${array}_$limited" TimeLimit=$limit
+  elif [[ $limit == 2 ]] && grep -qE "^$limited [1-9]" "$folder.account"; then
+    limit=60 # once is enough
+    scontrol update "JobId=${array}_$limited" TimeLimit=$limit
   fi
   for job in $(jobs_in PENDING); do # SLURM lets a requeued job wait for two minutes
     scontrol update "JobId=$job" StartTime=now 2>/dev/null || true
@@ -68,12 +73,11 @@ account >>"$folder.account"
 sleep 10
 kill "$first" 2>/dev/null || true
 wait || true
-cancelled=${running[0]##*_} requeued=${running[1]##*_} limited=${limited##*_} # the array index is the seed
 echo "SLURM's account (task, restarts, time limit, state):"
 sort -u "$folder.account"
 grep -qE "^$cancelled 0 .* CANCELLED" "$folder.account" || fail "task $cancelled was not cancelled"
 grep -qE "^$requeued [1-9]" "$folder.account" || fail "task $requeued was not requeued"
-grep -qE "^$limited 0 00:01:00 RUNNING" "$folder.account" || fail "task $limited did not run under its time limit"
+grep -qE "^$limited 0 00:02:00 RUNNING" "$folder.account" || fail "task $limited did not run under its time limit"
 grep -qE "^$limited [1-9]" "$folder.account" || fail "task $limited did not go back into the queue at its time limit"
 log=$(echo "$folder"/default/.submitit/*_"$limited"/*_log.out)
 grep -q "Caught signal SIGUSR2" "$log" || fail "$log: SLURM's signal before the time limit did not come"
@@ -94,7 +98,7 @@ test -z "$(find "$folder/default" -name record.json -newer "$folder/default/repo
 for record in "$folder"/default/*/record.json; do
   grep -q "$(basename "$(dirname "$record")" | sed 's/.*-//')" "$folder/default/report.html" || fail "the report misses $record"
 done
-(train "seed=$cancelled,$requeued,$limited" "runs=$folder/alone") >"$folder.alone.log" 2>&1
+(train "seed=$cancelled,$limited" "runs=$folder/alone") >"$folder.alone.log" 2>&1
 cd "$root"
 "$python" - "$folder/default" "$folder/alone/default" <<'PY'
 import sys
