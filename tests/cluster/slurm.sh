@@ -30,7 +30,7 @@ until_there() { # a file of this pattern
   fail "there is no $1"
 }
 account() { # what SLURM says of each task of the array, a line each: number, restarts, time limit, state
-  scontrol --oneliner show jobs | sed -nE \
+  scontrol --oneliner show job "$array" | sed -nE \
     's/.*ArrayTaskId=([0-9]+) .* JobState=(\w+) .* Restarts=([0-9]+) .* TimeLimit=(\S+) .*/\1 \3 \4 \2/p'
 }
 cells() { # each one's seed, status, and the steps at which earlier attempts were taken up
