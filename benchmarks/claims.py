@@ -9,14 +9,14 @@ from lyapft.report.regression import changes
 from lyapft.verdict import Settings
 from lyapft.verdict.ablations import ablations
 from lyapft.verdict.architectures import contrasts
-from lyapft.verdict.blame import Inquiry, inquire
+from lyapft.verdict.blame import Inquiry
 from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, Evidence
 from lyapft.verdict.evidence import Recipe as Judged
+from lyapft.verdict.failures import failures
 from lyapft.verdict.learning import learned
 from lyapft.verdict.margins import margins
 from lyapft.verdict.recipes import Row, ScoreRow, rows, score_rows
 from lyapft.verdict.recommendation import recommend
-from lyapft.verdict.sentences.single_scores import keys_of, outside, unexplained
 
 Claim = tuple[bool, bool]  # whether it is made, and whether it would be false
 
@@ -42,13 +42,10 @@ class Page:
 
     @cached_property
     def inquiries(self) -> list[Inquiry]:
-        """Of every failure, whole recipes and single scores, as `sentences.failures` asks for them."""
-        whole = [r for r in self.rows[PAPER] if r.outcome(self.settings) in ("worse", "better") and r.same_as is None]
-        single = [
-            (r, keys_of(s)) for r, s in outside(self.scores[PAPER], self.settings) if unexplained(r, self.settings)
-        ]
-        failing = [*((row, row.keys) for row in whole), *single]
-        return inquire(self.evidence, self.rows[PAPER], self.scores[PAPER], failing, self.settings)
+        """Of every failure, whole recipes and single scores."""
+        found = failures(self.evidence, self.rows[PAPER], self.scores[PAPER], self.settings)
+        single = [one.inquiry for group in found.single for one in group if one.inquiry]
+        return [*found.whole, *single]
 
     def true_points(self, row: Row) -> float:
         """True difference of a row from its counterpart."""
@@ -160,7 +157,7 @@ def blame_block(page: Page) -> Iterator[Claim]:
     """The format's rounding enters in one block more than in another; here it enters in all alike."""
     for one in page.inquiries:
         if one.origins:
-            yield one.origins.p <= page.settings.alpha, True
+            yield one.origins.shown(page.settings.alpha), True
 
 
 def remedy(page: Page) -> Iterator[Claim]:
@@ -174,7 +171,7 @@ def remedy(page: Page) -> Iterator[Claim]:
 def tuned(page: Page) -> Iterator[Claim]:
     """A tuned model learns more or less in context than its base; here it scores as the base does."""
     for one in learned(page.evidence):
-        yield one.p <= page.settings.alpha, True
+        yield one.more(page.settings) is not None, True
 
 
 def asked(single: bool) -> Callable[[Page], Iterator[Claim]]:

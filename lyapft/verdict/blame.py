@@ -111,8 +111,8 @@ def blame(one: Inquiry, settings: Settings) -> str:
         f"{_part(parts.form, settings)} the format's ({recipe.precision}): {parts.middle:.3f} in full precision with "
         "the same peft."
     )
-    text += _which_layers(one, settings) if _shown(parts.peft, settings) else ""
-    return text + (_block(one, settings) if _shown(parts.form, settings) else "")
+    text += _which_layers(one, settings) if is_shown(parts.peft, settings) else ""
+    return text + (_block(one, settings) if is_shown(parts.form, settings) else "")
 
 
 def blame_beside(one: Inquiry, settings: Settings) -> str:
@@ -122,7 +122,7 @@ def blame_beside(one: Inquiry, settings: Settings) -> str:
         return f" In {recipe.precision} likewise.{_block(one, settings)}"
     if one.shares is None:
         return f" In {recipe.precision}, full precision with the same peft is missing."
-    block = _block(one, settings) if _shown(one.shares.form, settings) else ""
+    block = _block(one, settings) if is_shown(one.shares.form, settings) else ""
     return f" In {recipe.precision}, {_part(one.shares.form, settings)} of it is the format's.{block}"
 
 
@@ -131,14 +131,14 @@ def remedy(one: Inquiry) -> str:
     return remedies.said(one.remedy, one.changed)
 
 
-def _shown(found: Comparison, settings: Settings) -> bool:
+def is_shown(found: Comparison, settings: Settings) -> bool:
     """Whether it is shown not to be 0; NaN, of one seed, shows nothing."""
     return found.p_different <= settings.alpha
 
 
 def _part(found: Comparison, settings: Settings) -> str:
     """A part of a difference, and whether it is one at all."""
-    nothing = "" if _shown(found, settings) else ", which may be nothing"
+    nothing = "" if is_shown(found, settings) else ", which may be nothing"
     return f"{signed(found.estimate.mean)} ({interval(found.estimate)}{nothing})"
 
 
@@ -170,17 +170,22 @@ def _which_layers(one: Inquiry, settings: Settings) -> str:
     return f" {told}; its other layers were not varied."
 
 
+def choice_of(recipe: Recipe, found: Layers) -> str:
+    """What the recipe does with the layers in which the other target set differs."""
+    layers = joined(sorted(found.more))
+    return f"leaving {layers} alone" if recipe.adapted < found.other.adapted else f"adapting {layers}"
+
+
 def _told(recipe: Recipe, found: Layers, settings: Settings) -> str:
-    layers, it = joined(sorted(found.more)), "it" if len(found.more) == 1 else "them"
-    wider = recipe.adapted < found.other.adapted
-    doing = f"leaving {layers} alone" if wider else f"adapting {layers}"
+    it = "it" if len(found.more) == 1 else "them"
+    wider, doing = recipe.adapted < found.other.adapted, choice_of(recipe, found)
     how = f"adapts {it} too" if wider else f"leaves {it} alone"
     apart = found.apart.estimate
     numbers = (
         f"{found.other.peft}, which {how}, lies {signed(apart.mean)} points from it ({interval(apart)}; "
         f"{raw(*found.scores)})"
     )
-    if not _shown(found.apart, settings):
+    if not is_shown(found.apart, settings):
         return f"Whether {doing} is to blame, the seeds do not tell: {numbers}"
     blamed = "is to blame for part of it" if apart.mean > 0 else "is not to blame"
     return f"{doing[0].upper()}{doing[1:]} {blamed}: {numbers}"
@@ -197,7 +202,7 @@ def _block(one: Inquiry, settings: Settings) -> str:
     where = f"{found.block}, in {found.seen} of {found.runs} runs"
     if found.overflowed:
         return f" The shadow probe saw {one.row.recipe.precision} leave its range in {where}."
-    if not found.p <= settings.alpha:  # NaN, of one run, shows nothing
+    if not found.shown(settings.alpha):
         return f" In which block, the shadow probe does not tell: on average the deviation grows most in {where}."
     return (
         f" The shadow probe saw the format's deviation from float32 grow most in {where}: by {found.added:.1e} of "

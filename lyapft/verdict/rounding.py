@@ -42,6 +42,10 @@ class Origins:
     overflowed: bool
     p: float
 
+    def shown(self, alpha: float) -> bool:
+        """Whether the block is shown to be the one; NaN, of one run, shows nothing."""
+        return self.overflowed or self.p <= alpha
+
 
 def origin_of(run: Record) -> Origin | None:
     """Of one run; None where no shadow probe ran.
