@@ -25,6 +25,13 @@ COUNTERPARTS_SHORT = {"paper": "fp32 full", "precision_only": "fp32 same peft"}
 WHOLE_STUDY = 1000  # cells: a study up to this size is shown cell by cell
 EXCERPT = 300  # of a larger one, about so many cells are
 NO_STEPS = pd.DataFrame()
+# overrides that no label needs: it names them anyway, or they change no number
+NOT_IN_LABELS = frozenset(
+    {
+        "seed", "replicate", "study", "study.name", "logger", "reference", "runs", "probe", "trainer.progress",
+        "trainer.record_every_s",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +108,9 @@ def facet_groups(all_records: Sequence[Record]) -> list[str]:
 
 def _own_overrides(record: Record) -> tuple[str, ...]:
     """Command-line overrides other than the choices that a label names anyway."""
-    named = {*(record.get("choices") or {}), "seed", "replicate", "study", "study.name", "logger", "reference", "runs"}
-    named |= {"probe", "trainer.progress", "trainer.record_every_s"}  # they change no number
-    overrides = [str(text) for text in record.get("overrides") or []]
-    return tuple(sorted(text for text in overrides if text.split("=")[0].lstrip("+~") not in named))
+    choices = record.get("choices") or {}
+    named = [(text, text.split("=")[0].lstrip("+~")) for text in map(str, record.get("overrides") or [])]
+    return tuple(sorted(text for text, name in named if name not in NOT_IN_LABELS and name not in choices))
 
 
 def kinds(all_records: Sequence[Record]) -> list[str]:
@@ -216,10 +222,10 @@ def _records_in(folder: Path, notes: list[str]) -> list[tuple[str, Record]]:
     found: list[tuple[str, Record]] = []
     reader = Reader()
     for home in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()):
-        if not os.path.exists(os.path.join(home, records.RECORD)):
-            continue
         try:
             found.append((home, records.load(home, reader.decode)))
+        except records.NoRecord:
+            continue
         except InputError as error:
             notes.append(str(error))
     return found

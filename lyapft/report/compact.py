@@ -11,6 +11,7 @@ import json
 import sys
 from typing import Any
 
+DECODE = json.JSONDecoder().raw_decode
 # parts of which a study has few different ones
 COMMON = frozenset(
     {
@@ -68,12 +69,24 @@ class Reader:
             return name, [self._object(entry, 2, COMMON_OF_DIVERGENCE) for entry in _entries(value, 1)]
         if name in ("scores", "per_score"):
             return name, [self._one(score) for score in _entries(value, depth + 1)]
-        return name, _named(json.loads(value))
+        return name, _named(_decoded(value))
 
     def _one(self, text: str) -> Any:
         """The object of a text: the same one as whenever it was met before."""
         found = self._objects.get(text)
-        return self._objects.setdefault(text, json.loads(text)) if found is None else found
+        return self._objects.setdefault(text, _decoded(text)) if found is None else found
+
+
+def _decoded(text: str) -> Any:
+    """What `json.loads` gives, of a text without blanks around it: it looks for those for longer than it decodes.
+
+    Raises:
+        ValueError: no JSON, or blanks around it.
+    """
+    value, end = DECODE(text)
+    if end != len(text):
+        raise ValueError(f"laid out otherwise: {text:.40}")
+    return value
 
 
 def _entries(text: str, depth: int) -> list[str]:

@@ -108,7 +108,7 @@ def judge(
         "base_and_tuned": tables.learned_table(tuned),
         "settings": tables.ablation_table(asked, settings),
         "floors": tables.floor_table(floor),
-        "stability": tables.margin_table(margins(evidence)),
+        "stability": tables.margin_table(margins(evidence, paper)),
         "missing": tables.gap_table(gap),
     }
     return Verdict(

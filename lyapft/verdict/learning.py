@@ -6,15 +6,7 @@ from dataclasses import dataclass, replace
 from lyapft.divergence import Estimate, ShotScores, estimate, holm, p_different, ratio_of_means, shot_scores
 from lyapft.records import Record, accuracies
 from lyapft.verdict.architectures import twins
-from lyapft.verdict.evidence import (
-    Evidence,
-    Recipe,
-    beyond_trained_length,
-    is_own_counterpart,
-    items_of,
-    score_key,
-    seed_of,
-)
+from lyapft.verdict.evidence import Evidence, Recipe, is_own_counterpart, score_key, seed_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,7 @@ def gains(evidence: Evidence) -> list[Gain]:
                     relative=relative,
                     twin_raw=_raw([other[seed] for seed in both]) if both else None,
                     reference=is_own_counterpart(recipe),
-                    beyond=_beyond(recipe.runs, task),
+                    beyond=_beyond(evidence, recipe.runs, task),
                 )
             )
     return found
@@ -101,7 +93,7 @@ def learned(evidence: Evidence) -> list[Learned]:
         one
         for recipe in evidence.recipes
         if recipe.trained and (base := _base_of(recipe, bases.get(recipe.setting, ())))
-        for one in _learned(recipe, base)
+        for one in _learned(evidence, recipe, base)
     ]
     return [replace(one, p=p) for one, p in zip(raw, holm([one.p for one in raw]), strict=True)]
 
@@ -112,7 +104,7 @@ def _base_of(recipe: Recipe, bases: Sequence[Recipe]) -> Recipe | None:
     return min(fitting, key=lambda base: (base.precision != recipe.precision, base.peft != "none"), default=None)
 
 
-def _learned(recipe: Recipe, base: Recipe) -> Iterable[Learned]:
+def _learned(evidence: Evidence, recipe: Recipe, base: Recipe) -> Iterable[Learned]:
     theirs = {seed_of(run): run for run in base.runs}
     if base.seedless:  # its one run stands for all seeds
         theirs = {seed_of(run): base.runs[0] for run in recipe.runs}
@@ -121,7 +113,7 @@ def _learned(recipe: Recipe, base: Recipe) -> Iterable[Learned]:
     for run, base_run in pairs:
         common = set(map(score_key, accuracies(run))) & set(map(score_key, accuracies(base_run)))
         tuned, untuned = (_shot_scores(side, common) for side in (run, base_run))
-        items = items_of(run)
+        items = evidence.scores(run).items
         for task in (task for task in tuned if task in untuned):
             grain = _grain(tuned[task], untuned[task], min(n for (name, _), n in items.items() if name == task))
             sides.setdefault(task, []).append((tuned[task], untuned[task], grain))
@@ -140,7 +132,7 @@ def _learned(recipe: Recipe, base: Recipe) -> Iterable[Learned]:
             base_raw=_raw(untuned_),
             difference=estimate(apart, resolution),
             p=float(p_different(apart, resolution)),
-            beyond=_beyond([run for pair in pairs for run in pair], task),
+            beyond=_beyond(evidence, [run for pair in pairs for run in pair], task),
         )
 
 
@@ -170,5 +162,5 @@ def _raw(found: Iterable[ShotScores]) -> Raw:
     return Raw(zero, few)
 
 
-def _beyond(runs: Iterable[Record], task: str) -> bool:
-    return any(name == task for run in runs for name, _ in beyond_trained_length(run))
+def _beyond(evidence: Evidence, runs: Iterable[Record], task: str) -> bool:
+    return any(name == task for run in runs for name, _ in evidence.scores(run).beyond)
