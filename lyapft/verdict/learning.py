@@ -1,12 +1,12 @@
 """In-context learning: of each recipe, beside its Transformer twin, and of the tuned model beside its base."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lyapft.divergence import Estimate, ShotScores, estimate, holm, p_different, ratio_of_means, shot_scores
-from lyapft.records import Record, accuracies
+from lyapft.records import Record
 from lyapft.verdict.architectures import twins
-from lyapft.verdict.evidence import Evidence, Recipe, is_own_counterpart, score_key, seed_of
+from lyapft.verdict.evidence import Evidence, Recipe, is_own_counterpart, seed_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def gains(evidence: Evidence) -> list[Gain]:
     """In-context learning of every recipe and task that was scored with and without shots."""
     twin_of, found = twins(evidence), []
     by_key = {recipe.key: recipe for recipe in evidence.recipes}
-    scored = {key: _by_task(recipe.runs) for key, recipe in by_key.items()}
+    scored = {key: _by_task(evidence, recipe.runs) for key, recipe in by_key.items()}
     for key, recipe in by_key.items():
         twin = twin_of.get(recipe.model)
         theirs = scored.get((twin, *key[1:]), {}) if twin else {}
@@ -111,9 +111,10 @@ def _learned(evidence: Evidence, recipe: Recipe, base: Recipe) -> Iterable[Learn
     pairs = [(run, theirs[seed_of(run)]) for run in recipe.runs if seed_of(run) in theirs]
     sides: dict[str, list[tuple[ShotScores, ShotScores, float]]] = {}
     for run, base_run in pairs:
-        common = set(map(score_key, accuracies(run))) & set(map(score_key, accuracies(base_run)))
-        tuned, untuned = (_shot_scores(side, common) for side in (run, base_run))
-        items = evidence.scores(run).items
+        scores = evidence.scores(run), evidence.scores(base_run)
+        common = scores[0].values.keys() & scores[1].values.keys()
+        tuned, untuned = (shot_scores({k: v for k, v in side.values.items() if k in common}) for side in scores)
+        items = scores[0].items
         for task in (task for task in tuned if task in untuned):
             grain = _grain(tuned[task], untuned[task], min(n for (name, _), n in items.items() if name == task))
             sides.setdefault(task, []).append((tuned[task], untuned[task], grain))
@@ -144,16 +145,12 @@ def _grain(tuned: ShotScores, base: ShotScores, items: int) -> float:
     return max(max(1.0 / len(one.shots), one.few / one.zero) / (items * one.zero) for one in (tuned, base))
 
 
-def _by_task(runs: Iterable[Record]) -> Mapping[str, BySeed]:
+def _by_task(evidence: Evidence, runs: Iterable[Record]) -> Mapping[str, BySeed]:
     by_task: dict[str, dict[int, ShotScores]] = {}
     for run in runs:
-        for task, found in shot_scores(accuracies(run)).items():
+        for task, found in shot_scores(evidence.scores(run).values).items():
             by_task.setdefault(task, {})[seed_of(run)] = found
     return by_task
-
-
-def _shot_scores(run: Record, keys: Collection[tuple[str, int]]) -> Mapping[str, ShotScores]:
-    return shot_scores(score for score in accuracies(run) if score_key(score) in keys)
 
 
 def _raw(found: Iterable[ShotScores]) -> Raw:
