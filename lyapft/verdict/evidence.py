@@ -218,6 +218,9 @@ def _choices(record: Record) -> tuple[str, ...]:
     return tuple(str(chosen.get(group, "?")) for group in ("model", "data", "task", "precision", "peft"))
 
 
+_encoded = json.JSONEncoder(sort_keys=True, default=str).encode
+
+
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Settings by their dotted names, values as JSON."""
     found: dict[str, str] = {}
@@ -225,7 +228,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, default=str)
+            found[f"{prefix}{key}"] = _encoded(value)
     return found
 
 
