@@ -39,6 +39,7 @@ KINDS: dict[type, tuple[str, ...]] = {  # of a record's parts, for whoever reads
     ),
     list: ("scores", "divergence", "oom", "alerts"),
 }  # fmt: skip
+NUMBER_OR_NONE = (int, float, type(None))  # a union in a loop over a million scores would be made a million times
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}")  # names that `write_atomically` gives to what is not whole yet
 
 Record = dict[str, Any]
@@ -173,7 +174,7 @@ def _misfit(record: Record) -> str | None:
             return f"{name} has an entry that is no object"
     for score in record.get("scores") or ():
         text, shots, value = score.get("task"), score.get("shots"), score.get("value", "none")
-        if not (isinstance(text, str) and isinstance(shots, int) and isinstance(value, int | float | None)):
+        if not (isinstance(text, str) and isinstance(shots, int) and isinstance(value, NUMBER_OR_NONE)):
             return f"a score of {text!r} is not task, shots and value"
     return None
 

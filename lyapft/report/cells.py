@@ -187,8 +187,9 @@ def load_study(folder: Path) -> Study:
         for record, label, kind in zip(found, _labels(found, names), names, strict=True)
     ]
     chosen = {id(cell.record) for cell in excerpt(cells)}
+    answers = not all(_has_answers(cell.record) for cell in cells if id(cell.record) in chosen)
     cells = [
-        _with_tables(cell, Path(folders[id(cell.record)]), notes) if id(cell.record) in chosen else cell
+        _with_tables(cell, Path(folders[id(cell.record)]), answers, notes) if id(cell.record) in chosen else cell
         for cell in cells
     ]
     shown = tuple(cell for cell in cells if id(cell.record) in chosen)
@@ -231,9 +232,18 @@ def _records_in(folder: Path, notes: list[str]) -> list[tuple[str, Record]]:
     return found
 
 
-def _with_tables(cell: Cell, home: Path, notes: list[str]) -> Cell:
-    steps, items, end = (_table(home / name, notes) for name in (records.STEPS, records.ITEMS, records.STABILITY))
-    return replace(cell, steps=NO_STEPS if steps is None else steps, items=items, stability=end)
+def _has_answers(record: Record) -> bool:
+    """Whether a record says all that the answers behind its comparisons would say."""
+    entries = [entry for entry in record.get("divergence") or () if entry.get("status") == "ok"]
+    return all(entry.get("flips") and entry.get("answer_shift") for entry in entries)
+
+
+def _with_tables(cell: Cell, home: Path, answers: bool, notes: list[str]) -> Cell:
+    """A cell with the tables of its folder, the answers to single items only where they are asked for."""
+    steps = _table(home / records.STEPS, notes)
+    items = _table(home / records.ITEMS, notes) if answers else None
+    stability = _table(home / records.STABILITY, notes)
+    return replace(cell, steps=NO_STEPS if steps is None else steps, items=items, stability=stability)
 
 
 def _experiments(folder: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:

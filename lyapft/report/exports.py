@@ -54,7 +54,8 @@ def cell_table(cells: Sequence[Cell]) -> pd.DataFrame:
     groups = ("model", "data", "task", "precision", "peft")
     columns: dict[str, list[object]] = {name: [record.get(name) for record in found] for name in PLAIN}
     columns |= {group: [read(record, "choices", group) for record in found] for group in groups}
-    columns |= {f"{part}_{name}": [read(record, part, name) for record in found] for part, name in NUMBERS}
+    parts = {part: [record.get(part) or {} for record in found] for part, _ in NUMBERS}
+    columns |= {f"{part}_{name}": [one.get(name) for one in parts[part]] for part, name in NUMBERS}
     columns["emulated"] = [bool(read(record, "precision", "emulated")) for record in found]
     columns["memory_ran_out"] = [bool(record.get("oom")) for record in found]
     columns["error"] = [read(record, "error", "message") for record in found]

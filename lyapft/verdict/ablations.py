@@ -109,5 +109,5 @@ def _by_seed(evidence: Evidence, ours: Recipe, theirs: Recipe) -> list[Pair]:
             continue
         apart = paired_divergence(accuracies(run), accuracies(other))
         signed = {(score.task, score.shots): score.signed_points for score in apart.per_score}
-        found.append(Pair(run, other, signed, *sides))
+        found.append(Pair(seed_of(run), run, other, signed, *sides))
     return found

@@ -13,16 +13,12 @@ from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, Scores, score_ke
 class Pair:
     """A run beside its counterpart: signed differences in points by (task, shots), and the scores of both."""
 
+    seed: int  # of both
     run: Record
     counterpart: Record
     signed: Mapping[ScoreKey, float]
     ours: Scores
     theirs: Scores
-
-    @property
-    def seed(self) -> int:
-        """Seed of both."""
-        return seed_of(self.run)
 
     @property
     def unpaired(self) -> tuple[ScoreKey, ...]:
@@ -64,7 +60,7 @@ def pairs(evidence: Evidence, recipe: Recipe, counterpart: str) -> list[Pair]:
         other = evidence.by_id.get(str(entry.get("reference_id"))) if entry else None
         if entry and entry.get("status") == "ok" and other is not None and entry["per_score"]:
             signed = {score_key(s): float(s["signed_points"]) for s in entry["per_score"]}
-            found.append(Pair(run, other, signed, evidence.scores(run), evidence.scores(other)))
+            found.append(Pair(seed_of(run), run, other, signed, evidence.scores(run), evidence.scores(other)))
     return sorted(found, key=lambda pair: pair.seed)
 
 
