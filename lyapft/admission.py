@@ -4,6 +4,7 @@ A Hydra callback, since Hydra makes its output folder before it calls the entry 
 whole only here. Nothing here imports torch.
 """
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lyapft import config, launch, secrets
 
+EXTRAS = {"hydra_plugins.hydra_submitit_launcher": "cluster", "hydra_plugins.hydra_ray_launcher": "ray"}
+
 
 class Admission(Callback):
     """Ends the command with exit code 1 and every reason at once."""
@@ -26,13 +29,22 @@ class Admission(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep."""
-        _admit(rank_faults(dict(os.environ), sys.argv) + faults(config))
+        _admit(rank_faults(dict(os.environ), sys.argv) + launcher_faults(config) + faults(config))
 
 
 def _admit(found: list[str]) -> None:
     if found:
         print("this command cannot run:\n" + "\n".join(f"  - {fault}" for fault in found), file=sys.stderr)
         raise SystemExit(1)
+
+
+def check_typed(words: list[str]) -> None:
+    """Refuse credentials on a command line before Hydra reads it, whose own messages repeat what was typed.
+
+    Raises:
+        SystemExit: there is one.
+    """
+    _admit(secrets.faults({}, words))
 
 
 def faults(cfg: DictConfig) -> list[str]:
@@ -48,12 +60,12 @@ def faults(cfg: DictConfig) -> list[str]:
     own: Any = OmegaConf.to_container(cfg, resolve=False)
     hydra = own.pop("hydra", None) or {}  # its overrides are in `typed`, and the rest holds this machine's paths
     own |= {"hydra": {"job": {"env_set": (hydra.get("job") or {}).get("env_set")}, "launcher": hydra.get("launcher")}}
-    found = secrets.faults(own, typed)
     names = {key: [OmegaConf.select(cfg, key)] for key in config.FOLDER_PARTS if OmegaConf.select(cfg, key)}
     for key, value in _swept(typed):
         if key in config.FOLDER_PARTS:
             names.setdefault(key, []).append(value)
-    return found + [fault for key, values in names.items() for fault in config.name_faults(key, values)]
+    found = secrets.faults(own, typed) or secrets.faults(names)  # as they were typed, and names as they will be
+    return found or [fault for key, values in names.items() for fault in config.name_faults(key, values)]
 
 
 def _swept(overrides: list[str]) -> Iterator[tuple[str, str]]:
@@ -89,6 +101,17 @@ def rank_faults(environment: dict[str, str], argv: list[str]) -> list[str]:
         f"For one cell over several processes: {start} train.py without -m, a single value for each setting. "
         f"For many cells, from one process: python train.py -m {typed} hydra/launcher=slurm, local or joblib"
     ]
+
+
+def launcher_faults(cfg: DictConfig) -> list[str]:
+    """A launcher whose package is not installed."""
+    package = ".".join(str(OmegaConf.select(cfg, "hydra.launcher._target_")).split(".")[:2])
+    if not package.startswith("hydra_plugins.") or importlib.util.find_spec(package) is not None:
+        return []
+    choice = OmegaConf.select(cfg, "hydra.runtime.choices")["hydra/launcher"]
+    extra = EXTRAS.get(package)
+    install = f"pip install -e '.[{extra}]'" if extra else f"install {package}"
+    return [f"hydra/launcher={choice} needs {package}, which is not installed: {install}"]
 
 
 def lone_faults(cfg: DictConfig) -> list[str]:

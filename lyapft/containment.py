@@ -1,5 +1,8 @@
-"""Nothing is written through a link that leads out of the folder that a command may write to."""
+"""Nothing is written through a link that leads out of the folder that a command may write to, or where others may
+put what is read back as code.
+"""
 
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,3 +24,19 @@ def check(root: Path, paths: Iterable[Path]) -> None:
                 f"{path} leads out of {root}, to {path.resolve()}: nothing is written there. Put a folder in the place "
                 "of the link, or set runs=FOLDER"
             )
+
+
+def own(folder: Path) -> None:
+    """Make a folder that nobody else may enter: what submitit reads back from it are pickles, which could run anything.
+
+    Raises:
+        InputError: it is another user's.
+    """
+    folder.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)
+    try:
+        folder.chmod(stat.S_IRWXU)
+    except PermissionError:
+        raise InputError(
+            f"{folder} is another user's, who could exchange the pickles of jobs that lie there for other code: set "
+            f"hydra.launcher.submitit_folder={folder}-NAME/%j"
+        ) from None

@@ -1,9 +1,11 @@
 """Credentials in settings: found by the name of a field or the look of its value, refused, never repeated.
 
 Settings are written into records, logs and dashboards; credentials belong in the environment (HF_TOKEN, WANDB_API_KEY),
-which is written nowhere. Nothing here imports torch.
+which is written nowhere: what a library says of it (the address of a proxy, a mirror) is hidden. Nothing here imports
+torch.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +17,8 @@ WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 PLAIN = {"secret", "password", "passwd", "passphrase", "credential", "credentials", "bearer", "authorization", "apikey"}
 OPENED_BY = {"api", "access", "private", "secret", "auth", "hf", "hub", "wandb", "ssh", "signing"}  # a key, or tokens
 NOT_SECRET = {"PWD", "OLDPWD"}  # variables: the folder that a shell is in
-IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+IN_URL = re.compile(r"(?<=://)[^/?#\s]+(?=@)")  # to the last @, which a password may hold too
+FROM_ENVIRONMENT = re.compile(r"\boc\.env:\s*['\"]?(\w+)")  # OmegaConf's interpolation
 # NAME=value or NAME: value inside of a text, an override that is a mapping, a line of shell, a query of a URL
 PAIR = re.compile(r"(?=\b([A-Za-z][\w-]*)['\"]?\s*[=:]\s*['\"]?([^\s,;&}'\"]+))")
 # as the issuers of tokens mark them: Hugging Face, OpenAI and others, GitHub, AWS, private keys, W&B, Google, Slack
@@ -58,7 +61,9 @@ def faults(settings: Any, overrides: Iterable[str] = ()) -> list[str]:
     known = _in_environment()
     names = [name for name, key, value in _leaves(settings) if _is_secret(key, value, known)]
     for override in overrides:
-        name, _, value = override.lstrip("+~").partition("=")
+        name, equals, value = override.lstrip("+~").partition("=")
+        if not equals:
+            name, value = "an argument", override
         if _is_secret(name.rpartition(".")[2], value, known):
             names.append(name.partition("{")[0])
     return [
@@ -84,8 +89,27 @@ def without(value: Any, key: str = "") -> Any:
         name, equals, _ = value.partition("=")  # an override such as model.hub_token=abc
         if equals and is_named(name.rpartition(".")[2]):
             return f"{name}={HIDDEN}"
-        return IN_URL.sub(HIDDEN, value)
+        return hidden(value)
     return value
+
+
+def hidden(text: str) -> str:
+    """A text, of an exception or a log, without what looks like a credential or is one of the environment's.
+
+    >>> hidden("401 Client Error for url: https://me:p@ss@mirror/api/models")
+    '401 Client Error for url: https://(hidden)@mirror/api/models'
+    """
+    for secret in sorted(_in_environment(), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return VALUE.sub(HIDDEN, IN_URL.sub(HIDDEN, text))
+
+
+class Formatter(logging.Formatter):
+    """Lines of a log, tracebacks included, without credentials."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return hidden(super().format(record))
 
 
 def _leaves(value: Any, name: str = "", key: str = "") -> Iterator[tuple[str, str, Any]]:
@@ -109,6 +133,8 @@ def _is_secret(key: str, value: Any, known: set[str]) -> bool:
         return False
     if VALUE.search(value) or IN_URL.search(value) or any(secret in value for secret in known):
         return True
+    if any(is_named(variable) for variable in FROM_ENVIRONMENT.findall(value)):
+        return True
     # in a text, what a variable holds is not told by its name: `export WANDB_API_KEY=$KEY`
     found = [(name, told) for name, told in PAIR.findall(value) if not told.startswith("$")]
     return any(is_named(name) and _is_told(name, told) for name, told in found)
@@ -123,5 +149,8 @@ def _is_told(key: str, value: Any) -> bool:
 
 
 def _in_environment() -> set[str]:
-    """Values of the variables that hold credentials by their names."""
-    return {value for name, value in os.environ.items() if is_named(name) and len(value) >= SHORTEST}
+    """Values of the variables that hold credentials by their names, and those inside of addresses (HTTPS_PROXY)."""
+    found = {value for name, value in os.environ.items() if is_named(name)}
+    for in_url in (match[0] for value in os.environ.values() for match in IN_URL.finditer(value)):
+        found |= {in_url, in_url.partition(":")[2]}
+    return {value for value in found if len(value) >= SHORTEST}

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lyapft import containment, launch, records
+from lyapft import admission, containment, launch, records
 from lyapft.config import register
 from lyapft.errors import InputError
 
@@ -61,10 +62,12 @@ def _folder(config: DictConfig) -> Path | None:
         return None
     folder = Path(runs) / name
     try:
-        containment.check(Path(runs), [folder, *records.folders(folder)])
+        containment.check(Path(runs), [folder, *records.folders(folder), *_folders_of_hydra(config)])
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):  # asks also whether its file system is read-only
             raise OSError(errno.EACCES, "no right to write, or a read-only file system")
+        if config.hydra.mode == RunMode.MULTIRUN and (jobs := _jobs_of_submitit(config)):
+            containment.own(jobs)
     except InputError as error:
         print(error, file=sys.stderr)
         raise SystemExit(1) from None
@@ -75,6 +78,20 @@ def _folder(config: DictConfig) -> Path | None:
         )
         raise SystemExit(1) from None
     return folder
+
+
+def _folders_of_hydra(config: DictConfig) -> list[Path]:
+    """Where Hydra and its launchers write, which a config may set."""
+    run, sweep = Path(config.hydra.run.dir), Path(config.hydra.sweep.dir)
+    typed: Any = OmegaConf.to_container(config.hydra.sweep)  # `subdir` may hold a job number, unknown yet
+    jobs = _jobs_of_submitit(config)
+    return [run, sweep, sweep / typed["subdir"], *([jobs] if jobs else [])]
+
+
+def _jobs_of_submitit(config: DictConfig) -> Path | None:
+    """The folder in which submitit has a folder for each job; None for another launcher."""
+    folder = OmegaConf.select(config, "hydra.launcher.submitit_folder")
+    return None if folder is None else Path(*takewhile(lambda part: "%" not in part, Path(folder).parts))
 
 
 def _write_plan(config: DictConfig) -> None:
@@ -95,6 +112,7 @@ def closing(command: Callable[[], None]) -> int:
     """
     code = 0
     try:
+        admission.check_typed(sys.argv[1:])
         code = max(_exit_code(command), _come_back())
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues the study", file=sys.stderr)

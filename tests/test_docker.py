@@ -2,15 +2,22 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose as compose_config
+from hydra import initialize_config_dir
+from hydra.types import RunMode
+
+from lyapft import config
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
 SCRIPTS = sorted([*DOCKER.glob("*.sh"), *(ROOT / "tests" / "cluster").glob("*.sh")])
+SERVICE = {"build", "image", "user", "environment", "volumes", "shm_size", "stop_grace_period", "profiles", "deploy"}
 pytestmark = pytest.mark.skipif(not DOCKER.is_dir(), reason="an installed package has no docker/")
 
 
@@ -68,6 +75,25 @@ def test_the_user_is_not_root_at_the_end_of_a_stage_that_runs():
         assert users[-1] not in ("root", "0")
 
 
+def test_layers_that_rarely_change_come_first_and_keep_no_caches():
+    """Packages are installed where nothing but their locks has been copied; code is copied on top of them."""
+    words = [(word, rest) for word, rest in stages()["environment"] if word in ("COPY", "RUN")]
+    assert words[0] == ("COPY", "requirements.lock docker/requirements-cuda.lock ./")
+    assert {word for word, _ in words[1:]} == {"RUN"}
+    copies = [rest for word, rest in stages()["runtime"] if word == "COPY"]
+    assert copies[0].startswith("--from=environment ")
+    assert {"conf conf", "lyapft lyapft"} <= set(copies[1:])
+    assert "PIP_NO_CACHE_DIR=1" in dict(stages()["environment"])["ENV"]
+    for _, rest in instructions():
+        assert "apt-get install" not in rest or "rm -rf /var/lib/apt/lists/*" in rest
+
+
+def test_kernels_for_cuda_are_in_no_other_image():
+    for name in ("requirements.lock", "requirements-dev.lock"):
+        assert not re.search(r"^(mamba|causal)[-_](ssm|conv1d)", (ROOT / name).read_text(), re.MULTILINE)
+    assert not any("requirements-kernels.lock" in rest for word, rest in instructions() if word == "RUN")
+
+
 def test_nothing_secret_is_an_argument_or_a_variable():
     for word, rest in instructions():
         if word in ("ARG", "ENV"):
@@ -99,9 +125,36 @@ def test_scripts_parse(script):
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_scripts_are_sound(script):
+    assert subprocess.run(["shellcheck", script], capture_output=True, text=True).stdout == ""
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "compose.yaml", "kubernetes.yaml", "slurm.sh"])
+def test_a_file_says_what_of_it_was_never_run(name):
+    comments = [line for line in (DOCKER / name).read_text().splitlines() if line.startswith("#")]
+    assert re.search(r"\bnever\b", "\n".join(comments), re.IGNORECASE)
+
+
+def test_everybody_leaves_a_cell_two_minutes_to_stop():
+    """For the step that it is in, and the checkpoint behind it."""
+    script = (DOCKER / "slurm.sh").read_text()
+    assert "#SBATCH --requeue\n" in script
+    assert "#SBATCH --signal=TERM@120\n" in script
+    launcher = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
+    assert launcher["signal_delay_s"] == 120
+    (job,) = (one for one in yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text()) if one["kind"] == "Job")
+    assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 120
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    assert {service["stop_grace_period"] for service in compose["services"].values()} == {"2m"}
+
+
 def test_compose_and_kubernetes_files_are_well_formed():
     compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    assert compose.keys() == {"services"}
     for service in compose["services"].values():
+        assert service.keys() <= SERVICE, service.keys() - SERVICE
         assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).resolve().is_file()
         assert all("=" not in variable for variable in service["environment"])  # from the caller's shell
     volume, job = yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text())
@@ -111,4 +164,13 @@ def test_compose_and_kubernetes_files_are_well_formed():
     mounts = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
     assert mounts == {v["name"] for v in pod["volumes"]}
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == volume["metadata"]["name"]
-    assert "optional" in str(pod["containers"][0]["env"])
+    assert job["spec"]["completions"] == job["spec"]["parallelism"]
+    (container,) = pod["containers"]
+    secret = {entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in container["env"] if "valueFrom" in entry}
+    assert secret.keys() == {"WANDB_API_KEY", "HF_TOKEN"}
+    assert all(reference["optional"] for reference in secret.values())
+    python, script, *overrides = container["command"]
+    assert (python, script) == ("python", "train.py")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config.register()
+        assert compose_config("train", overrides, return_hydra_config=True).hydra.mode == RunMode.MULTIRUN

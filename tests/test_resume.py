@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from itertools import count
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lyapft import cell, records, tasks
 from lyapft.cell import state
 from lyapft.probes import StepRecorder
 from lyapft.resume import CheckpointFiles, Interrupted, Signals
+from lyapft.resume import signals as signals_module
 from lyapft.resume.files import CorruptCheckpoint
 from lyapft.resume.tree import pack, unpack
 from tests.test_cell import prepared, same_weights
@@ -196,7 +198,8 @@ def test_a_checkpoint_holds_what_trains_and_no_more(tmp_path, monkeypatch):
     assert all("lora_" in name for name in state)
 
 
-def test_a_first_signal_waits_and_a_second_does_not():
+def test_a_first_signal_waits_and_a_second_does_not(monkeypatch):
+    monkeypatch.setattr(signals_module, "SAME_S", 0.0)
     before = signal.getsignal(signal.SIGTERM)
     with Signals() as signals:
         with signals.deferred():
@@ -212,6 +215,52 @@ def test_a_first_signal_waits_and_a_second_does_not():
         with pytest.raises(Interrupted):
             os.kill(os.getpid(), signal.SIGUSR1)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def step(*numbers: int, then=lambda: None) -> None:
+    """What a training does in whose step these signals come."""
+    with Signals() as signals, signals.deferred():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        then()
+
+
+def test_one_wish_to_stop_may_come_twice():
+    """Ctrl-C reaches a process from the terminal and from torchrun; SIGTERM from SLURM and a container's runtime."""
+    with pytest.raises(KeyboardInterrupt):  # by Python's own handler, which had it before
+        step(signal.SIGINT, signal.SIGTERM)
+    with Signals():
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)  # while the record of the first is being written
+
+
+def test_what_a_launcher_waits_for_is_handed_on_once_the_cell_has_ended():
+    """submitit puts its job back into the queue by SIGUSR2, and ends the process wherever it is."""
+    heard = []
+
+    def requeue(number, frame):
+        heard.append(number)
+        sys.exit(-1)
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        finished = []
+        with pytest.raises(SystemExit) as stop:
+            step(signal.SIGUSR2, then=lambda: finished.append(not heard))
+        assert (heard, finished, stop.value.code) == ([signal.SIGUSR2], [True], -1)
+        assert signal.getsignal(signal.SIGUSR2) is requeue
+        with pytest.raises(ZeroDivisionError):  # what ends a cell otherwise is none of the launcher's
+            step(then=lambda: 1 / 0)
+        assert heard == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_signal_for_nobody_is_left_alone():
+    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
+    with Signals():
+        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
 
 
 numbers = st.floats() | st.integers() | st.booleans() | st.none() | st.text()

@@ -1,208 +1,25 @@
-"""Nobody let in, nothing let out: credentials, pickles, names that lead elsewhere, markup in data."""
+"""Nobody let in: names that lead elsewhere, sweeps in ranks, code in models and records, markup in data."""
 
 import contextlib
 import html.parser
-import io
 import json
-import multiprocessing
-import os
-import pickle
-import runpy
 import shutil
+import stat
 import sys
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
-import torch
-from omegaconf import OmegaConf
 
-from lyapft import admission, backbone, cell, config, data, evaluation, records, recurrence, report, secrets, tasks
+from lyapft import admission, backbone, cell, config, containment, evaluation, records, report
 from lyapft.config import ModelConfig
 from lyapft.errors import InputError
-from lyapft.peft import Lora
 from lyapft.peft import __main__ as peft_command
-from lyapft.peft.base import ADAPTER_FOLDER, TENSORS
 from lyapft.report.experiments import page as experiments_page
-from lyapft.resume import CheckpointFiles
 from tests.test_cell import prepared
 from tests.test_cli import ROOT, SMALL, typed  # noqa: F401 - a fixture
-
-CANARY = "canary0f81c6d2e7b94a5a9d3c"
-SHIPPED = ROOT / "lyapft" / "checkpoints" / "mamba_tiny"
-
-
-def command(*arguments: str, name: str = "train") -> list[str]:
-    return [sys.executable, str(ROOT / f"{name}.py"), *SMALL, *arguments]
-
-
-# -- credentials
-
-
-def secretive(folder: Path) -> dict[str, str]:
-    """An environment with credentials, where W&B keeps all of its files in this folder."""
-    found = os.environ | {"WANDB_API_KEY": CANARY * 2, "HF_TOKEN": f"hf_{CANARY}", "WANDB_MODE": "offline"}
-    found |= {key: str(folder / "caches") for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
-    found.pop("WANDB_SERVICE", None)  # of this process: a command's files must be whole when the command ends
-    return found
-
-
-def leaks(folder: Path) -> list[str]:
-    """Every file below that has a credential in it, or in its name."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return [str(path) for path in files if CANARY.encode() in path.read_bytes() or CANARY in path.name]
-
-
-def swept(folder: Path) -> set[str]:
-    """Run a sweep over two processes with credentials, all probes and W&B; the titles of its processes."""
-    titles: set[str] = set()
-    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", "-m")
-    arguments = command("logger=wandb", "probe=all", "runs=r", "reference=off", *launcher)
-    with (folder / "printed").open("wb") as file:
-        process = psutil.Popen(arguments, cwd=folder, env=secretive(folder), stdout=file, stderr=file)
-        while process.poll() is None:
-            titles |= titles_of(process)
-            with contextlib.suppress(psutil.TimeoutExpired):
-                process.wait(0.2)
-    assert process.returncode == 0, (folder / "printed").read_text()
-    return titles
-
-
-def titles_of(process: psutil.Process) -> set[str]:
-    """Command lines of a process and those that it started, as `ps` shows them to everyone."""
-    found = set()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for one in (process, *process.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found.add(" ".join(one.cmdline()))
-    return found
-
-
-# A fork of a process that has only imported: one of this process, whose OpenMP has worked, could stand still for ever.
-CLEAN = multiprocessing.get_context("forkserver")
-CLEAN.set_forkserver_preload([__name__])
-
-
-def typed_alone(folder: Path, *words: str) -> tuple[int, str]:
-    """Exit code and output of a command with credentials in a process of its own, for which the imports are paid."""
-    process = CLEAN.Process(target=work_alone, args=(folder, words))
-    process.start()
-    process.join(120)
-    process.kill()
-    process.join()
-    return process.exitcode, (folder / "printed").read_text()
-
-
-def work_alone(folder: Path, words: tuple[str, ...]) -> None:
-    os.environ.clear()
-    os.environ.update(secretive(folder))
-    os.chdir(folder)
-    with (folder / "printed").open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
-    sys.argv = list(words)
-    if words[0].endswith(".py"):
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    else:
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-
-
-WINOGRANDE = ("task=winogrande", f"task.path={ROOT / 'tests' / 'fixtures' / 'winogrande.jsonl'}", "task.shots=[0]")
-COMMANDS = {  # what is typed after the sweep, its exit code, and what it leaves
-    "evaluate": (("evaluate.py", "run={cell}", "progress=false", *WINOGRANDE), 0, "evaluations/*.json"),
-    "experiment": (("evaluate.py", "experiment=stall", "experiment.tokens=500", "run={study}"), 0, "stall-*.html"),
-    "report": (("lyapft.report", "{study}", "--output=again.html"), 0, "again.html"),
-    "plan": (("lyapft.plan", "study=smoke", "--gpu"), 0, "printed"),
-    "failed": (("train.py", *SMALL, "runs=r", "data=alpaca", "data.path=none.json"), 1, "printed"),
-    "other": (("train.py", *SMALL, "runs=r", "study.name=other", "reference=off"), 0, "other/*/record.json"),
-    "dashboard": (("lyapft.dashboard", "push", "r/other"), 0, "other/wandb/*/*.wandb"),
-}
-
-
-def test_no_command_leaves_a_credential_anywhere(tmp_path):
-    """Everything that is written, printed and shown in the process list."""
-    titles = swept(tmp_path)
-    written = [path.name for path in tmp_path.rglob("*")]
-    assert {"record.json", "cell.log", "report.html", "plan.json", "printed"} <= set(written)
-    assert sum(name.endswith(".wandb") for name in written) == 2
-    assert leaks(tmp_path) == []
-    assert any("loky" in title for title in titles)
-    assert not any(CANARY in title for title in titles)
-    study = tmp_path / "r" / "default"
-    run = next(path.parent for path in study.glob("*/record.json"))
-    for name, (words, expected, left) in COMMANDS.items():
-        code, printed = typed_alone(tmp_path, *(word.format(cell=run, study=study) for word in words))
-        assert code == expected, (name, printed)
-        assert list(tmp_path.rglob(left)), name
-        assert leaks(tmp_path) == [], name
-
-
-REFUSED = {
-    "a field's name": "+model.dims.hub_token=" + CANARY,
-    "a URL": f"data.path=https://me:{CANARY}@host/data.json",
-    "a token's look": f"model.path=hf_{CANARY}",
-    "a swept field": f"+model.dims.api_key=a,{CANARY}",
-    "a name of joined words": "+model.dims.hubToken=" + CANARY,
-    "a name above": "+model.dims.password={value: " + CANARY + "}",
-    "a query": f'data.path="https://host/data.json?X-Amz-Signature={CANARY}"',
-    "a variable of Hydra's": "+hydra.job.env_set={WANDB_API_KEY: " + CANARY + "}",
-}
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"hub-token": "abc"}, {"authToken": "abc"}, {"hf_tokens": "abc"}, {"passphrase": "abc"}, {"db_pwd": "abc"},
-        {"authorization": "abc"}, {"private_key": "abc"}, {"wandb_key": "0" * 40}, {"token": {"value": "abc"}},
-        {"password": 12345678}, {"url": "https://h/x?token=abc"}, {"model": "AIza" + 35 * "x"},
-        {"x": "xoxb-" + 12 * "1"},
-        {"launcher": {"setup": ["export WANDB_API_KEY=abc"]}}, {"text": "{HF_TOKEN: abc}"}, {"password": "$abc"},
-    ],
-)  # fmt: skip
-def test_what_names_or_looks_like_a_credential_is_found_wherever_it_stands(settings):
-    assert len(secrets.faults(settings)) == 1
-    assert secrets.faults({}, [f"a.{key}={value}" for key, value in settings.items()])
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"batch_tokens": 8192}, {"token": 8}, {"tokens": "256"}, {"tokenizer": "gpt2"}, {"revision": "0" * 40},
-        {"setup": ["export WANDB_API_KEY=$KEY"]}, {"password": None}, {"path": "a/b?c=d"}, {"key": "loss"},
-    ],
-)  # fmt: skip
-def test_an_ordinary_setting_is_none(settings):
-    assert secrets.faults(settings) == []
-
-
-@pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("sweep", [(), ("-m",)])
-def test_settings_that_look_like_credentials_are_refused_and_not_repeated(typed, tmp_path, case, sweep):  # noqa: F811
-    if case == "a swept field" and not sweep:
-        pytest.skip("a list of values needs -m")
-    code, printed = typed(*sweep, *SMALL, REFUSED[case])
-    assert code == 1
-    assert "looks like a credential" in printed
-    assert "HF_TOKEN" in printed
-    assert CANARY not in printed
-    assert not any(tmp_path.iterdir())
-
-
-def test_the_value_of_a_known_variable_is_refused_in_any_field(monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", CANARY)
-    assert secrets.faults({"study": {"name": f"x-{CANARY}"}}) != []
-    monkeypatch.delenv("WANDB_API_KEY")
-    assert secrets.faults({"study": {"name": f"x-{CANARY}"}}) == []
-
-
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "conf" / "model").glob("*.yaml")))
-def test_no_shipped_setting_looks_like_a_credential(name):
-    from tests.test_config import composed
-
-    assert secrets.faults(OmegaConf.to_container(composed(f"model={name}"))) == []
-
+from tests.test_pickles import SHIPPED, model_folder, payload  # noqa: F401 - a fixture
+from tests.test_secrets import WINOGRANDE
 
 # -- folders
 
@@ -263,6 +80,43 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(typed, tmp_path, cell_na
     assert content_of(outside) == {"kept/file": b"as it was"}
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "hydra.run.dir={outside}",
+        "hydra.sweep.dir={outside}",
+        "hydra.sweep.subdir=../../outside",
+        "+hydra.launcher.submitit_folder={outside}/%j",
+    ],
+)
+@pytest.mark.parametrize("sweep", [(), ("-m",)])
+def test_a_folder_of_hydra_is_one_of_the_runs(typed, tmp_path, override, sweep):  # noqa: F811
+    code, printed = typed(*sweep, *SMALL, override.format(outside=tmp_path / "outside"))
+    assert code == 1
+    assert f"leads out of {Path('runs')}" in printed
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_is_unpickled_from_a_folder_is_put_there_by_its_owner_alone(tmp_path):
+    """Jobs and results of submitit: whoever could exchange one would run code as the user who started the sweep."""
+    folder = tmp_path / "jobs"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    (folder / "kept").touch()
+    containment.own(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert (folder / "kept").exists()
+
+
+def test_a_folder_that_is_another_users_is_refused(tmp_path, monkeypatch):
+    def chmod(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "chmod", chmod)
+    with pytest.raises(InputError, match=r"jobs is another user's.*submitit_folder=.*jobs-NAME/%j"):
+        containment.own(tmp_path / "jobs")
+
+
 def test_a_folder_of_runs_may_be_a_link_and_an_evaluation_follows_none(finished, typed, tmp_path):  # noqa: F811
     shutil.copytree(finished, tmp_path / "disk" / "run")
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
@@ -293,120 +147,7 @@ def test_one_task_of_a_job_may_sweep():
     assert admission.rank_faults({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, ["t", "-m"]) != []
 
 
-# -- pickles
-
-
-class Mine:
-    """Unpickled, it leaves a file behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def payloads(mark: Path) -> dict[str, bytes]:
-    zipped, old = io.BytesIO(), io.BytesIO()
-    torch.save({"w": Mine(mark)}, zipped)
-    torch.save({"w": Mine(mark)}, old, _use_new_zipfile_serialization=False)
-    return {
-        "pickle": pickle.dumps(Mine(mark), protocol=2),
-        "torch": zipped.getvalue(),
-        "torch before 1.6": old.getvalue(),
-    }
-
-
-@pytest.fixture(params=["pickle", "torch", "torch before 1.6"])
-def payload(request, tmp_path):
-    """Bytes that leave `touched` when they are unpickled; none of the tests may leave it."""
-    mark = tmp_path / "touched"
-    content = payloads(mark)[request.param]
-    yield content
-    assert not mark.exists()
-
-
-def test_the_payloads_are_live(tmp_path):
-    mark = tmp_path / "touched"
-    pickle.loads(payloads(mark)["pickle"])
-    assert mark.exists()
-
-
-def model_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in SHIPPED.glob("*.json"):
-        shutil.copy(file, folder)
-    return folder
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_a_pickle_as_model_is_refused_unread(payload, tmp_path, name):
-    folder = model_folder(tmp_path)
-    (folder / name).write_bytes(payload)
-    with pytest.raises(InputError, match=r"cannot be loaded|damaged"):
-        backbone.load(ModelConfig(name="hf", path=str(folder)))
-
-
-def test_a_pickle_beside_safetensors_is_not_touched(payload, tmp_path):
-    folder = model_folder(tmp_path)
-    shutil.copy(SHIPPED / "model.safetensors", folder)
-    for name in ("pytorch_model.bin", "adapter_model.bin", "optimizer.pt"):
-        (folder / name).write_bytes(payload)
-    assert backbone.load(ModelConfig(name="hf", path=str(folder))).hash
-
-
-def test_an_adapter_in_a_model_folder_is_refused(payload, tmp_path):
-    folder = model_folder(tmp_path)
-    shutil.copy(SHIPPED / "model.safetensors", folder)
-    (folder / "adapter_model.bin").write_bytes(payload)
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
-    with pytest.raises(InputError, match=r"adapter_config\.json"):
-        backbone.load(ModelConfig(name="hf", path=str(folder)))
-
-
-def test_a_pickle_as_checkpoint_of_state_spaces_is_refused_unread(payload, tmp_path):
-    folder = model_folder(tmp_path)
-    (folder / "config.json").write_text(json.dumps({"d_model": 96, "n_layer": 2, "vocab_size": 1024, "ssm_cfg": {}}))
-    (folder / "pytorch_model.bin").write_bytes(payload)
-    with pytest.raises(InputError, match="cannot be read as plain tensors"):
-        backbone.load(ModelConfig(name="hf", path=str(folder)))
-
-
-@pytest.mark.parametrize("kind", [data.Alpaca, data.Sharegpt, data.TextFile])
-def test_a_pickle_as_data_set_is_refused_unread(payload, tmp_path, kind):
-    (tmp_path / "rows.pkl").write_bytes(payload)
-    with pytest.raises(InputError):
-        kind(name="x", path=str(tmp_path / "rows.pkl")).fingerprint()
-
-
-@pytest.mark.parametrize("kind", [tasks.Winogrande, tasks.Hellaswag, tasks.Piqa, tasks.Arc])
-def test_a_pickle_as_task_is_refused_unread(payload, tmp_path, kind):
-    (tmp_path / "rows.jsonl").write_bytes(payload)
-    with pytest.raises(InputError):
-        kind("x", str(tmp_path / "rows.jsonl"), [0]).queries(0)
-
-
-def test_a_pickle_as_checkpoint_of_a_training_is_passed_over_unread(payload, tmp_path, caplog):
-    one = prepared(tmp_path / "runs", *SMALL, "reference=off")
-    files = CheckpointFiles(one.folder, one.id)
-    one.folder.mkdir(parents=True)
-    for path in (files.newest, files.before):
-        path.write_bytes(payload)
-    record = cell.ensure(one)
-    assert (record["status"], record["resumed"]["at_steps"]) == ("ok", [])
-    assert caplog.text.count("cannot be read") == 2
-
-
-def test_a_pickle_as_adapter_of_a_run_is_refused_unread(payload, tmp_path):
-    base = backbone.load(ModelConfig(name="mamba_tiny"))
-    peft = Lora(name="lora", targets=["in_proj"], min_coverage=1.0, memory_buffer="tied")
-    peft.attach(base, recurrence.install(base.model, "torch"))
-    peft.save(tmp_path)
-    peft.load(tmp_path)
-    (tmp_path / ADAPTER_FOLDER / TENSORS).write_bytes(payload)
-    with pytest.raises(InputError, match="Only safetensors are read"):
-        peft.load(tmp_path)
+# -- models and records from elsewhere
 
 
 def test_code_that_comes_with_a_model_runs_only_by_its_own_key_and_is_recorded(tmp_path):
@@ -425,7 +166,25 @@ def test_code_that_comes_with_a_model_runs_only_by_its_own_key_and_is_recorded(t
     assert science["model"]["trust_remote_code"] is True
 
 
-# -- records from elsewhere
+def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path):
+    folder = model_folder(tmp_path)
+    shutil.copy(SHIPPED / "model.safetensors", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'touched')!r}, 'w').close()\n")
+    with contextlib.suppress(InputError):
+        backbone.load(ModelConfig(name="hf", path=str(folder)))
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_pickle_as_table_of_a_study_is_left_out_unread(payload, finished, tmp_path):  # noqa: F811
+    shutil.copytree(finished, tmp_path / "study" / "cell")
+    tables = list((tmp_path / "study" / "cell").glob("*.parquet"))
+    for path in tables:
+        path.write_bytes(payload)
+    found = report.load_study(tmp_path / "study")
+    assert sum("cannot be read" in note for note in found.notes) == len(tables) > 1
 
 
 TARGETS = {

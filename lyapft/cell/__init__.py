@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
-from lyapft import config, containment, dashboard, divergence, rates, records, study
+from lyapft import config, containment, dashboard, divergence, rates, records, secrets, study
 from lyapft.cell import answers, summary
 from lyapft.cell.crew import crew, follow
 from lyapft.cell.execution import execute
@@ -204,6 +204,7 @@ def _halvings(cell: Cell, entries: list[dict[str, Any]]) -> Halvings:
 def _failed(record: Record, status: str, error: BaseException, message: str | None = None) -> None:
     disk = _disk_error(error)
     text = message or (disk_message(disk, Path(record["name"])) if disk else str(error)) or type(error).__name__
+    text = secrets.hidden(text)
     record |= {"status": status, "error": {"type": type(error).__name__, "message": text}}
     log.error("%s: %s: %s", record["name"], status, text)
     log.debug("%s", "".join(traceback.format_exception(error)))

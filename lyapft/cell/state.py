@@ -11,7 +11,7 @@ import torch
 import transformers
 from filelock import FileLock, SoftFileLease, Timeout
 
-from lyapft import precision
+from lyapft import precision, secrets
 from lyapft.cell.preparation import Cell
 from lyapft.environment import keep_freed_memory
 from lyapft.records import LOCKS
@@ -89,7 +89,7 @@ def _quiet_libraries() -> None:
 def log_file(path: Path) -> Iterator[None]:
     """Everything that is logged meanwhile also goes to this file, with the tracebacks that the console is spared."""
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(secrets.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, ours = logging.getLogger(), logging.getLogger("lyapft")
     level = ours.level
     ours.setLevel(logging.DEBUG)

@@ -104,7 +104,7 @@ class LiveRun(WandbLogger):
                 action()
                 return True
             except Exception as error:  # noqa: BLE001 - wandb raises many kinds
-                self.error = self.error or f"{type(error).__name__}: {error}"
+                self.error = self.error or secrets.hidden(f"{type(error).__name__}: {error}")
                 if isinstance(error, ConnectionError):
                     self.broken = True
                     _forget_service()

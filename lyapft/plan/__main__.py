@@ -16,10 +16,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # read at import: a plan fetches no weights
         os.environ[name] = "1"
+    from lyapft import secrets
     from lyapft.errors import InputError
 
     logging.basicConfig(level=logging.ERROR)
     try:
+        if found := secrets.faults({}, given.overrides):  # before Hydra, whose messages repeat what was typed
+            raise InputError("; ".join(found))
         shown, fits = _plan(given)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +16,11 @@ log = logging.getLogger(__name__)
 CAUGHT = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )  # Ctrl-C; kill and most schedulers; SLURM's --signal
+# where a launcher waits for it: submitit puts its job back into SLURM's queue by it, and ends the process
+LAUNCHERS = tuple(getattr(signal, name) for name in ("SIGUSR2",) if hasattr(signal, name))
+SAME_S = (
+    1.0  # one wish to stop comes several times: from the terminal and torchrun, from SLURM and a container's runtime
+)
 
 
 class Interrupted(BaseException):
@@ -33,8 +40,9 @@ class Signals:
     """Handlers of Ctrl-C, SIGTERM and SIGUSR1 while a cell runs; the earlier ones come back afterwards.
 
     Inside `deferred` a first signal only sets `caught`, and whoever is inside ends at the next good moment. A second
-    one, or one outside, raises `Interrupted` at once. Other threads than the main one cannot have handlers: there a
-    signal does what it did before.
+    one, `SAME_S` later, or one outside, raises `Interrupted` at once. A signal that ended the cell is handed on to the
+    function that had it before: a launcher's, or the `Signals` of the cell whose reference this is. Other threads than
+    the main one cannot have handlers: there a signal does what it did before.
 
     Attributes:
         caught: the number of the signal that waits to be heeded, or None.
@@ -42,19 +50,24 @@ class Signals:
 
     def __init__(self) -> None:
         self.caught: int | None = None
+        self._since = -math.inf  # when it came
+        self._ended_by: int | None = None
         self._deferring = False
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._earlier = {number: signal.getsignal(number) for number in CAUGHT}
+            had = {number: signal.getsignal(number) for number in (*CAUGHT, *LAUNCHERS)}
+            self._earlier = {number: had[number] for number in had if number in CAUGHT or callable(had[number])}
             self.install()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._earlier.items():
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        earlier, self._earlier = self._earlier, {}
+        for number, handler in earlier.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._earlier = {}
+        if error is not None and self._ended_by is not None and callable(earlier.get(self._ended_by)):
+            earlier[self._ended_by](self._ended_by, None)
 
     def install(self) -> None:
         """Take the signals, also back from who took them meanwhile (Lightning does)."""
@@ -80,11 +93,17 @@ class Signals:
         """
         if self.caught is not None:
             number, self.caught = self.caught, None
+            self._ended_by = number
             raise Interrupted(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._since < SAME_S:
+            return
         at_once = not self._deferring or self.caught is not None
-        self.caught = number  # kept also then: Python drops what is raised while it clears a weak reference
+        # kept also then: Python drops what is raised while it clears a weak reference
+        self.caught, self._since = number, now
         if at_once:
+            self._ended_by = number
             raise Interrupted(number)
         log.warning("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
