@@ -92,3 +92,8 @@ def pytest_collection_finish() -> None:
     """Leave what the imports made out of later garbage collections: every cell collects before it measures memory."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Give it back, so that bindings find no leak at the end."""
+    gc.unfreeze()
