@@ -29,8 +29,8 @@ def shot_scores(values: Mapping[tuple[str, int], float]) -> dict[str, ShotScores
     Tasks without a 0-shot score, without any other, or with a 0-shot score of 0 have none and are left out.
     """
     tables: dict[str, dict[int, float]] = {}
-    for (task, shots), value in values.items():
-        tables.setdefault(task, {})[shots] = value
+    for (task, count), value in values.items():
+        tables.setdefault(task, {})[count] = value
     return {
         task: ShotScores(by_shots[0], math.fsum(by_shots[s] for s in shots) / len(shots), shots)
         for task, by_shots in tables.items()
