@@ -2,29 +2,49 @@
 
     python benchmarks/plan.py [--models mamba_tiny mamba2_tiny llama_tiny] [--pefts none lora] [--precisions fp32 bf16]
 
-Each cell is calibrated, run as a whole and compared, in an empty folder and this one process; one thread. The last line
-is one JSON object: ratios by cell, and the largest error. Run it on an idle machine.
+Each cell is calibrated by one process and run as a whole by another, as `lyapft.plan` and `train.py` are, in an empty
+folder; one thread. The last line is one JSON object: ratios by cell, and the largest error. Run it on an idle machine.
 """
 
 import argparse
 import json
 import logging
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from multiprocessing import get_context
 
 from lyapft import cell
 from lyapft.plan import calibration
-from lyapft.plan.cells import CELL, cells, composed, composing
+from lyapft.plan.cells import CELL, Planned, cells, composed, composing
+
+
+def planned(overrides: list[str]) -> Planned:
+    logging.disable(logging.WARNING)
+    with composing():
+        (found,) = (one for one in cells(composed(overrides)) if one.role == CELL)
+    return found
+
+
+def predicted(overrides: list[str]) -> tuple[float, float]:
+    """Seconds and peak bytes of a whole cell, from a short one."""
+    one = planned(overrides)
+    found = calibration.calibrate(one)
+    seconds = found.seconds(one.config.trainer.steps, calibration.queries(one.config))
+    return seconds, found.peak_bytes or 0.0
+
+
+def measured(overrides: list[str]) -> tuple[float, float]:
+    """The same of a cell that ran."""
+    cost = cell.ensure(cell.prepare(planned(overrides).config))["cost"]
+    return cost["wall_s"], cost["peak_bytes"]
 
 
 def ratios(overrides: list[str]) -> dict[str, float]:
     """Predicted over measured."""
-    with composing():
-        (planned,) = (one for one in cells(composed(overrides)) if one.role == CELL)
-    found = calibration.calibrate(planned)
-    seconds = found.seconds(planned.config.trainer.steps, calibration.queries(planned.config))
-    cost = cell.ensure(cell.prepare(planned.config))["cost"]
-    return {"time": seconds / cost["wall_s"], "memory": (found.peak_bytes or 0) / cost["peak_bytes"]}
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
+        both = [fresh.submit(work, overrides).result() for work in (predicted, measured)]
+    return {name: there / here for name, there, here in zip(("time", "memory"), *both, strict=True)}
 
 
 def main() -> None:
@@ -33,7 +53,6 @@ def main() -> None:
     parser.add_argument("--pefts", nargs="+", default=["none", "lora"])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     given = parser.parse_args()
-    logging.disable(logging.WARNING)
     found = {}
     with tempfile.TemporaryDirectory() as runs:
         always = [f"runs={runs}", "reference=off", "threads=1", "trainer.progress=false"]

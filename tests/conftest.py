@@ -3,6 +3,7 @@
 The environment is set before anything imports a library that reads it; commands that tests start inherit it.
 """
 
+import gc
 import os
 import random
 import tempfile
@@ -33,6 +34,9 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+from tests.tiny import byte_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 # programs: importing them puts stand-ins in place of CUDA extensions, or instruments lyapft for a fuzzer
@@ -76,3 +80,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder of real data sets: set LYAPFT_SHARED_DATA to run this at size")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level one, without a token that begins a text."""
+    return byte_tokenizer()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of later garbage collections: every cell collects before it measures memory."""
+    gc.collect()
+    gc.freeze()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lyapft import cell, records, study
+from tests import commands
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -326,14 +327,12 @@ def test_precision_of_the_process_is_left_as_it_was(typed):
 
 def test_two_processes_share_their_references(tmp_path):
     """Both need the same two references at the same time: each is made once, by one of them."""
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, f"runs={tmp_path}"]
-    both = [
-        subprocess.Popen([*command, f"precision={name}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for name in ("bf16", "fp16")
-    ]
-    printed = [process.communicate(timeout=180)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], printed
-    trained = [line for line in "\n".join(printed).splitlines() if "training mamba_tiny" in line]
+    command = ["train.py", *SMALL, f"runs={tmp_path}"]
+    both = [commands.Started(*command, f"precision={name}", folder=tmp_path) for name in ("bf16", "fp16")]
+    done = [process.done(180) for process in both]
+    assert [one.returncode for one in done] == [0, 0], done
+    printed = "".join(one.stdout + one.stderr for one in done)
+    trained = [line for line in printed.splitlines() if "training mamba_tiny" in line]
     assert sum("(reference)" in line for line in trained) == 2
     assert len(trained) == 4
     assert {record["status"] for _, record in records.load_study(tmp_path / "default")} == {"ok"}

@@ -109,6 +109,19 @@ def test_a_ratio_interval_holds_the_ratios_that_a_paired_t_test_does_not_reject(
     assert ratio_of_means([3.0], [2.0]).mean == 1.5
 
 
+def test_a_ratio_needs_a_bottom_whose_interval_leaves_out_zero_with_the_least_spread_that_is_believed() -> None:
+    n, top = 4, [0.3, 0.3, 0.3, 0.3]
+    half = stats.t.ppf(0.975, n - 1) * 0.05 / math.sqrt(n)  # of a bottom that is alike on every seed
+    assert math.isnan(ratio_of_means(top, [0.99 * half] * n, (0.0, 0.05)).mean)
+    found = ratio_of_means(top, [1.01 * half] * n, (0.0, 0.05))
+    assert found.mean == pytest.approx(0.3 / (1.01 * half))
+    for bound in (found.low, found.high):  # the paired t test, whose spread is that of ρ · bottom alone
+        t = (0.3 - bound * 1.01 * half) / (abs(bound) * 0.05 / math.sqrt(n))
+        assert abs(t) == pytest.approx(stats.t.ppf(0.975, n - 1))
+    wide = [0.5, 0.9, 0.2, 0.7]
+    assert ratio_of_means(wide, [x + 1.0 for x in wide], (0.1, 0.1)) == ratio_of_means(wide, [x + 1.0 for x in wide])
+
+
 # --- tests -----------------------------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,6 @@
 import json
 import math
 import statistics
-import subprocess
-import sys
 
 import pytest
 
@@ -14,6 +12,7 @@ from lyapft.errors import InputError
 from lyapft.experiments import certificate, closed_loop, depth, growth, record, subjects
 from lyapft.experiments.frame import SHARE, Measured, interval, over_seeds
 from lyapft.report.experiments import page
+from tests import commands
 from tests.test_config import composed
 
 MODELS = ["mamba_tiny", "llama_tiny"]
@@ -71,14 +70,12 @@ def test_decoding_agrees_without_a_change_and_not_after_a_large_one():
     assert page_of("closed_loop", found).count("<figcaption>") == 1
 
 
-def test_the_command_takes_models_by_name_and_names_unknown_ones(root, tmp_path):
+def test_the_command_takes_models_by_name_and_names_unknown_ones(tmp_path):
     settings = ["experiment.prompts=2", "experiment.tokens=12", "experiment.token=3", "experiment.seeds=1"]
-    command = [sys.executable, str(root / "evaluate.py"), "experiment=growth", *settings]
     known, unknown = (
-        subprocess.run([*command, f"experiment.models=[{name}]"], cwd=tmp_path, capture_output=True, text=True,
-                       timeout=120, check=False)
+        commands.run("evaluate.py", "experiment=growth", *settings, f"experiment.models=[{name}]", folder=tmp_path)
         for name in ("pythia_tiny", "nothing")
-    )  # fmt: skip
+    )
     assert known.returncode == 0, known.stderr
     (written,) = (tmp_path / "runs" / "experiments").glob("growth-*.json")
     assert json.loads(written.read_text())["rows"][0]["model"] == "pythia_tiny"

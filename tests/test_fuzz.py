@@ -37,7 +37,7 @@ from lyapft.resume import CheckpointFiles
 from lyapft.resume.files import CELL, CHECKSUM, STATE, checksum
 from tests.test_cell import prepared
 from tests.test_config import composed
-from tests.test_tasks import FIXTURES
+from tests.tiny import FIXTURES
 
 FEW = settings(max_examples=10, phases=[Phase.generate])  # of what loads a model; no smaller example is sought
 SHIPPED = Path(backbone.__file__).parent.parent / "checkpoints" / "mamba_tiny"

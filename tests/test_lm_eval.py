@@ -13,7 +13,7 @@ import torch
 
 from lyapft import tasks
 from lyapft.tasks.base import Task
-from tests.test_tasks import FIXTURES, byte_tokenizer, random_model
+from tests.tiny import FIXTURES, byte_tokenizer, random_model
 from tests.tolerances import TOL
 
 lm_eval = pytest.importorskip("lm_eval", reason="the oracle of this file; it comes with the development extra")

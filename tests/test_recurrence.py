@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lyapft import recurrence, scan
-from lyapft.errors import InputError
 from lyapft.peft import Lora
 from tests.peft_models import TOKENS, backbone, randomize
 from tests.tolerances import TOL
@@ -118,14 +117,6 @@ def test_every_kernel_equals_stock_and_is_recorded(kind, kernel):
     assert seam.kernels[FAMILY[kind]].startswith(kernel)
 
 
-@pytest.mark.skipif(not NUMBA, reason="numba is not installed")
-@both
-def test_auto_is_the_compiled_kernel_on_a_cpu(kind):
-    _, routed, seam = pair(kind)
-    routed(**batch())
-    assert seam.kernels == {FAMILY[kind]: "cpu-numba", "causal_conv1d": "cpu-numba"}
-
-
 @both
 def test_a_float64_model_runs_torch_in_float64_and_says_so(kind):
     stock, routed, seam = pair(kind)
@@ -149,6 +140,13 @@ def test_the_gradients_of_a_projections_halves_are_joined_in_its_own_layout(kind
         layer.module.in_proj.register_forward_hook(look)
     routed(**batch()).loss.backward()
     assert joined == [True] * len(seam.layers)
+
+
+def told_by(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of greedy decoding with a cache."""
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    told = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    return told.sequences, torch.stack(told.logits, 1)
 
 
 @pytest.mark.parametrize("padding", [None, "left"])
@@ -181,107 +179,6 @@ def test_decoding_by_the_reference_is_the_whole_sequence(kind, format):
     with torch.no_grad():
         whole = model(tokens[:, :-1]).logits[:, -logits.shape[1] :]
     torch.testing.assert_close(logits, whole, **TOL[format])
-
-
-def test_a_kernel_that_has_no_form_for_one_token_is_refused_where_it_is_required():
-    _, routed, _ = pair("mamba", "cpu", require="cpu")
-    with pytest.raises(InputError, match=r"kernel\.require=cpu, but causal_conv1d, one token would run kernel 'torch'"):
-        told_by(routed.eval(), {"input_ids": batch()["input_ids"]})
-
-
-def told_by(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens and logits of greedy decoding with a cache."""
-    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    told = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
-    return told.sequences, torch.stack(told.logits, 1)
-
-
-@pytest.mark.parametrize(
-    ("kind", "state"),
-    [(kind, None) for kind in CONFIGS]
-    # Zamba's heads have one state each, which strategies refuse to tune: test_peft_methods.py
-    + [(kind, state) for kind in CONFIGS if kind != "zamba" for state in ("initial_state", "state_offset")],
-)
-def test_logits_do_not_depend_on_what_a_sequence_is_batched_or_padded_with(kind, state):
-    model = build(kind).eval()
-    seam = recurrence.install(model)
-    if state:
-        tune_states(seam, state)
-    ids = batch()["input_ids"]
-    with torch.no_grad():
-        alone = model(ids[:1, :9]).logits
-        for padded in ("left", "right"):
-            rows = torch.cat([ids[:1, :9], ids[1:2, :9]]), torch.ones(2, 9, dtype=torch.long)
-            free, wall = torch.full((2, 4), 7), torch.zeros(2, 4, dtype=torch.long)
-            free[1], wall[1] = ids[2, :4], 1  # the other row is longer
-            order = (lambda a, b: (b, a)) if padded == "left" else (lambda a, b: (a, b))
-            given = torch.cat(order(rows[0], free), 1), torch.cat(order(rows[1], wall), 1)
-            logits = model(given[0], attention_mask=given[1]).logits[:1]
-            mine = logits[:, 4:] if padded == "left" else logits[:, :9]
-            torch.testing.assert_close(mine, alone, **TOL[torch.float32])
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
-    short = ids[:1, :9]
-    padded = torch.cat([torch.full((1, 4), 7), short], 1), torch.cat([torch.zeros(1, 4), torch.ones(1, 9)], 1).long()
-    told = [
-        torch.stack(model.generate(i, attention_mask=m, **options, return_dict_in_generate=True).logits, 1)
-        for i, m in ((short, torch.ones_like(short)), padded)
-    ]
-    torch.testing.assert_close(told[1], told[0], **TOL[torch.float32])
-
-
-def tune_states(seam: recurrence.Seam, name: str) -> None:
-    """Give every mixer a random state to begin with, or to add."""
-    for layer in seam.layers:
-        mixer = layer.module
-        if layer.family == "selective_scan":
-            shape = mixer.A_log.shape
-        else:
-            shape = (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
-        tensor = torch.randn(shape, generator=torch.Generator().manual_seed(4))
-        setattr(mixer, name, nn.Parameter(tensor))
-
-
-@both
-@pytest.mark.parametrize("name", ["initial_state", "state_offset"])
-def test_a_tuned_state_is_what_its_equation_says(kind, name):
-    """Against the recurrence written out in float64: h_0 decayed, or h', read by C and added before gate and norm."""
-    model = build(kind)
-    seam = recurrence.install(model)
-    mixer = seam.layers[0].module
-    hidden = torch.randn(2, 7, 32)
-    read, outputs = {}, []
-    seam.tap = lambda layer, delta, A: read.update(delta=delta.double(), A=A.double())
-    behind = mixer.norm if kind == "mamba2" else mixer.out_proj
-    hook = behind.register_forward_pre_hook(lambda _, given: outputs.append(given[0].detach().double()))
-    mixer(hidden)
-    tune_states(seam, name)
-    tuned = mixer(hidden)
-    hook.remove()
-    assert torch.autograd.grad(tuned.sum(), getattr(mixer, name))[0].abs().min() > 0
-
-    state = getattr(mixer, name).detach().double()
-    decay = (
-        torch.exp(read["delta"].cumsum(1)[..., None] * read["A"])
-        if kind == "mamba"
-        else torch.exp(read["delta"].cumsum(1) * read["A"])[..., None, None]
-    )
-    states = decay * state if name == "initial_state" else state.expand(2, 7, *state.shape)
-    projected = mixer.in_proj(hidden).detach().double()
-    inner, channels = mixer.intermediate_size, mixer.conv1d.in_channels
-    x, gate = projected.chunk(2, -1) if kind == "mamba" else (projected[..., inner : inner + channels], None)
-    padded = nn.functional.pad(x.transpose(1, 2), (3, 0))
-    weight, bias = mixer.conv1d.weight.detach().double(), mixer.conv1d.bias.detach().double()
-    x = nn.functional.silu(nn.functional.conv1d(padded, weight, bias, groups=channels)).transpose(1, 2)
-    if kind == "mamba":
-        C = (x @ mixer.x_proj.weight.detach().double().T)[..., -mixer.ssm_state_size :]
-        expected = torch.einsum("bldn,bln->bld", states, C) * nn.functional.silu(gate)
-    else:
-        groups = mixer.n_groups
-        C = x[..., -groups * mixer.ssm_state_size :].unflatten(-1, (groups, -1))
-        C = C.repeat_interleave(mixer.num_heads // groups, 2)
-        expected = torch.einsum("blhpn,blhn->blhp", states, C).flatten(2)
-    added = outputs[1] - outputs[0]
-    torch.testing.assert_close(added, expected, rtol=0, atol=float(expected.abs().max()) * TOL[torch.float32]["rtol"])
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own look at a graph break
@@ -319,87 +216,6 @@ def test_adapters_live_in_a_compiled_block(kind):
     gradients = {name.replace("._orig_mod", ""): gradient for name, gradient in gradients.items()}
     assert all(gradient.any() for name, gradient in gradients.items() if "lora_" in name)
     assert_same((logits, gradients), expected)
-
-
-@pytest.mark.parametrize("kernel", ["cpu", "torch", "reference", "stock"])
-@both
-def test_packed_sequences_equal_the_same_ones_apart(kind, kernel):
-    model, lengths = build(kind), (6, 1, 9, 5)
-    seam = recurrence.install(model, kernel)
-    inputs = batch()["input_ids"]
-    weights = torch.randn(3, 21, 60, generator=torch.Generator().manual_seed(5))
-
-    def gradients(logits: Tensor, weights: Tensor) -> None:
-        (logits * weights).sum().backward()
-
-    apart, start = [], 0
-    for length in lengths:
-        part = slice(start, start + length)
-        logits = model(inputs[:, part]).logits
-        gradients(logits, weights[:, part])
-        apart.append(logits.detach())
-        start += length
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    seam.sequence = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None].expand(3, -1)
-    packed = model(inputs).logits
-    gradients(packed, weights)
-    actual = {name: p.grad for name, p in model.named_parameters()}
-    assert_same((packed.detach(), actual), (torch.cat(apart, 1), expected))
-    if kernel == "stock":
-        assert "cannot keep packed sequences apart" in seam.fallbacks[FAMILY[kind]]
-
-
-def test_a_fallback_is_recorded_and_can_be_forbidden():
-    model = build("mamba").double()
-    seam = recurrence.install(model)
-    model(batch()["input_ids"])
-    assert seam.kernels["selective_scan"] == "torch"
-    assert "float32 and the model is float64" in seam.fallbacks["selective_scan"]
-    seam.remove()
-    recurrence.install(model, require="cpu")
-    with pytest.raises(InputError, match=r"kernel\.require=cpu.*float64"):
-        model(batch()["input_ids"])
-
-
-def test_kernels_of_another_machine_are_refused_with_what_to_do():
-    with pytest.raises(InputError, match="kernel=mamba_ssm cannot run selective_scan here: its kernels need CUDA"):
-        recurrence.install(build("mamba"), "mamba_ssm")
-    with pytest.raises(InputError, match="kernel=cpu cannot run ssd on cuda"):
-        recurrence.install(build("mamba2"), "cpu", device="cuda")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="mamba-ssm may be there")
-def test_on_cuda_auto_prefers_mamba_ssm_and_says_why_not(monkeypatch):
-    monkeypatch.setattr(recurrence.mamba_ssm, "missing", lambda operation, device: None)
-    assert recurrence.resolve("auto", None, "cuda") == "mamba_ssm"
-    monkeypatch.setattr(recurrence.mamba_ssm, "missing", lambda operation, device: "not installed here")
-    seam = recurrence.install(build("mamba"), device="cuda")
-    assert "not installed here" in seam.fallbacks["selective_scan"]
-    with pytest.raises(InputError, match=r"kernel\.require=mamba_ssm.*not installed here"):
-        recurrence.install(build("mamba"), require="mamba_ssm", device="cuda")
-
-
-def test_what_is_read_raw_is_asked_of_where_the_model_will_run(monkeypatch):
-    monkeypatch.setattr(recurrence.mamba_ssm, "missing", lambda operation, device: None)
-    seam = recurrence.install(build("mamba"), device="cuda")
-    assert seam.reads_raw(seam.layers[0]) == {"conv1d", "dt_proj", "x_proj", "out_proj"}
-
-
-@pytest.mark.parametrize(
-    ("kind", "kernel", "fused", "names"),
-    [
-        ("mamba", "cpu", True, {"conv1d", "dt_proj"}),
-        ("mamba2", "cpu", True, {"conv1d"}),
-        ("mamba", "stock", True, {"conv1d", "dt_proj", "x_proj", "out_proj"}),
-        ("mamba2", "stock", True, {"conv1d", "out_proj"}),
-        ("mamba", "stock", False, {"conv1d", "dt_proj"}),
-        ("zamba", "cpu", True, {"conv1d"}),
-    ],
-)
-def test_what_is_read_raw_depends_on_the_kernel(kind, kernel, fused, names):
-    seam = recurrence.install(build(kind), kernel, fused=fused)
-    assert seam.reads_raw(seam.layers[0]) == names
 
 
 @both
@@ -522,34 +338,3 @@ def test_an_adapter_on_every_projection_called_as_a_module_gets_a_gradient():
     gradients = {name: p.grad for name, p in adapted.named_parameters() if "lora_" in name}
     assert len(gradients) == 8
     assert all(g is not None and g.abs().max() > 0 for g in gradients.values())
-
-
-def test_a_model_without_recurrence_has_no_layers():
-    dims = {**TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **dims))
-    seam = recurrence.install(model)
-    assert seam.layers == []
-    assert seam.unknown == []
-    seam.remove()
-
-
-def test_a_recurrence_without_an_adapter_is_named():
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("rwkv", vocab_size=60, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
-    )
-    seam = recurrence.install(model)
-    assert seam.layers == []
-    assert len(seam.unknown) == 2
-
-
-def test_wrong_choices_are_input_errors():
-    with pytest.raises(InputError, match=r"kernel='fast' is unknown"):
-        recurrence.install(build("mamba"), "fast")
-    with pytest.raises(InputError, match=r"kernel\.require='fast' is unknown"):
-        recurrence.install(build("mamba"), require="fast")
-    with pytest.raises(InputError, match=r"kernel\.require=stock.*would run kernel 'torch'"):
-        recurrence.install(build("mamba"), "torch", require="stock")
-    model = build("mamba")
-    recurrence.install(model, "torch", require="torch")
-    with pytest.raises(InputError, match="already has a forward"):
-        recurrence.install(model)

@@ -19,7 +19,7 @@ from lyapft.report import cells, drawing, figures, stability, summary
 from lyapft.report.__main__ import main
 from lyapft.report.page import render
 from lyapft.verdict import judge
-from tests import synthetic
+from tests import commands, synthetic
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
 
@@ -499,7 +499,7 @@ def test_the_command_line_prints_where_the_page_is(matrix: tuple[Path, list[dict
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ | {"PYTHONUTF8": "1"})
     assert (done.returncode, done.stderr) == (0, "")
     assert Path(done.stdout.strip()) == matrix[0] / "report.html"
-    failed = subprocess.run([*command[:-1], "nowhere"], capture_output=True, text=True, cwd=root)
+    failed = commands.run("-m", "lyapft.report", "nowhere", folder=root)
     assert failed.returncode == 2
     assert failed.stderr == "error: nowhere is not a folder: give the folder of a study, runs/STUDY\n"
 

@@ -55,9 +55,11 @@ def test_costs_of_emulated_half_precision_are_marked_wherever_they_stand(verdict
 
 def test_markdown_holds_every_sentence_and_every_row(folder: Path, verdict: Verdict) -> None:
     text = (folder / exports.MARKDOWN).read_text(encoding="utf-8")
-    for section in verdict.sections:
-        assert f"## {section.title}\n" in text
-        assert all(f"- {exports._escaped(line)}" in text for line in section.lines)
+    page, detail = text.split(f"## {exports.DETAIL}\n")
+    for part, mark, sections in ((page, "##", verdict.page), (detail, "###", verdict.sections)):
+        for section in sections:
+            assert f"\n{mark} {section.title}\n" in part
+            assert all(f"- {exports._escaped(line)}" in part for line in section.lines)
     tables = [block for block in re.split(r"\n\n", text) if block.startswith("|")]
     assert [len(block.splitlines()) - 2 for block in tables] == [len(table) for table in verdict.tables.values()]
     for block in tables:
@@ -99,6 +101,15 @@ def parts(text: str) -> list[tuple[str, list[list[str]]]]:
 def columns_of(align: str) -> list[float | None]:
     """The set width of each column, None where it is as wide as its widest cell."""
     return [float(width) if width else None for width in re.findall(r"p\{(\d+)pt\}|[lr]", align)]
+
+
+def test_the_page_is_latex_too(folder: Path, verdict: Verdict) -> None:
+    text = (folder / exports.LATEX).read_text(encoding="utf-8")
+    assert text.isascii()
+    assert re.findall(r"\\paragraph\{(.*)\}", text) == [latex._escaped(section.title) for section in verdict.page]
+    items = re.findall(r"\\item\{\} (.*)", text)
+    assert items == [latex._escaped(line) for section in verdict.page for line in section.lines]
+    assert text.count(r"\begin{itemize}") == text.count(r"\end{itemize}") == len(verdict.page)
 
 
 def test_latex_parts_fit_the_text_width_and_lose_no_column(folder: Path, verdict: Verdict) -> None:
@@ -174,7 +185,9 @@ def test_the_page_begins_with_the_verdict(folder: Path, verdict: Verdict) -> Non
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings[:3] == ["Verdict", "Findings", "Cells"]
     sections = re.findall(r"<h3>(.*?)</h3>", page)
-    assert sections == [section.title for section in verdict.sections]
+    assert sections == [section.title for section in (*verdict.page, *verdict.sections)]
+    folded = page.split("<details><summary>In detail</summary>", 1)[1].split("</details>", 1)[0]
+    assert re.findall(r"<h3>(.*?)</h3>", folded) == [section.title for section in verdict.sections]
     assert "loss is nan | &lt;b&gt;&amp;" in page
 
 

@@ -2,10 +2,8 @@
 
 import base64
 import contextlib
-import multiprocessing
 import os
 import pickle
-import runpy
 import sys
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from lyapft import (
 )
 from lyapft.errors import InputError
 from lyapft.plan.__main__ import main as plan
+from tests import commands
 from tests.test_cli import ROOT, SMALL, typed  # noqa: F401 - a fixture
 
 CANARY = "canary0f81c6d2e7b94a5a9d3c"
@@ -102,45 +101,15 @@ def titles_of(process: psutil.Process) -> set[str]:
     return found
 
 
-# A fork of a process that has only imported: one of this process, whose OpenMP has worked, could stand still for ever.
-CLEAN = multiprocessing.get_context("forkserver")
-CLEAN.set_forkserver_preload([__name__])
-
-
-def typed_alone(folder: Path, *words: str) -> tuple[int, str]:
-    """Exit code and output of a command with credentials in a process of its own, for which the imports are paid."""
-    process = CLEAN.Process(target=work_alone, args=(folder, words))
-    process.start()
-    process.join(120)
-    process.kill()
-    process.join()
-    return process.exitcode, (folder / "printed").read_text()
-
-
-def work_alone(folder: Path, words: tuple[str, ...]) -> None:
-    os.environ.clear()
-    os.environ.update(secretive(folder))
-    os.chdir(folder)
-    with (folder / "printed").open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
-    sys.argv = list(words)
-    if words[0].endswith(".py"):
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    else:
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-
-
 WINOGRANDE = ("task=winogrande", f"task.path={ROOT / 'tests' / 'fixtures' / 'winogrande.jsonl'}", "task.shots=[0]")
 COMMANDS = {  # what is typed after the sweep, its exit code, and what it leaves
     "evaluate": (("evaluate.py", "run={cell}", "progress=false", *WINOGRANDE), 0, "evaluations/*.json"),
     "experiment": (("evaluate.py", "experiment=stall", "experiment.tokens=500", "run={study}"), 0, "stall-*.html"),
-    "report": (("lyapft.report", "{study}", "--output=again.html"), 0, "again.html"),
-    "plan": (("lyapft.plan", "study=smoke", "--gpu"), 0, "printed"),
+    "report": (("-m", "lyapft.report", "{study}", "--output=again.html"), 0, "again.html"),
+    "plan": (("-m", "lyapft.plan", "study=smoke", "--gpu"), 0, "printed"),
     "failed": (("train.py", *SMALL, "runs=r", "data=alpaca", "data.path=none.json"), 1, "printed"),
     "other": (("train.py", *SMALL, "runs=r", "study.name=other", "reference=off"), 0, "other/*/record.json"),
-    "dashboard": (("lyapft.dashboard", "push", "r/other"), 0, "other/wandb/*/*.wandb"),
+    "dashboard": (("-m", "lyapft.dashboard", "push", "r/other"), 0, "other/wandb/*/*.wandb"),
 }
 
 
@@ -156,8 +125,10 @@ def test_no_command_leaves_a_credential_anywhere(tmp_path):
     study = tmp_path / "r" / "default"
     run = next(path.parent for path in study.glob("*/record.json"))
     for name, (words, expected, left) in COMMANDS.items():
-        code, printed = typed_alone(tmp_path, *(word.format(cell=run, study=study) for word in words))
-        assert code == expected, (name, printed)
+        words = [word.format(cell=run, study=study) for word in words]
+        done = commands.run(*words, folder=tmp_path, environment=secretive(tmp_path))
+        (tmp_path / "printed").write_text(done.stdout + done.stderr)
+        assert done.returncode == expected, (name, done)
         assert list(tmp_path.rglob(left)), name
         assert leaks(tmp_path) == [], name
 

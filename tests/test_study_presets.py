@@ -17,7 +17,7 @@ from lyapft.cell.validation import validation
 from lyapft.errors import InputError
 from tests.test_cell import SMALL, prepared
 from tests.test_config import CONF, composed, identity
-from tests.test_tasks import ARC, HELLASWAG, MMLU, PIQA, WINOGRANDE
+from tests.tiny import ARC, HELLASWAG, MMLU, PIQA, WINOGRANDE
 
 CELLS = {"smoke": 2, "matrix": 216, "paper": 459, "inference": 12, "lr": 108, "tied": 64, "icl": 64}
 

@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from lyapft.experiments import theorem
+from tests import commands
 
 
 def test_slopes_of_pure_exponentials_are_their_rates():
@@ -46,11 +45,10 @@ def test_the_theorem_holds_in_float64_and_formats_break_the_exponential():
             assert not math.isnan(row["broken_token"])
 
 
-def test_the_command_writes_its_numbers_once(root, tmp_path):
+def test_the_command_writes_its_numbers_once(tmp_path):
     overrides = ["experiment=theorem", "experiment.layers=4", "experiment.tokens=20", "experiment.sizes=[1e-3]"]
-    command = [sys.executable, str(root / "evaluate.py"), *overrides]
     for _ in range(2):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        done = commands.run("evaluate.py", *overrides, folder=tmp_path)
         assert done.returncode == 0, done.stderr
     (written,) = (tmp_path / "runs" / "experiments").glob("*.json")
     assert "<figcaption>" in written.with_suffix(".html").read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ from scipy import stats
 from lyapft.divergence import holm
 from lyapft.report.verdict_tables import SPECS, text_columns
 from lyapft.verdict import judge
+from lyapft.verdict.words import ALONE
 from tests.test_verdict import BASE, run, study, text
 
 ZERO, FEW = [0.25, 0.24, 0.26, 0.25], [0.55, 0.50, 0.58, 0.52]  # tuned, by seed
@@ -100,7 +101,7 @@ def test_a_base_whose_weights_come_from_the_seed_is_paired_by_seed() -> None:
 
 def test_scores_beyond_the_trained_length_are_labelled_beside_a_gain() -> None:
     label = "Some of these scores are beyond the trained length."
-    assert text(judge(icl_study(beyond=3)), "Base against tuned").endswith(label)
+    assert text(judge(icl_study(beyond=3)), "Base against tuned").splitlines()[0].endswith(label)
     assert label not in text(judge(icl_study()), "Base against tuned")
     twins = icl_study(beyond=3) + icl_study(model="llama_tiny", beyond=3)
     lines = text(judge(twins), "Mamba against Transformer").splitlines()
@@ -118,6 +119,88 @@ def test_gains_stand_beside_the_scores_they_come_from() -> None:
     assert (tuned.twin_zero_shot_score, tuned.twin_few_shot_score) == pytest.approx(
         (np.mean(ZERO) + 0.1, np.mean(FEW) + 0.1)
     )
+
+
+# --- a ratio to the twin ---------------------------------------------------------------------------------------------
+
+
+def beside_a_twin(few: Sequence[float], seeds: int = 8, items: int = 200) -> list[dict[str, Any]]:
+    """The counterparts of a Mamba that gains from examples, and of a twin with these scores with examples, by seed."""
+    records = []
+    for model, scores in (("mamba_tiny", [0.5] * seeds), ("llama_tiny", few)):
+        own = study({("bf16", "none"): LITTLE[:seeds]}, model=model, base=[0.5] * 8)
+        for record in own:
+            for score in record["scores"]:
+                score["n"] = items
+                if score["shots"]:
+                    score["value"] = scores[record["seed"]]
+        records += [record for record in own if record["choices"]["precision"] == "fp32"]
+    return records
+
+
+def relative(records: list[dict[str, Any]]) -> tuple[Any, str]:
+    found = judge(records)
+    (gain,) = [one for one in found.gains if one.twin]
+    return gain, text(found, "Mamba against Transformer")
+
+
+def test_no_ratio_is_made_to_a_twin_whose_gain_may_be_zero() -> None:
+    barely = [0.29, 0.22, 0.27, 0.26, 0.24, 0.28, 0.27, 0.26]  # 0-shot 0.25: the mean gain is above 0
+    low = stats.ttest_1samp(np.array(barely) / 0.25 - 1, 0.0).confidence_interval(0.95).low
+    assert np.mean(barely) > 0.25
+    assert low < 0
+    gain, said = relative(beside_a_twin(barely))
+    assert np.isnan(gain.relative.mean)
+    assert gain.twin_raw.few == pytest.approx(np.mean(barely))
+    assert "llama_tiny is not shown to gain there, so no ratio (0.250 0-shot, 0.261 few-shot)" in said
+    clearly = [x + 0.02 for x in barely]
+    assert stats.ttest_1samp(np.array(clearly) / 0.25 - 1, 0.0).confidence_interval(0.95).low > 0
+    gain, said = relative(beside_a_twin(clearly))
+    assert gain.relative.mean == pytest.approx(1.0 / (np.mean(clearly) / 0.25 - 1))
+
+
+def test_equal_scores_on_every_seed_do_not_make_a_gain_of_one_answer_sure() -> None:
+    one_answer = 0.25 + 1 / 200
+    gain, _ = relative(beside_a_twin([one_answer] * 4, seeds=4))
+    assert np.isnan(gain.relative.mean)
+    assert gain.gain.high > gain.gain.low  # nor is the model's own gain without a spread
+    gain, _ = relative(beside_a_twin([0.5] * 4, seeds=4))
+    assert gain.relative.mean == pytest.approx(1.0)
+    assert gain.relative.low < 1.0 < gain.relative.high
+
+
+def test_a_share_of_a_loss_or_of_one_seed_is_no_ratio() -> None:
+    gain, said = relative(beside_a_twin([0.15 + 0.001 * n for n in range(8)]))
+    assert np.isnan(gain.relative.mean)
+    assert "so no ratio" in said
+    gain, said = relative(beside_a_twin([0.5], seeds=1))
+    assert np.isnan(gain.relative.mean)
+    assert "one seed gives no ratio to llama_tiny's" in said
+
+
+def test_corrected_p_values_are_called_so_beside_base_and_settings() -> None:
+    said = text(judge(icl_study()), "Base against tuned").splitlines()
+    assert said[-1] == ALONE
+    assert ALONE not in text(judge(icl_study()[:2]), "Base against tuned")  # one seed has no p
+    said = text(judge(tied_study(LITTLE, LITTLE[::-1])), "Settings asked about").splitlines()
+    assert said[-1] == f"{ALONE} Means over all scores and single scores are two families."
+    assert ALONE not in text(judge(tied_study(LITTLE[:1], LITTLE[:1])), "Settings asked about")
+
+
+def test_a_tuned_recipe_under_two_names_is_one_test() -> None:
+    records = icl_study()
+    tuned = [record for record in records if record["config"]["trainer"]["steps"]]
+    for names in (("lora", "lora_all"), ("lora", "ia3")):
+        made = [records[0]]
+        for name in names:
+            for record in tuned:
+                own = record | {"choices": record["choices"] | {"peft": name}, "id": f"{record['id']}{name}"}
+                own["config"] = record["config"] | {"peft": {"name": name, "r": 1 + (name == "ia3")}}
+                own["peft"] = {"coverage": {"in_proj": {"adapted": 2, "present": 2}}}
+                made.append(own)
+        found = judge(made).learned
+        assert [one.p for one in found] == pytest.approx([stats.ttest_1samp(tuned_gains() - 0.2, 0.0).pvalue
+                                                          * (1 if "lora_all" in names else 2)] * 2)  # fmt: skip
 
 
 # --- one setting, everything else equal -----------------------------------------------------------------------------

@@ -14,6 +14,21 @@ from lyapft.errors import InputError
 
 GUARD_ACTIONS = ("skip", "rollback", "stop")
 NOISE_FLOORS = ("replicate", "threads")
+CHOICES = {
+    "trainer.schedule": ("constant", "linear", "cosine", "hold_then_decay"),
+    "reference": ("auto", "off"),
+    "device": ("auto", "cpu", "cuda"),
+    "model.init": ("pretrained", "scratch"),
+    "trainer.strategy": ("ddp", "fsdp", "tensor"),
+    "trainer.oom": ("stop", "halve"),
+}
+POSITIVE = (
+    *(f"trainer.{name}" for name in ("batch_size", "accumulate", "max_nonfinite", "grad_clip")),
+    "data.max_length",
+    "task.batch_tokens",
+)
+POSITIVE_IF_GIVEN = ("data.limit", "task.limit", "threads", "trainer.learning_rate")
+NOT_NEGATIVE = ("seed", "replicate", "trainer.steps", "trainer.validation_rows")
 FOLDER_PARTS = (
     "study.name",
     *(f"{group}.name" for group in ("model", "data", "peft", "precision")),
@@ -23,22 +38,33 @@ FOLDER_PART = re.compile(r"[\w][\w.+-]*")
 
 def faults(cfg: DictConfig) -> list[str]:
     """Everything that is wrong with a cell's own values; what needs files or devices is checked by their owners."""
+    found = [
+        *_size_faults(cfg),
+        *_choice_faults(cfg),
+        *_training_faults(cfg),
+        *_learning_rate_faults(cfg),
+        *_guard_faults(cfg),
+    ]
+    for name, probe in cfg.probe.items():
+        if "every" in probe and probe.every < 1:
+            found.append(f"probe.{name}.every={probe.every} must be 1 or more")
+    for key in FOLDER_PARTS:
+        found += name_faults(key, [OmegaConf.select(cfg, key)])
+    return found + secrets.faults(OmegaConf.to_container(cfg, resolve=True))
+
+
+def _size_faults(cfg: DictConfig) -> list[str]:
+    """Numbers that are too small to count anything."""
+    given = {key: OmegaConf.select(cfg, key) for key in (*POSITIVE, *POSITIVE_IF_GIVEN)}
+    positive = {key: value for key, value in given.items() if value is not None}
+    found = [f"{key}={value} must be greater than 0" for key, value in positive.items() if value <= 0]
+    counts = {key: OmegaConf.select(cfg, key) for key in NOT_NEGATIVE}
+    return found + [f"{key}={value} must not be negative" for key, value in counts.items() if value < 0]
+
+
+def _choice_faults(cfg: DictConfig) -> list[str]:
+    """Words that are none of those that a field knows."""
     found = []
-    positive = {
-        "trainer.batch_size": cfg.trainer.batch_size,
-        "trainer.accumulate": cfg.trainer.accumulate,
-        "trainer.max_nonfinite": cfg.trainer.max_nonfinite,
-        "trainer.grad_clip": cfg.trainer.grad_clip,
-        "data.max_length": cfg.data.max_length,
-        "task.batch_tokens": cfg.task.batch_tokens,
-    }
-    optional = {"data.limit": cfg.data.limit, "task.limit": cfg.task.limit, "threads": cfg.threads}
-    optional["trainer.learning_rate"] = cfg.trainer.learning_rate
-    positive.update({key: value for key, value in optional.items() if value is not None})
-    found += [f"{key}={value} must be greater than 0" for key, value in positive.items() if value <= 0]
-    counts = {"seed": cfg.seed, "replicate": cfg.replicate}
-    counts |= {f"trainer.{key}": cfg.trainer[key] for key in ("steps", "validation_rows")}
-    found += [f"{key}={value} must not be negative" for key, value in counts.items() if value < 0]
     if cfg.data.streaming and "shuffle_buffer" not in cfg.data:
         found.append(
             f"data.streaming=true: data={cfg.data.name} is made in memory. Rows of files and of the hub stream: "
@@ -49,20 +75,21 @@ def faults(cfg: DictConfig) -> list[str]:
         for kind in cfg.study.noise_floor
         if kind not in NOISE_FLOORS
     ]
-    choices = {
-        "trainer.schedule": (cfg.trainer.schedule, ("constant", "linear", "cosine", "hold_then_decay")),
-        "reference": (cfg.reference, ("auto", "off")),
-        "device": (cfg.device, ("auto", "cpu", "cuda")),
-        "model.init": (cfg.model.init, ("pretrained", "scratch")),
-        "trainer.strategy": (cfg.trainer.strategy, ("ddp", "fsdp", "tensor")),
-        "trainer.oom": (cfg.trainer.oom, ("stop", "halve")),
-    }
-    found += [
-        f"{k}={v} is unknown: use one of {', '.join(known)}" for k, (v, known) in choices.items() if v not in known
+    chosen = {key: OmegaConf.select(cfg, key) for key in CHOICES}
+    return found + [
+        f"{key}={value} is unknown: use one of {', '.join(CHOICES[key])}"
+        for key, value in chosen.items()
+        if value not in CHOICES[key]
     ]
-    for key in ("warmup", "hold", "final_lr"):
-        if not 0 <= cfg.trainer[key] <= 1:
-            found.append(f"trainer.{key}={cfg.trainer[key]} must lie between 0 and 1")
+
+
+def _training_faults(cfg: DictConfig) -> list[str]:
+    """Schedule, optimizer and shots."""
+    found = [
+        f"trainer.{key}={cfg.trainer[key]} must lie between 0 and 1"
+        for key in ("warmup", "hold", "final_lr")
+        if not 0 <= cfg.trainer[key] <= 1
+    ]
     if len(cfg.trainer.betas) != 2 or not all(isinstance(b, float) and 0 <= b < 1 for b in cfg.trainer.betas):
         found.append(f"trainer.betas={list(cfg.trainer.betas)} must be two numbers in [0, 1)")
     shots = [s for s in cfg.task.shots if isinstance(s, int) and s >= 0]  # OmegaConf lets a list into a list of numbers
@@ -70,25 +97,26 @@ def faults(cfg: DictConfig) -> list[str]:
         found.append(
             f"task.shots={list(cfg.task.shots)} must be one or more different numbers, none negative: task.shots=[0,5]"
         )
-    if cfg.trainer.learning_rate is None and cfg.peft.name not in cfg.model.learning_rate:
+    return found
+
+
+def _learning_rate_faults(cfg: DictConfig) -> list[str]:
+    """Learning rates that the model lacks, for the cell or for its full fine-tuning reference."""
+    if cfg.trainer.learning_rate is not None:
+        return []
+    found = []
+    if cfg.peft.name not in cfg.model.learning_rate:
         known = ", ".join(cfg.model.learning_rate) or "none"
         found.append(
             f"model {cfg.model.name} has no learning rate for peft={cfg.peft.name} (it has: {known}): "
             f"set trainer.learning_rate=… or +model.learning_rate.{cfg.peft.name}=…"
         )
-    wants_reference = cfg.reference == "auto" and cfg.trainer.learning_rate is None
-    if wants_reference and "none" not in cfg.model.learning_rate:
+    if cfg.reference == "auto" and "none" not in cfg.model.learning_rate:
         found.append(
             f"model {cfg.model.name} has no learning rate for its full fine-tuning reference: "
             "set +model.learning_rate.none=… or reference=off"
         )
-    for name, probe in cfg.probe.items():
-        if "every" in probe and probe.every < 1:
-            found.append(f"probe.{name}.every={probe.every} must be 1 or more")
-    found += _guard_faults(cfg)
-    for key in FOLDER_PARTS:
-        found += name_faults(key, [OmegaConf.select(cfg, key)])
-    return found + secrets.faults(OmegaConf.to_container(cfg, resolve=True))
+    return found
 
 
 def name_faults(key: str, names: Iterable[Any]) -> list[str]:

@@ -114,10 +114,13 @@ def bca_interval(
     return np.where(equal, mean, found.low), np.where(equal, mean, found.high)
 
 
-def ratio_of_means(top: Values, bottom: Values, confidence: float = CONFIDENCE) -> Estimate:
+def ratio_of_means(
+    top: Values, bottom: Values, resolutions: tuple[float, float] = (0.0, 0.0), confidence: float = CONFIDENCE
+) -> Estimate:
     """mean(top) / mean(bottom) over the same seeds, with Fieller's interval; NaN where `bottom` may be 0.
 
-    The interval holds every ratio ρ that a paired t test of top − ρ·bottom = 0 does not reject.
+    The interval holds every ratio ρ that a paired t test of top − ρ·bottom = 0 does not reject. It exists where the t
+    interval of `bottom` leaves out 0; `resolutions` are the least spreads of the two that are believed (see `spread`).
 
     Source: Fieller 1954.
 
@@ -129,6 +132,7 @@ def ratio_of_means(top: Values, bottom: Values, confidence: float = CONFIDENCE) 
     if n < 2:
         return Estimate(float(a.mean() / b.mean()) if n and b.mean() else math.nan, math.nan, math.nan, n)
     (var_a, cov), (_, var_b) = np.cov(a, b)
+    var_a, var_b = max(var_a, resolutions[0] ** 2), max(var_b, resolutions[1] ** 2)
     q = special.stdtrit(n - 1, 0.5 + confidence / 2) ** 2 / n
     # (ā − ρ b̄)² ≤ q (s_a² − 2ρ s_ab + ρ² s_b²), a quadratic in ρ.
     square, linear, constant = b.mean() ** 2 - q * var_b, a.mean() * b.mean() - q * cov, a.mean() ** 2 - q * var_a

@@ -17,7 +17,7 @@ from torch import Tensor
 from lyapft import config, precision, scan
 from lyapft.data import pydoc
 from lyapft.errors import InputError
-from lyapft.evaluation import rebuild_config
+from lyapft.evaluation import finished
 from lyapft.experiments import subjects
 from lyapft.experiments.frame import Result, correlation_interval, track
 from lyapft.lyapunov.certificate import KERNELS, certificate
@@ -102,10 +102,9 @@ def _layers(name: str, prompts: int, tokens: int, entries: int, form: str, seed:
 
 
 def _precision_of(name: str, form: str) -> DictConfig:
-    record = subjects.record_of(name)
-    if record is None:
+    if subjects.record_of(name) is None:
         return config.load_choice("precision", form)
-    return OmegaConf.create(OmegaConf.to_container(rebuild_config(record).precision))  # type: ignore[return-value]
+    return OmegaConf.create(OmegaConf.to_container(finished(Path(name))[1].precision))  # type: ignore[return-value]
 
 
 def _entries(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lyapft import backbone, config, precision, records, recurrence
 from lyapft.errors import InputError
-from lyapft.evaluation import rebuild_config
+from lyapft.evaluation import finished
 
 
 class Subject(NamedTuple):
@@ -54,9 +54,7 @@ def load(name: str, kernel: str = "stock", strategy: precision.Precision | None 
         raise InputError(
             f"experiment.models: {name!r} is neither a model of conf/model/ nor the folder of a finished run"
         )
-    if record is not None and record["status"] != "ok":
-        raise InputError(f"{folder} has status {record['status']}: only a finished run can be looked at")
-    cell: Any = rebuild_config(record) if record is not None else None
+    cell: Any = finished(folder)[1] if record is not None else None
     chosen: Any = cell.model if cell is not None else config.load_choice("model", name)
     base = backbone.load(chosen)
     seam = recurrence.install(base.model, kernel)

@@ -8,12 +8,13 @@ import pandas as pd
 from lyapft import containment, records
 from lyapft.records import accuracies, divergence_entry
 from lyapft.report.cells import COUNTERPARTS, Cell, read
-from lyapft.report.latex import as_latex
+from lyapft.report.latex import as_latex, as_lists
 from lyapft.report.tables import Column
 from lyapft.report.verdict_tables import caption, text_columns
-from lyapft.verdict import Verdict
+from lyapft.verdict import Section, Verdict
 
-MARKDOWN = "verdict.md"
+MARKDOWN, LATEX = "verdict.md", "verdict.tex"
+DETAIL = "In detail"  # heading of the sentences that the page has no room for
 CELLS_FILE = f"{records.TABLES}/cells.parquet"
 PLAIN = ("id", "name", "status", "role", "seed", "replicate")
 NUMBERS = (
@@ -28,13 +29,14 @@ NUMBERS = (
 
 
 def write(folder: Path, verdict: Verdict, cells: Sequence[Cell] = ()) -> list[Path]:
-    """Write `verdict.md` and, in `tables/`, every table as CSV, Parquet and LaTeX; returns the files.
+    """Write `verdict.md`, its page as `verdict.tex`, and in `tables/` each table as CSV, Parquet and LaTeX.
 
     CSV and Parquet hold one number per column in full precision; Markdown and LaTeX the text of the page. All cells,
-    also those of a large study that the page does not show, are in `tables/cells.parquet`.
+    also those of a large study that the page does not show, are in `tables/cells.parquet`. Returns the files.
     """
     containment.check(folder, [folder / records.TABLES])
     written = [_write_text(folder / MARKDOWN, as_markdown(verdict))]
+    written.append(_write_text(folder / LATEX, as_lists(verdict.page)))
     if cells:
         table = cell_table(cells)
         records.write_atomically(folder / CELLS_FILE, lambda path: table.to_parquet(path, index=False))
@@ -82,13 +84,21 @@ def _write_text(path: Path, text: str) -> Path:
 
 
 def as_markdown(verdict: Verdict) -> str:
-    """The sentences, then every table."""
-    parts = [f"# Verdict on the study {verdict.study}"]
-    for section in verdict.sections:
-        parts += [f"## {section.title}", "\n".join(f"- {_escaped(line)}" for line in section.lines)]
+    """One page of sentences, then all the others, then every table."""
+    parts = [f"# Verdict on the study {verdict.study}", *_sentences(verdict.page, "##")]
+    parts += [f"## {DETAIL}", *_sentences(verdict.sections, "###")]
     for name in verdict.tables:
         parts += [f"## Table: {name}", caption(verdict, name), _markdown_table(text_columns(verdict, name))]
     return "\n\n".join(parts) + "\n"
+
+
+def _sentences(sections: Sequence[Section], mark: str) -> list[str]:
+    """Headings and lists."""
+    return [
+        part
+        for section in sections
+        for part in (f"{mark} {_escaped(section.title)}", "\n".join(f"- {_escaped(line)}" for line in section.lines))
+    ]
 
 
 def _markdown_table(columns: Sequence[Column]) -> str:

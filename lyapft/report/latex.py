@@ -1,4 +1,4 @@
-"""Tables for LaTeX that fit a page: a wide one is cut into parts that repeat the names of its rows.
+"""Sentences for LaTeX, and tables that fit a page: a wide one is cut into parts that repeat the names of its rows.
 
 For `\\usepackage{booktabs,longtable}`; any engine, no packages for letters. Widths are estimated from Computer Modern.
 """
@@ -6,6 +6,7 @@ For `\\usepackage{booktabs,longtable}`; any engine, no packages for letters. Wid
 from collections.abc import Sequence
 
 from lyapft.report.tables import Column, grouped
+from lyapft.verdict import Section
 
 TEXT_WIDTH = 345.0  # pt, of article at 10 pt, A4 and letter
 LONGEST = 40  # rows of a table that stays on one page; a longer one is broken over pages
@@ -19,7 +20,7 @@ CHARS = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textascii
 CHARS |= {char: f"\\{char}" for char in "&%$#_{}"}
 CHARS |= {"−": "$-$", "×": r"$\times$", "±": r"$\pm$", "·": r"$\cdot$", "Δ": r"$\Delta$", "α": r"$\alpha$"}
 CHARS |= {"–": "--", "≤": r"$\le$", "≥": r"$\ge$", "<": "$<$", ">": "$>$", "|": "$|$", "λ": r"$\lambda$"}
-CHARS |= {"→": r"$\to$", "…": r"\ldots{}", "“": "``", "”": "''", "’": "'"}
+CHARS |= {"†": r"$\dagger$", "→": r"$\to$", "…": r"\ldots{}", "“": "``", "”": "''", "’": "'"}
 
 
 def as_latex(columns: Sequence[Column], text: str, label: str) -> str:
@@ -35,6 +36,15 @@ def as_latex(columns: Sequence[Column], text: str, label: str) -> str:
         caption = f"{text} (part {place} of {len(parts)})" if len(parts) > 1 else text
         made.append(_table(part, widths, _escaped(caption), label if place == 1 else f"{label}-{place}"))
     return "\n".join(made)
+
+
+def as_lists(sections: Sequence[Section]) -> str:
+    """Headings with a list of sentences under each, to be put into a document."""
+    lines = []
+    for section in sections:
+        items = [rf"\item{{}} {_escaped(line)}" for line in section.lines]  # {}: a line may begin with a bracket
+        lines += [rf"\paragraph{{{_escaped(section.title)}}}", r"\begin{itemize}", *items, r"\end{itemize}"]
+    return "\n".join([*lines, ""])
 
 
 Part = tuple[list[Column], list[float]]

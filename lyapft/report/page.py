@@ -14,10 +14,10 @@ from lyapft.records import divergence_entry
 from lyapft.report import columns, experiments, figures, stability
 from lyapft.report.cells import COUNTERPARTS, Study, choice, read
 from lyapft.report.drawing import Figure
-from lyapft.report.exports import CELLS_FILE
+from lyapft.report.exports import CELLS_FILE, DETAIL
 from lyapft.report.tables import as_html
 from lyapft.report.verdict_tables import caption, text_columns
-from lyapft.verdict import Verdict
+from lyapft.verdict import Section, Verdict
 from lyapft.verdict.words import EMULATED_MEANS
 
 MOST_ERRORS = 100
@@ -121,20 +121,25 @@ def document(title: str, subtitle: str, body: str) -> str:
 
 
 def _verdict(verdict: Verdict) -> str:
-    """The sentences, the recipes that they rest on, and the other tables folded away."""
-    sections = "".join(
-        f"<h3>{html.escape(section.title)}</h3><ul>"
-        + "".join(f"<li>{html.escape(line)}</li>" for line in section.lines)
-        + "</ul>"
-        for section in verdict.sections
-    )
+    """One page of sentences, all others folded away, the recipes that they rest on, and the other tables folded."""
+    detail = f"<details><summary>{DETAIL}</summary>{_sentences(verdict.sections)}</details>"
     shown = {name: as_html(text_columns(verdict, name), html.escape(caption(verdict, name))) for name in verdict.tables}
     folded = "".join(
         f"<details><summary>Table: {name}</summary>{table}</details>"
         for name, table in shown.items()
         if name != "recipes"
     )
-    return f'<section class="verdict"><h2>Verdict</h2>{sections}{shown.get("recipes", "")}{folded}</section>'
+    said = f"{_sentences(verdict.page)}{detail}"
+    return f'<section class="verdict"><h2>Verdict</h2>{said}{shown.get("recipes", "")}{folded}</section>'
+
+
+def _sentences(sections: Sequence[Section]) -> str:
+    return "".join(
+        f"<h3>{html.escape(section.title)}</h3><ul>"
+        + "".join(f"<li>{html.escape(line)}</li>" for line in section.lines)
+        + "</ul>"
+        for section in sections
+    )
 
 
 def _subtitle(study: Study) -> str:

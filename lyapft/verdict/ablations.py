@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from lyapft.divergence import Comparison, adjusted, compare, paired_divergence
 from lyapft.records import accuracies
@@ -30,6 +31,14 @@ class Ablation:
     comparison: Comparison
     beyond: int  # scores of items that are longer than what the base model was trained on
     scores: int  # of how many
+
+    def outcome(self, settings: Settings) -> Literal["equivalent", "value", "other", "undecided"]:
+        """Whether the two are equivalent, or which one is shown to score higher; one seed shows nothing."""
+        if self.comparison.p_equivalent <= settings.alpha:
+            return "equivalent"
+        if self.comparison.p_different <= settings.alpha:
+            return "value" if self.comparison.estimate.mean > 0 else "other"
+        return "undecided"
 
 
 def ablations(evidence: Evidence, settings: Settings) -> list[Ablation]:

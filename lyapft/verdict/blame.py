@@ -5,7 +5,6 @@ which block the format's rounding enters, by the shadow probe. Where they cannot
 all failures of a page together shares one error rate.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ from lyapft.divergence import Comparison, adjusted, compare
 from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, Settings
 from lyapft.verdict.pairing import mean_scores_of, resolution_over
 from lyapft.verdict.recipes import Row, Shares, shares
-from lyapft.verdict.rounding import origin_of
+from lyapft.verdict.rounding import Origin, agreed, origin_of
 from lyapft.verdict.words import beyond, difference, interval, joined, raw, signed
 
 HOW = {
@@ -135,8 +134,8 @@ def blame(one: Inquiry, settings: Settings) -> str:
         f"{_part(parts.form, settings)} the format's ({recipe.precision}): {parts.middle:.3f} in full precision with "
         "the same peft."
     )
-    text += _which_layers(one, settings) if _shown(parts.peft, settings) else ""
-    return text + (_block(recipe) if _shown(parts.form, settings) else "")
+    text += _which_layers(one, settings) if is_shown(parts.peft, settings) else ""
+    return text + (_block(recipe) if is_shown(parts.form, settings) else "")
 
 
 def blame_beside(one: Inquiry, settings: Settings) -> str:
@@ -146,18 +145,18 @@ def blame_beside(one: Inquiry, settings: Settings) -> str:
         return f" In {recipe.precision} likewise.{_block(recipe)}"
     if one.shares is None:
         return f" In {recipe.precision}, full precision with the same peft is missing."
-    block = _block(recipe) if _shown(one.shares.form, settings) else ""
+    block = _block(recipe) if is_shown(one.shares.form, settings) else ""
     return f" In {recipe.precision}, {_part(one.shares.form, settings)} of it is the format's.{block}"
 
 
-def _shown(found: Comparison, settings: Settings) -> bool:
+def is_shown(found: Comparison, settings: Settings) -> bool:
     """Whether it is shown not to be 0; NaN, of one seed, shows nothing."""
     return found.p_different <= settings.alpha
 
 
 def _part(found: Comparison, settings: Settings) -> str:
     """A part of a difference, and whether it is one at all."""
-    nothing = "" if _shown(found, settings) else ", which may be nothing"
+    nothing = "" if is_shown(found, settings) else ", which may be nothing"
     return f"{signed(found.estimate.mean)} ({interval(found.estimate)}{nothing})"
 
 
@@ -196,17 +195,22 @@ def _which_layers(one: Inquiry, settings: Settings) -> str:
     return f" {told}; its other layers were not varied."
 
 
+def choice_of(recipe: Recipe, found: Layers) -> str:
+    """What the recipe does with the layers in which the other target set differs."""
+    layers = joined(sorted(found.more))
+    return f"leaving {layers} alone" if recipe.adapted < found.other.adapted else f"adapting {layers}"
+
+
 def _told(recipe: Recipe, found: Layers, settings: Settings) -> str:
-    layers, it = joined(sorted(found.more)), "it" if len(found.more) == 1 else "them"
-    wider = recipe.adapted < found.other.adapted
-    doing = f"leaving {layers} alone" if wider else f"adapting {layers}"
+    it = "it" if len(found.more) == 1 else "them"
+    wider, doing = recipe.adapted < found.other.adapted, choice_of(recipe, found)
     how = f"adapts {it} too" if wider else f"leaves {it} alone"
     apart = found.apart.estimate
     beside = (
         f"{found.other.peft}, which {how}, lies {signed(apart.mean)} points from it ({interval(apart)}; "
         f"{raw(*found.scores)})"
     )
-    if not _shown(found.apart, settings):
+    if not is_shown(found.apart, settings):
         return f"Whether {doing} is to blame, the seeds do not tell: {beside}"
     blamed = "is to blame for part of it" if apart.mean > 0 else "is not to blame"
     return f"{doing[0].upper()}{doing[1:]} {blamed}: {beside}"
@@ -215,20 +219,26 @@ def _told(recipe: Recipe, found: Layers, settings: Settings) -> str:
 # --- which block -----------------------------------------------------------------------------------------------------
 
 
+def origins(recipe: Recipe) -> list[Origin]:
+    """Where the rounding entered, in each run that a shadow probe watched."""
+    return [one for run in recipe.runs if (one := origin_of(run))]
+
+
 def _block(recipe: Recipe) -> str:
     """The residual block in which most of the format's deviation arises, by the shadow probe of the runs."""
-    found = [one for run in recipe.runs if (one := origin_of(run))]
+    found = origins(recipe)
     if not found:
         return " In which block, the records cannot tell: no shadow probe ran (probe=shadow)."
-    block, count = Counter(one.block for one in found).most_common(1)[0]
-    if 2 * count <= len(found) and len(found) > 1:
+    block = agreed(found)
+    if block is None:
         return f" In which block, the {len(found)} runs with a shadow probe do not agree."
     own = [one for one in found if one.block == block]
     if any(one.overflowed for one in own):
-        return f" The shadow probe saw {recipe.precision} leave its range in {block}, in {count} of {len(found)} runs."
+        where = f"{block}, in {len(own)} of {len(found)} runs"
+        return f" The shadow probe saw {recipe.precision} leave its range in {where}."
     new, last = (sum(values) / len(own) for values in ([o.added for o in own], [o.largest for o in own]))
     return (
-        f" The shadow probe saw most of the format's deviation from float32 arise in {block}, in {count} of "
+        f" The shadow probe saw most of the format's deviation from float32 arise in {block}, in {len(own)} of "
         f"{len(found)} runs: {new:.1e} of {last:.1e} (relative, of the hidden states); that is where rounding enters, "
         "which does not prove that the score is lost there."
     )

@@ -10,6 +10,7 @@ from lyapft.verdict.words import joined, scored
 
 NOT_RUN, NO_COUNTERPART, NO_RERUN = "not run", "no counterpart", "rerun not run"
 NO_SAME_PEFT = "no counterpart with the same peft"
+NO_PAIR = "some scores without a pair"
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Gap:
     seed: int
     why: str
     error: str = ""
+    kind: str = ""  # what it is counted as; empty is `why`
 
 
 @dataclass(frozen=True)
@@ -124,4 +126,5 @@ def _unpaired(row: Row) -> Iterator[Gap]:
     beside = " with full precision of the same peft" if row.counterpart == PRECISION_ONLY else ""
     for pair in row.pairs:
         if lost := [key for key in known if key not in pair.signed]:
-            yield Gap(row.recipe, pair.seed, f"no pair{beside} of {joined([scored(key) for key in lost])}")
+            why = f"no pair{beside} of {joined([scored(key) for key in lost])}"
+            yield Gap(row.recipe, pair.seed, why, kind=NO_PAIR)

@@ -1,14 +1,18 @@
 """In-context learning: of each recipe, beside its Transformer twin, and of the tuned model beside its base."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lyapft.divergence import Estimate, ShotScores, estimate, holm, p_different, ratio_of_means, shot_scores
 from lyapft.records import Record, accuracies
 from lyapft.verdict.architectures import twins
+from lyapft.verdict.duplicates import first_of_its_kind
 from lyapft.verdict.evidence import (
     Evidence,
     Recipe,
+    Settings,
     beyond_trained_length,
     is_own_counterpart,
     items_of,
@@ -27,7 +31,10 @@ class Raw:
 
 @dataclass(frozen=True)
 class Gain:
-    """In-context learning gain of one recipe on one task, and relative to the same recipe of the Transformer twin."""
+    """In-context learning gain of one recipe on one task, and relative to the same recipe of the Transformer twin.
+
+    `relative` is NaN where the twin is not shown to gain: a ratio to what may be 0, or to a loss, says nothing.
+    """
 
     recipe: Recipe
     task: str
@@ -59,8 +66,19 @@ class Learned:
     p: float  # two-sided, of a paired t test that the difference is 0; Holm over the table
     beyond: bool
 
+    def more(self, settings: Settings) -> bool | None:
+        """Whether the tuned model is shown to learn more in context, or less; None where the seeds show neither."""
+        return self.difference.mean > 0 if self.p <= settings.alpha else None
 
-BySeed = Mapping[int, ShotScores]
+
+class Measured(NamedTuple):
+    """One task of one run, and what one changed answer moves its gain."""
+
+    scores: ShotScores
+    grain: float
+
+
+BySeed = Mapping[int, Measured]
 
 
 def gains(evidence: Evidence) -> list[Gain]:
@@ -74,21 +92,38 @@ def gains(evidence: Evidence) -> list[Gain]:
         for task, own in scored[key].items():
             other = theirs.get(task, {})
             both = sorted(own.keys() & other.keys())
-            relative = ratio_of_means([own[s].gain for s in both], [other[s].gain for s in both]) if both else None
             found.append(
                 Gain(
                     recipe=recipe,
                     task=task,
-                    gain=estimate([one.gain for one in own.values()]),
-                    raw=_raw(own.values()),
+                    gain=_gain(own.values()),
+                    raw=_raw(one.scores for one in own.values()),
                     twin=twin if both else None,
-                    relative=relative,
-                    twin_raw=_raw([other[seed] for seed in both]) if both else None,
+                    relative=_relative([own[s] for s in both], [other[s] for s in both]) if both else None,
+                    twin_raw=_raw(other[seed].scores for seed in both) if both else None,
                     reference=is_own_counterpart(recipe),
                     beyond=_beyond(recipe.runs, task),
                 )
             )
     return found
+
+
+def _gain(found: Collection[Measured]) -> Estimate:
+    return estimate([one.scores.gain for one in found], max(one.grain for one in found))
+
+
+def _relative(ours: Sequence[Measured], theirs: Sequence[Measured]) -> Estimate:
+    """Share of the twin's gain, on the seeds that both have.
+
+    Refused (NaN) unless the 95% interval of the twin's own gain on these seeds lies above 0, its spread no smaller than
+    what one answer moves the gain; one seed has no interval, and so gives no ratio.
+    """
+    if not _gain(theirs).low > 0:
+        return Estimate(math.nan, math.nan, math.nan, len(theirs))
+    (top, top_grain), (bottom, bottom_grain) = (
+        ([one.scores.gain for one in side], max(one.grain for one in side)) for side in (ours, theirs)
+    )
+    return ratio_of_means(top, bottom, (top_grain, bottom_grain))
 
 
 def learned(evidence: Evidence) -> list[Learned]:
@@ -103,7 +138,15 @@ def learned(evidence: Evidence) -> list[Learned]:
         if recipe.trained and (base := _base_of(recipe, bases.get(recipe.setting, ())))
         for one in _learned(recipe, base)
     ]
-    return [replace(one, p=p) for one, p in zip(raw, holm([one.p for one in raw]), strict=True)]
+    return _adjusted(raw, first_of_its_kind(evidence.recipes))
+
+
+def _adjusted(raw: Sequence[Learned], same: Mapping[tuple[str, str, str, str], Recipe]) -> list[Learned]:
+    """p adjusted by Holm; recipes that are one under two names and came out alike are one test."""
+    names = [(same.get(one.recipe.key, one.recipe).key, one.task, one.difference.mean, one.p) for one in raw]
+    tests = dict.fromkeys(names)
+    found = dict(zip(tests, holm([p for *_, p in tests]), strict=True))
+    return [replace(one, p=found[name]) for one, name in zip(raw, names, strict=True)]
 
 
 def _base_of(recipe: Recipe, bases: Sequence[Recipe]) -> Recipe | None:
@@ -123,7 +166,7 @@ def _learned(recipe: Recipe, base: Recipe) -> Iterable[Learned]:
         tuned, untuned = (_shot_scores(side, common) for side in (run, base_run))
         items = items_of(run)
         for task in (task for task in tuned if task in untuned):
-            grain = _grain(tuned[task], untuned[task], min(n for (name, _), n in items.items() if name == task))
+            grain = max(_grain(one[task], _fewest(items, task)) for one in (tuned, untuned))
             sides.setdefault(task, []).append((tuned[task], untuned[task], grain))
     for task, found in sides.items():
         tuned_, untuned_ = [one for one, *_ in found], [one for _, one, _ in found]
@@ -144,19 +187,25 @@ def _learned(recipe: Recipe, base: Recipe) -> Iterable[Learned]:
         )
 
 
-def _grain(tuned: ShotScores, base: ShotScores, items: int) -> float:
+def _grain(one: ShotScores, items: int) -> float:
     """What one changed answer moves a gain few/zero − 1: the least spread over seeds that is believed.
 
     One with shots moves `few` by 1/(n · shots), one without moves `zero` by 1/n: by the derivative, few/(n zero²).
     """
-    return max(max(1.0 / len(one.shots), one.few / one.zero) / (items * one.zero) for one in (tuned, base))
+    return max(1.0 / len(one.shots), one.few / one.zero) / (items * one.zero)
+
+
+def _fewest(items: Mapping[tuple[str, int], int], task: str) -> int:
+    """Items behind the scores of a task; the fewest, where they differ."""
+    return min(n for (name, _), n in items.items() if name == task)
 
 
 def _by_task(runs: Iterable[Record]) -> Mapping[str, BySeed]:
-    by_task: dict[str, dict[int, ShotScores]] = {}
+    by_task: dict[str, dict[int, Measured]] = {}
     for run in runs:
+        items = items_of(run)
         for task, found in shot_scores(accuracies(run)).items():
-            by_task.setdefault(task, {})[seed_of(run)] = found
+            by_task.setdefault(task, {})[seed_of(run)] = Measured(found, _grain(found, _fewest(items, task)))
     return by_task
 
 

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from lyapft.verdict.costs import jointly, told_apart
 from lyapft.verdict.evidence import BROKE_DOWN, Settings
 from lyapft.verdict.recipes import Row
 
 UNFINISHED = ("running", "interrupted")  # not there yet: their seeds may still come
+Advice = Literal["use", "dear", "open", "unsound", "better", "outside"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,19 @@ class Recommendation:
     better: tuple[Row, ...]
     trained: bool = True  # whether any of it was trained at all
     recipes: int = 1  # whose costs share an error rate
+
+    @property
+    def advice(self) -> Advice:
+        """To use the chosen one; else which of the others there are, in this order; `outside` where there are none."""
+        if self.chosen:
+            return "use"
+        others: tuple[Advice, ...] = ("dear", "open", "unsound", "better")
+        return next((name for name in others if getattr(self, name)), "outside")
+
+    @property
+    def nearest(self) -> Row | None:
+        """Of the undecided ones that whose mean difference is the smallest."""
+        return min(self.open, key=lambda row: abs(row.comparison.estimate.mean), default=None)
 
 
 def recommend(found: Sequence[Row], settings: Settings) -> list[Recommendation]:

@@ -1,5 +1,7 @@
 """In which residual block a number format's rounding enters, as the shadow probe saw it."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lyapft.records import Record
@@ -36,3 +38,11 @@ def origin_of(run: Record) -> Origin | None:
             best = Origin(name, value - before, largest)
         before = value
     return best
+
+
+def agreed(found: Sequence[Origin]) -> str | None:
+    """The block that more than half of the runs name, or the only run; None where they do not agree."""
+    if not found:
+        return None
+    block, count = Counter(one.block for one in found).most_common(1)[0]
+    return block if 2 * count > len(found) or len(found) == 1 else None

@@ -28,6 +28,11 @@ class Spikes:
     floors: Mapping[str, float] = field(default_factory=dict)  # mean size of the same score's difference, by kind
 
 
+def worth_of_an_answer(found: Sequence[Row]) -> float:
+    """Points by which one changed answer moves a single score; the most, where scores differ in their items."""
+    return 100.0 / min(pair.fewest_items for row in found for pair in row.pairs)
+
+
 def spikes(found: Sequence[Row], floors: Sequence[Floor], settings: Settings) -> list[Spikes]:
     """A row per setting, task and number of shots; a recipe that repeats another one counts once."""
     noise = {(floor.setting, floor.kind): floor for floor in floors}

@@ -1,6 +1,7 @@
 """Numbers as sentences write them."""
 
 import math
+from dataclasses import dataclass
 
 from lyapft.divergence import FEW_SEEDS, Comparison, Estimate
 from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, ScoreKey, Settings
@@ -11,9 +12,17 @@ MOST_LISTED = 3
 ALONE = "Every p is after Holm's correction; the interval beside it is of that one comparison alone, uncorrected."
 EMULATED = "(emulated)"  # beside every cost of a run whose half precision was
 EMULATED_MEANS = (
-    f"{EMULATED}: half precision ran in software on a processor without half arithmetic. Such speed, and a cost that "
-    "counts it, is not that of hardware that has it."
+    f"{EMULATED}: half precision ran in software; such speed, and a cost that counts it, is not that of hardware that "
+    "has it."
 )
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and its sentences."""
+
+    title: str
+    lines: tuple[str, ...]
 
 
 def signed(value: float) -> str:
@@ -69,19 +78,32 @@ def size(found: Estimate) -> str:
     return f"{found.mean:.2f} points{reach}"
 
 
-def needed(found: Comparison, settings: Settings) -> str:
-    """How many seeds would decide, or why that cannot be said."""
+def needed(found: Comparison, settings: Settings, conditions: bool = True) -> str:
+    """How many seeds would decide, or why that cannot be said.
+
+    Args:
+        conditions: whether to add what the number rests on (see `chance`).
+    """
     if found.estimate.n < 2:
         return "one seed has no spread, so run at least three"
     count = found.seeds_needed(settings.alpha, settings.power)
     if count is None:
         return "its mean lies so near the margin that no number of seeds can be named"
     how = "that it is equivalent" if abs(found.estimate.mean) < found.margin else "that it is not"
-    text = (
-        f"about {max(count, found.estimate.n + 1)} seeds would show {how}, with {settings.power:.0%} chance, if mean "
-        "and spread stay"
-    )
+    text = f"about {max(count, found.estimate.n + 1)} seeds would show {how}"
+    if not conditions:
+        return text
+    text = f"{text}, with {chance(settings)}"
     return f"{text}, a rough guess from {found.estimate.n}" if found.estimate.few else text
+
+
+def chance(settings: Settings) -> str:
+    """What the number of seeds that would decide rests on.
+
+    >>> chance(Settings())
+    '80% chance, if mean and spread stay'
+    """
+    return f"{settings.power:.0%} chance, if mean and spread stay"
 
 
 def margin(settings: Settings) -> str:

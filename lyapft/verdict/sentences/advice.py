@@ -37,7 +37,7 @@ def recommendations(found: Sequence[Recommendation], settings: Settings, referen
     for one in found:
         lines.append(_recommended(one, settings) if one.chosen else _not_recommended(one, settings))
         lines += [
-            f"Not equivalent but better: {row.recipe.name}, {_at_cost(row)}, {difference(row.comparison)}; "
+            f"Not equivalent but better: {row.recipe.name}, {at_cost(row)}, {difference(row.comparison)}; "
             f"{scores_of(row)}."
             for row in one.better
         ]
@@ -59,7 +59,7 @@ def _reference(one: Recommendation) -> str:
     return REFERENCE if one.trained else "the full-precision base (nothing was trained)"
 
 
-def _at_cost(row: Row) -> str:
+def at_cost(row: Row) -> str:
     """What a recipe costs; one seed's cost shows nothing, and is called so."""
     cost = row.cost.index
     if math.isnan(cost.mean):
@@ -76,7 +76,7 @@ def _recommended(one: Recommendation, settings: Settings) -> str:
         f"{margin(settings)}: {difference(row.comparison)}; TOST {p_value(row.comparison.p_equivalent)}"
         f"{_adjusted_for(row.comparison.family)}; {scores_of(row)}. "
         f"{_savings(row.cost)} It is cheaper at {p_value(row.cost.p)}{_adjusted_for(one.recipes)}.{_ties(one)}"
-        f"{_unfinished(row)}"
+        f"{unfinished(row)}"
     )
 
 
@@ -88,7 +88,7 @@ def _ties(one: Recommendation) -> str:
     """The equivalent recipes that the measured costs do not tell from the one that is named."""
     if not one.tied:
         return ""
-    shown = [f"{row.recipe.label} ({_at_cost(row)}, {scores_of(row)})" for row in one.tied]
+    shown = [f"{row.recipe.label} ({at_cost(row)}, {scores_of(row)})" for row in one.tied]
     return f" Its cost cannot be told from that of {joined(shown)}: take any of them."
 
 
@@ -99,15 +99,19 @@ def _savings(cost: Cost) -> str:
         mark = f" {EMULATED}" * cost.emulated
         parts[0] = f"it trains {ratio(cost.speed.mean)} the tokens/s ({interval(cost.speed, '.2f')}){mark}"
     if cost.memory.n:
-        less = round(100 * (1 - cost.memory.mean))
-        amount = "as much memory" if less == 0 else f"{abs(less)}% {'less' if less > 0 else 'more'} memory"
-        parts[1] = f"needs {amount} per token"
+        parts[1] = f"needs {memory_of(cost)} per token"
     note = f" Memory ran out in {cost.halved} of its pairs, whose cost is left out." if cost.halved else ""
     text = " and ".join(parts)
     return f"{text[0].upper()}{text[1:]}.{note}"
 
 
-def _unfinished(row: Row) -> str:
+def memory_of(cost: Cost) -> str:
+    """How much less memory, or more; only where it was measured."""
+    less = round(100 * (1 - cost.memory.mean))
+    return "as much memory" if less == 0 else f"{abs(less)}% {'less' if less > 0 else 'more'} memory"
+
+
+def unfinished(row: Row) -> str:
     """Seeds of a recipe that have not come to their end, for no reason of its own."""
     left = len(row.recipe.failed_seeds())
     return f" {left} of {left + len(row.recipe.runs)} of its runs did not finish." if left else ""
@@ -115,24 +119,24 @@ def _unfinished(row: Row) -> str:
 
 def _not_recommended(one: Recommendation, settings: Settings) -> str:
     where = where_of(one.setting)
-    if one.dear:
+    if one.advice == "dear":
         shown = [
-            f"{row.recipe.label} ({_at_cost(row)}, {difference(row.comparison)}, {scores_of(row)})" for row in one.dear
+            f"{row.recipe.label} ({at_cost(row)}, {difference(row.comparison)}, {scores_of(row)})" for row in one.dear
         ]
         return (
             f"{where}: stay with {_reference(one)}. Equivalent to it within {margin(settings)}, but not shown to cost "
             f"less: {joined(shown)}."
         )
-    if one.open:
+    if one.advice == "open":
         return (
             f"{where}: undecided. No recipe is shown to be equivalent to {_reference(one)} within {margin(settings)}."
         )
-    if one.unsound:
+    if one.advice == "unsound":
         return (
             f"{where}: undecided. No recipe with all of its seeds is shown to be equivalent to {_reference(one)} "
             f"within {margin(settings)}."
         )
-    if one.better:
+    if one.advice == "better":
         return f"{where}: no recipe is equivalent to {_reference(one)} within {margin(settings)}."
     return f"{where}: stay with {_reference(one)}. Every other recipe is shown to lie outside {margin(settings)}."
 
@@ -148,6 +152,6 @@ def _unsound(row: Row) -> str:
 def _open(row: Row, settings: Settings) -> str:
     doubted = f"; {joined(doubts(row))}" if doubts(row) else ""
     return (
-        f"Undecided: {row.recipe.name}, {_at_cost(row)}, {difference(row.comparison)}; {scores_of(row)}{doubted}; "
+        f"Undecided: {row.recipe.name}, {at_cost(row)}, {difference(row.comparison)}; {scores_of(row)}{doubted}; "
         f"{needed(row.comparison, settings)}."
     )

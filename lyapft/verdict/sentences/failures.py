@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from lyapft.divergence import is_spike
-from lyapft.verdict.blame import Inquiry, blame, inquire, jointly, remedy
-from lyapft.verdict.evidence import PAPER, Evidence, Settings
-from lyapft.verdict.recipes import Row, ScoreRow
+from lyapft.verdict.blame import Inquiry, blame, remedy
+from lyapft.verdict.evidence import PAPER, Recipe, Settings
+from lyapft.verdict.failures import Failures
+from lyapft.verdict.recipes import Row
 from lyapft.verdict.sentences.advice import scores_of
-from lyapft.verdict.sentences.single_scores import keys_of, outside, single_scores, unexplained
-from lyapft.verdict.spikes import Spikes
+from lyapft.verdict.sentences.single_scores import single_scores
+from lyapft.verdict.spikes import Spikes, worth_of_an_answer
 from lyapft.verdict.words import (
     AGAINST,
     ALONE,
@@ -27,36 +28,28 @@ NOISE = {"seeds": "another seed", "threads": "other thread count", "replicate": 
 
 
 def failures(
-    evidence: Evidence, found: Sequence[Row], scores: Sequence[ScoreRow], spikes: Sequence[Spikes], settings: Settings
+    outside: Failures, found: Sequence[Row], recipes: Sequence[Recipe], spikes: Sequence[Spikes], settings: Settings
 ) -> list[str]:
     """Recipes and single scores that lie outside the margin, whose doing it is, and trainings that broke down.
 
     Args:
-        found: rows against the paper's counterpart. scores: single scores, against both kinds.
+        found: rows against the paper's counterpart.
     """
-    siblings = {
-        setting: list(own)
-        for setting, own in groupby(sorted(found, key=lambda r: r.recipe.setting), lambda r: r.recipe.setting)
-    }
-    whole = [row for row in found if row.outcome(settings) in ("worse", "better") and row.same_as is None]
-    single = outside(scores, settings)
-    explained = [(row, row.keys) for row in whole]
-    explained += [(row, keys_of(own)) for row, own in single if unexplained(row, settings)]
-    inquiries = jointly(
-        [inquire(evidence, row, siblings[row.recipe.setting], keys, settings) for row, keys in explained]
-    )
-    lines = [_failure(one, settings) for one in inquiries[: len(whole)]]
-    lines += single_scores(single, {id(one.row): one for one in inquiries[len(whole) :]}, settings)
+    lines = [_failure(one, settings) for one in outside.whole]
+    lines += [single_scores(group, settings) for group in outside.single]
     if lines:
         lines.append(ALONE)
     elif found:
-        undecided = sum(row.outcome(settings) == "undecided" for row in found)
-        open_ones = f"; {undecided} of {len(found)} are undecided, which does not mean that they agree" * bool(
-            undecided
-        )
-        lines.append(f"No recipe is shown to lie outside {margin(settings)}{open_ones}.")
-    lines += [f"{recipe.name}: {joined(broken)}." for recipe in evidence.recipes if (broken := recipe.breakdowns())]
+        lines.append(none_outside(found, settings))
+    lines += [f"{recipe.name}: {joined(broken)}." for recipe in recipes if (broken := recipe.breakdowns())]
     return [*lines, *_spikes(found, spikes, settings)]
+
+
+def none_outside(found: Sequence[Row], settings: Settings) -> str:
+    """That nothing is shown to fail, which is not that all agree."""
+    undecided = sum(row.outcome(settings) == "undecided" for row in found)
+    agree = f"; {undecided} of {len(found)} are undecided, which does not mean that they agree" if undecided else ""
+    return f"No recipe is shown to lie outside {margin(settings)}{agree}."
 
 
 def _failure(one: Inquiry, settings: Settings) -> str:
@@ -74,7 +67,7 @@ def _spikes(found: Sequence[Row], spikes: Sequence[Spikes], settings: Settings) 
     total = sum(one.scores for one in spikes)
     if not total:
         return []
-    grain = 100.0 / min(pair.fewest_items for row in found for pair in row.pairs)
+    grain = worth_of_an_answer(found)
     note = f"; one answer is worth {grain:.2f} points there, so few answers make one" if is_spike(grain, 0.2) else ""
     count = sum(one.spikes for one in spikes)
     lines = [

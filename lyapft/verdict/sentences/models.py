@@ -28,6 +28,7 @@ from lyapft.verdict.words import (
 )
 
 BEYOND = " Some of these scores are beyond the trained length."
+APART = f"{ALONE} Means over all scores and single scores are two families."
 
 
 def architectures(
@@ -101,7 +102,7 @@ def _gain(gain: Gain) -> str:
     elif math.isfinite(share.mean):
         relative = f"{100 * share.mean:.0f}% of {gain.twin}'s ({interval(share, '.0%')}; {_few(theirs)})"
     else:
-        relative = f"{gain.twin} gains too little there for a ratio ({_few(theirs)})"
+        relative = f"{gain.twin} is not shown to gain there, so no ratio ({_few(theirs)})"
     return f"{gain.task} {signed(gain.gain.mean)} ({interval(gain.gain, '.2f')}; {_few(gain.raw)}), {relative}"
 
 
@@ -112,7 +113,8 @@ def _few(found: Raw) -> str:
 
 def base_and_tuned(found: Sequence[Learned], settings: Settings) -> list[str]:
     """Whether fine-tuning changed what the model makes of examples in its prompt."""
-    return [_learned(one, settings) + (BEYOND if one.beyond else "") for one in found]
+    lines = [_learned(one, settings) + (BEYOND if one.beyond else "") for one in found]
+    return [*lines, ALONE] if any(not math.isnan(one.p) for one in found) else lines
 
 
 def _learned(one: Learned, settings: Settings) -> str:
@@ -123,11 +125,9 @@ def _learned(one: Learned, settings: Settings) -> str:
         f"({_few(one.base_raw)}), difference {signed(one.difference.mean)} ({interval(one.difference)}), "
         f"{p_value(one.p)}"
     )
-    if one.p <= settings.alpha:
-        told = f"learns {'more' if one.difference.mean > 0 else 'less'} in context than {base}"
-    else:
-        told = f"is not shown to learn more or less in context than {base}"
-    return f"{one.recipe.name}{_on(one.recipe.setting)}, {one.task}, {shots}, {told}: {numbers}."
+    more = one.more(settings)
+    told = "is not shown to learn more or less" if more is None else f"learns {'more' if more else 'less'}"
+    return f"{one.recipe.name}{_on(one.recipe.setting)}, {one.task}, {shots}, {told} in context than {base}: {numbers}."
 
 
 def _on(setting: tuple[str, str, str]) -> str:
@@ -148,17 +148,18 @@ def settings_asked(found: Sequence[Ablation], settings: Settings) -> list[str]:
         ]
         more = f" and {len(own) - MOST_LISTED} more" if len(own) > MOST_LISTED else ""
         lines.append(f"{where_of(setting)}, {recipe}: single scores in which {name} shows: {'; '.join(parts)}{more}.")
-    return lines
+    return [*lines, APART] if any(one.comparison.estimate.n > 1 for one in found) else lines
 
 
 def _ablation(one: Ablation, settings: Settings) -> str:
     found = one.comparison
+    outcome = one.outcome(settings)
     if found.estimate.n < 2:
         told = f"undecided; {needed(found, settings)}"
-    elif found.p_equivalent <= settings.alpha:
+    elif outcome == "equivalent":
         told = f"equivalent within {margin(settings)}, TOST {p_value(found.p_equivalent)}"
-    elif found.p_different <= settings.alpha:
-        told = f"{one.value if found.estimate.mean > 0 else one.other} scores higher, {p_value(found.p_different)}"
+    elif outcome != "undecided":
+        told = f"{getattr(one, outcome)} scores higher, {p_value(found.p_different)}"
     else:
         told = f"no difference is shown, {p_value(found.p_different)}, nor equivalence; {needed(found, settings)}"
     return (

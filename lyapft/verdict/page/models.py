@@ -1,0 +1,133 @@
+"""Mamba beside the Transformer, the base beside the tuned model, and the settings that a study varies; a line each."""
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+from lyapft.divergence import Estimate
+from lyapft.verdict import sentences
+from lyapft.verdict.ablations import Ablation
+from lyapft.verdict.architectures import Contrast
+from lyapft.verdict.evidence import PAPER
+from lyapft.verdict.learning import Gain, Learned, Raw
+from lyapft.verdict.page.common import BEYOND, Common, cut
+from lyapft.verdict.page.layout import Topic, by_turns, line, topic
+from lyapft.verdict.words import AGAINST, p_value, raw, signed
+
+MODELS = "Mamba against Transformer: mean divergence in points, of these checkpoints on these data"
+LEAST = 4  # comparisons that are shown before more is said of anything else
+ASKED = "What else was asked"
+MOST_TASKS = 2
+
+
+def contrasts(common: Common) -> Topic:
+    """A line for each pair of models and counterpart, the largest models of each answer first."""
+    found = common.found
+    if not found.contrasts:
+        return line(MODELS, *sentences.architectures((), found.recurrent[:MOST_TASKS], (), found.settings))
+
+    def kind(one: Contrast) -> str:
+        steadier = one.steadier(found.settings)
+        who = "Mamba" if steadier == one.model else "Transformer"
+        return f"with the {who} steadier" if steadier else "undecided"
+
+    overall = [one for one in found.contrasts if one.overall]
+    ordered = by_turns(overall, kind, lambda one: common.size(one.model), LEAST)
+    return topic(MODELS, ordered, lambda one: _contrast(one, common), "comparisons", kind, LEAST)
+
+
+def _contrast(one: Contrast, common: Common) -> str:
+    found = one.comparison
+    against = "the reference" if one.counterpart == PAPER else AGAINST[one.counterpart]
+    names = f"{cut(one.model)} and {cut(one.twin)}{common.on(one.data, one.task)}"
+    steadier = one.steadier(common.found.settings)
+    if found.estimate.n < 2:
+        told = "one common seed, so neither can be called steadier"
+    else:
+        told = f"{cut(steadier)} is steadier" if steadier else "undecided"
+    return (
+        f"{names}, from {against}: {told}; {one.size.mean:.2f} ({raw(*one.scores)}) and {one.twin_size.mean:.2f} "
+        f"({common.scores(one.twin_scores, one.beyond)}), difference {common.apart(found.estimate, found.p_different)}."
+    )
+
+
+def in_context(common: Common) -> Topic:
+    """In-context learning of the counterparts, relative to the Transformer twin's: a line for each model."""
+    told = [gain for gain in common.found.gains if gain.reference and gain.twin and gain.relative and gain.twin_raw]
+    rows = [list(own) for _, own in groupby(told, key=lambda gain: gain.recipe.key)]
+    ordered = sorted(rows, key=lambda own: -common.size(own[0].recipe.model))
+    return topic(MODELS, ordered, lambda own: _in_context(own, common), "models with in-context learning")
+
+
+def _in_context(own: Sequence[Gain], common: Common) -> str:
+    first = own[0]
+    tasks = ", ".join(_gain(gain, common) for gain in own[:MOST_TASKS])
+    more = f" and {len(own) - MOST_TASKS} more tasks" if len(own) > MOST_TASKS else ""
+    return (
+        f"In-context learning of {cut(first.recipe.model)}{common.on(first.recipe.data, first.recipe.task)}, as share "
+        f"of {cut(first.twin or '')}'s gain: {tasks}{more}."
+    )
+
+
+def _gain(gain: Gain, common: Common) -> str:
+    share, theirs = gain.relative, gain.twin_raw
+    assert share is not None
+    assert theirs is not None
+    if math.isfinite(share.mean):
+        text = f"{100 * share.mean:.0f}% {_percent(share, common)}"
+    else:
+        text = "no ratio, one seed" if share.n < 2 else "no ratio, as the twin is not shown to gain"
+    mark = f" {BEYOND}" * gain.beyond
+    return f"{cut(gain.task)} {text} ({_few(gain.raw)} against {_few(theirs)}{mark})"
+
+
+def _percent(found: Estimate, common: Common) -> str:
+    seeds = f"; n = {found.n}" if found.n != common.seeds else ""
+    return f"[{found.low:.0%}, {found.high:.0%}{seeds}]".replace("-", "−")
+
+
+def _few(found: Raw) -> str:
+    """The scores without and with examples."""
+    return f"{found.zero:.3f} to {found.few:.3f}"
+
+
+def base_and_tuned(common: Common) -> Topic:
+    """Whether tuning changed what a model makes of examples in its prompt, the largest models of each answer first."""
+    settings = common.found.settings
+
+    def kind(one: Learned) -> str:
+        more = one.more(settings)
+        return "undecided" if more is None else f"learning {'more' if more else 'less'} in context"
+
+    ordered = by_turns(common.found.learned, kind, lambda one: common.size(one.recipe.model))
+    return topic(ASKED, ordered, lambda one: _learned(one, common), "tuned recipes and tasks", kind)
+
+
+def _learned(one: Learned, common: Common) -> str:
+    more = one.more(common.found.settings)
+    told = "is not shown to learn more or less" if more is None else f"learns {'more' if more else 'less'}"
+    p = f", {p_value(one.p)}" if one.difference.n > 1 else ""
+    mark = f" {BEYOND}" * one.beyond
+    return (
+        f"{common.name(one.recipe)}, {cut(one.task)}: {told} in context than its base: gain {signed(one.gain.mean)} "
+        f"({_few(one.raw)}) against {signed(one.base_gain)} ({_few(one.base_raw)}{mark}) of the 0-shot score, "
+        f"difference {common.apart(one.difference)}{p}."
+    )
+
+
+def settings_asked(common: Common) -> Topic:
+    """What a setting does over all scores, everything else equal."""
+    overall = [one for one in common.found.ablations if one.key is None]
+    ordered = sorted(overall, key=lambda one: -common.size(one.setting[0]))
+    return topic(ASKED, ordered, lambda one: _ablation(one, common), "pairs of a setting")
+
+
+def _ablation(one: Ablation, common: Common) -> str:
+    found, outcome = one.comparison, one.outcome(common.found.settings)
+    told = {"equivalent": "equivalent", "undecided": "no difference is shown, nor equivalence"}
+    p = found.p_equivalent if outcome == "equivalent" else found.p_different
+    numbers = common.numbers(found.estimate, (one.score, one.other_score), bool(one.beyond), p)
+    return (
+        f"{common.where(one.setting)} · {cut(one.recipe)}, {cut(one.name)} {one.value} against {one.other}: "
+        f"{told.get(outcome) or f'{getattr(one, outcome)} scores higher'} ({numbers})."
+    )

@@ -1,0 +1,120 @@
+"""How far a page can be trusted: noise, spikes, what is missing, and labels; a line each."""
+
+from collections import Counter
+from itertools import groupby
+
+from lyapft.verdict import sentences
+from lyapft.verdict.duplicates import first_of_its_kind
+from lyapft.verdict.floors import KINDS
+from lyapft.verdict.page.common import BEYOND, Common, cut, some
+from lyapft.verdict.page.layout import Topic, line, topic
+from lyapft.verdict.sentences.failures import NOISE
+from lyapft.verdict.words import EMULATED, EMULATED_MEANS, chance, joined, margin, scored, seeds
+
+MOST_RECIPES, MOST_MODELS = 1, 2
+TRUST, KEY = "How far to trust it", "How to read this page"
+
+
+def noise(common: Common) -> Topic:
+    """How far runs lie apart that should not differ: over all settings, from the least to the largest."""
+    floors = common.found.floors
+    parts = []
+    for kind, short in NOISE.items():
+        sizes = sorted(floor.mean_abs for floor in floors if floor.kind == kind)
+        if sizes:
+            reach = f"{sizes[0]:.2f}" + f" to {sizes[-1]:.2f}" * (f"{sizes[0]:.2f}" != f"{sizes[-1]:.2f}")
+            parts.append(f"{short} {reach}")
+    absent = [short for kind, short in NOISE.items() if kind not in {floor.kind for floor in floors}]
+    not_measured = f" Not measured: {joined(absent)}." if absent else ""
+    if not parts:
+        return line(TRUST, f"Noise was not measured: {joined(list(KINDS.values()))}.")
+    low, high = min(floor.scores[0] for floor in floors), max(floor.scores[1] for floor in floors)
+    reach = f"{', '.join(parts)} points (scores {low:.3f} to {high:.3f})"
+    return line(TRUST, f"Noise, as mean size of a difference: {reach}.{not_measured}")
+
+
+def spikes(common: Common) -> Topic:
+    """How many single scores lie far off, and where most often."""
+    found, settings = common.found.spikes, common.found.settings
+    total, count = (sum(getattr(one, name) for one in found) for name in ("scores", "spikes"))
+    if not total:
+        return Topic(TRUST, (), ())
+    worst = max(found, key=lambda one: (one.spikes / one.scores, one.mean_abs))
+    where = f"{common.where(worst.setting)}, {cut(scored(worst.key))}"
+    often = f", most often {where}: {worst.spikes} of {worst.scores}" * bool(count)
+    points = f"{settings.spike:g} point{'s' * (settings.spike != 1)}"
+    return line(TRUST, f"Spikes: {count} of {total} single scores lie over {points} off{often}.")
+
+
+def missing(common: Common) -> Topic:
+    """What the tables lack: counted by why, and of which recipes most."""
+    gaps = common.found.gaps
+    if not gaps:
+        return line(TRUST, *sentences.missing(()))
+    kinds = Counter(gap.kind or gap.why for gap in gaps).most_common()
+    why = some([f"{kind} ({count})" for kind, count in kinds], "reasons")
+    recipes = Counter(common.name(gap.recipe) for gap in gaps).most_common()
+    named = some([f"{name} ({count})" for name, count in recipes], "recipes, below", MOST_RECIPES)
+    return line(TRUST, f"Missing or failed seeds: {why}; of {named}.")
+
+
+def beyond_training(common: Common) -> Topic:
+    """What the dagger stands for, by model."""
+    own: dict[str, dict[tuple[str, int], bool]] = {}
+    for score in common.found.scores:
+        keys, key = own.setdefault(score.row.recipe.model, {}), (score.task, score.shots)
+        keys[key] = keys.get(key, False) or bool(score.beyond_trained_length)
+    ordered = sorted((model for model in own if any(own[model].values())), key=lambda model: -common.size(model))
+    if not ordered:
+        return Topic(TRUST, (), ())
+    counts = [f"{cut(model)} ({sum(own[model].values())} of {len(own[model])} scores)" for model in ordered]
+    return line(
+        TRUST,
+        f"{BEYOND} beyond the trained length, so extrapolation too: {some(counts, 'models, below', MOST_MODELS)}.",
+    )
+
+
+def repeated(common: Common) -> Topic:
+    """Recipes that are one thing under two names."""
+    found = first_of_its_kind(common.found.recipes)
+    recipes = [recipe for recipe in common.found.recipes if recipe.key in found]
+    rows = [
+        (common.where(setting), list(dict.fromkeys(name for one in own for name in (found[one.key].peft, one.peft))))
+        for setting, own in groupby(sorted(recipes, key=lambda one: one.setting), key=lambda one: one.setting)
+    ]
+    return topic(
+        TRUST,
+        rows,
+        lambda row: (
+            f"Counted once where they came out alike: {joined(list(map(cut, row[1])))} of {row[0]}, which are "
+            "one recipe."
+        ),
+        "models with one recipe under two names",
+    )
+
+
+def key(common: Common, text: str) -> list[Topic]:
+    """What is said once for all lines.
+
+    Args:
+        text: the lines of the page, which may use marks that need an explanation.
+    """
+    found = common.found
+    if not (found.rows or found.learned or found.ablations):
+        return []
+    lines = [
+        f"Differences are points of accuracy, mean over tasks and shots, on the same seeds{_brackets(common)}; then "
+        f"score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Every p is after "
+        "Holm's correction, no interval is."
+    ]
+    if "seeds would show" in text:
+        lines.append(f"Seeds that would show it do so with {chance(found.settings)}.")
+    if EMULATED in text:
+        lines.append(EMULATED_MEANS)
+    return [line(KEY, one) for one in lines]
+
+
+def _brackets(common: Common) -> str:
+    if common.seeds == 1:
+        return ": one seed, so no interval, and nothing is decided"
+    return f" [95% interval; {seeds(common.seeds)}, unless another n is named]"
