@@ -225,15 +225,15 @@ def compare_each(
         grain_r = grains[places]
         mean_r, sd_r, n = _moments(values_rn, grain_r)
         columns = (
-            *(mean_r, *t_interval(values_rn, grain_r)),
-            spread(values_rn, grain_r),
+            *(mean_r, *t_interval(values_rn, grain_r), spread(values_rn, grain_r)),
             _p_outside(mean_r, sd_r, n, 0.0),
             _p_inside(mean_r, sd_r, n, margin),
             _p_outside(mean_r, sd_r, n, margin),
         )
         numbers = zip(*(column.tolist() for column in columns), strict=True)
-        for place, (mean, low, high, sd, *p), rank in zip(places, numbers, _rank_tests(values_rn), strict=True):
-            found[place] = Comparison(Estimate(mean, low, high, n), sd, margin, *p, rank)
+        for place, numbers_, rank in zip(places, numbers, _rank_tests(values_rn), strict=True):
+            mean, low, high, sd, different, equivalent, outside = numbers_
+            found[place] = Comparison(Estimate(mean, low, high, n), sd, margin, different, equivalent, outside, rank)
     return [found[place] for place in range(len(samples))]
 
 

@@ -38,7 +38,7 @@ def _cost_floors(floors: Mapping[tuple[str, str, str], Mapping[str, float]], row
 
 def _recipe(
     row: Row,
-    bootstrapped: Mapping[str, float],
+    bootstrapped: dict[str, float],
     floors: Mapping[tuple[tuple[str, str, str], str], float],
     settings: Settings,
 ) -> dict[str, Any]:
