@@ -7,7 +7,7 @@ Letters: M models, R recipes, S seeds, K scores, B blocks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,6 +166,7 @@ class Study:
             record["cost"] |= {"tokens_per_s": 1000.0 / time, "peak_bytes_per_token": 100.0 * memory}
             record["stability"]["margin"] = float(margins[m, r, s])
             record["shadow"] = {"deviation_max_by_block": dict(zip(BLOCKS, blocks[m, r, s].tolist(), strict=True))}
+        self.evidence = replace(self.evidence)  # which remembers no score of the study before
 
     @property
     def records(self) -> list[dict[str, Any]]:

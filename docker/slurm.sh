@@ -5,6 +5,7 @@
 #   sbatch --array=0-7 docker/slurm.sh lyapft.sif study=matrix threads=4
 # LYAPFT_RUNS is where results go (default: runs/ here), LYAPFT_DATA a folder that the cells may read, under its own name.
 # The image: apptainer build lyapft.sif docker-daemon://lyapft:cpu. On GPUs: sbatch --gpus-per-task=1, and lyapft:cuda.
+# Never run with Apptainer itself, nor on GPUs: tests/cluster/batch.sh has a stand-in for the one.
 #SBATCH --job-name=lyapft
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=4

@@ -39,6 +39,7 @@ KINDS: dict[type, tuple[str, ...]] = {  # of a record's parts, for whoever reads
     ),
     list: ("scores", "divergence", "oom", "alerts"),
 }  # fmt: skip
+NUMBER_OR_NONE = (int, float, type(None))  # a union in a loop over a million scores would be made a million times
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}")  # names that `write_atomically` gives to what is not whole yet
 
 Record = dict[str, Any]
@@ -132,20 +133,24 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+class NoRecord(InputError):
+    """A folder without a record."""
+
+
 def load(folder: Path | str, decode: Callable[[str], Any] = json.loads) -> Record:
     """Read `record.json` of a run folder.
 
     Args:
         decode: of its text, where a reader of many records has a quicker way.
     Raises:
-        InputError: no record there, not JSON, or of another schema version.
+        InputError: no record there (`NoRecord`), not JSON, or of another schema version.
     """
-    path = os.path.join(folder, RECORD)  # a study has many: a Path, or text mode, takes twice as long
+    path = os.path.join(folder, RECORD)  # a study has many: a Path, text mode or a buffer takes twice as long
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             record = decode(file.read().decode("utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{folder} holds no {RECORD}: give the folder of a run, runs/STUDY/CELL") from None
+        raise NoRecord(f"{folder} holds no {RECORD}: give the folder of a run, runs/STUDY/CELL") from None
     except NOT_JSON as error:
         raise InputError(
             f"{path} is not a readable record ({error}): delete the folder and run the cell again"
@@ -169,7 +174,7 @@ def _misfit(record: Record) -> str | None:
             return f"{name} has an entry that is no object"
     for score in record.get("scores") or ():
         text, shots, value = score.get("task"), score.get("shots"), score.get("value", "none")
-        if not (isinstance(text, str) and isinstance(shots, int) and isinstance(value, int | float | None)):
+        if not (isinstance(text, str) and isinstance(shots, int) and isinstance(value, NUMBER_OR_NONE)):
             return f"a score of {text!r} is not task, shots and value"
     return None
 
@@ -216,7 +221,10 @@ def costs(record: Record) -> dict[str, Any]:
 def divergence_entry(record: Record, counterpart: str) -> dict[str, Any] | None:
     """The record's divergence from one kind of counterpart, if it has any entry for it."""
     entries: list[dict[str, Any]] = record.get("divergence") or []
-    return next((entry for entry in entries if entry.get("counterpart") == counterpart), None)
+    for entry in entries:  # a large study asks a million times, which a generator would take twice as long for
+        if entry.get("counterpart") == counterpart:
+            return entry
+    return None
 
 
 class StepSeries:

@@ -1,6 +1,8 @@
 """A study too large to be shown cell by cell: what the page keeps, and that nothing is lost of the numbers."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,12 @@ def test_a_large_study_shows_the_furthest_kinds_whole_and_judges_all(
     assert "From here on" not in whole
     table = pd.read_parquet(tmp_path / exports.CELLS_FILE)
     assert set(table["id"]) == {record["id"] for record in made}
+
+
+def test_a_report_needs_no_torch() -> None:
+    """Its import takes as long as reading ten thousand records, and memory."""
+    code = "import sys, lyapft.report.__main__; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def as_read(record: Any) -> Any:

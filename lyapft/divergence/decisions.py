@@ -7,13 +7,13 @@ zero would always find something. Shape letters: `…` any number of tables at o
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
-from lyapft.divergence.estimates import Estimate, Values, estimate, spread
+from lyapft.divergence.estimates import Estimate, Values, by_size, refuse_nan, spread, t_interval
 
 Outcome = Literal["equivalent", "better", "worse", "undecided"]
 MARGIN_POINTS = 1.0  # percentage points: differences inside ± this are called equivalent
@@ -41,7 +41,7 @@ def p_outside(values: Values, margin: float, resolution: float = 0.0) -> np.ndar
     return _p_outside(*_moments(values, resolution), margin)
 
 
-def _moments(values: Values, resolution: float) -> tuple[Any, Any, int]:
+def _moments(values: Values, resolution: Values | float) -> tuple[Any, Any, int]:
     """Mean, spread and number of seeds; the spread is NaN where it is 0, as it then says nothing, and for one seed."""
     values_n = np.asarray(values, float)
     sd = spread(values_n, resolution)
@@ -100,24 +100,35 @@ def rank_test(values: Values) -> RankTest:
     >>> rank_test([0.1, 0.2, 0.3])
     RankTest(p=0.25, smallest_p=0.25, n=3)
     """
-    kept = np.asarray(values, float)
-    kept = kept[kept != 0]
-    if kept.size == 0:
-        return RankTest(1.0, 1.0, 0)
-    _, place, ties = np.unique(np.abs(kept), return_inverse=True, return_counts=True)
-    twice = (2 * np.cumsum(ties) - ties + 1)[place]  # mean ranks are halves
-    above, total = int(twice[kept > 0].sum()), int(twice.sum())
-    tail = min(above, total - above)  # of the two sums of ranks the smaller
-    if kept.size <= EXACT_SEEDS:
-        below = float(_rank_sums(twice)[: tail + 1].sum())
-    else:
-        below = float(special.ndtr((2 * tail - total) / math.sqrt(float((twice.astype(float) ** 2).sum()))))
-    return RankTest(min(1.0, 2 * below), 2.0 / 2**kept.size, int(kept.size))
+    return _rank_tests(np.asarray(values, float)[None])[0]
 
 
-def _rank_sums(ranks: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Chance of each sum of the ranks with a positive sign, where every sign is as likely as the other."""
-    chances = np.zeros(int(ranks.sum()) + 1)
+def _rank_tests(values_rn: np.ndarray[Any, Any]) -> list[RankTest]:
+    """Of every row; sums of ranks are counted twice over, as mean ranks are halves."""
+    zero_rn = values_rn == 0
+    ranks_rn = stats.rankdata(np.where(zero_rn, np.inf, np.abs(values_rn)), axis=-1)  # zeros come last
+    twice_rn = np.where(zero_rn, 0, 2 * ranks_rn).astype(int)
+    above_r, total_r = np.where(values_rn > 0, twice_rn, 0).sum(axis=-1), twice_rn.sum(axis=-1)
+    tail_r = np.minimum(above_r, total_r - above_r)  # of the two sums of ranks the smaller
+    deviation_r = np.sqrt(np.maximum((twice_rn.astype(float) ** 2).sum(axis=-1), 1.0))
+    below_r = special.ndtr((2 * tail_r - total_r) / deviation_r)
+    n_r = np.count_nonzero(values_rn, axis=-1)
+    for row in np.flatnonzero(n_r <= EXACT_SEEDS):
+        ranks = tuple(sorted(twice_rn[row][~zero_rn[row]].tolist()))
+        below_r[row] = _rank_sums(ranks)[: tail_r[row] + 1].sum()
+    return [
+        RankTest(min(1.0, 2 * below), 2.0 / 2**n if n else 1.0, n)
+        for below, n in zip(below_r.tolist(), n_r.tolist(), strict=True)
+    ]
+
+
+@lru_cache(maxsize=1024)
+def _rank_sums(ranks: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Chance of each sum of the ranks with a positive sign, where every sign is as likely as the other.
+
+    Kept, as samples of one size without ties have the same ranks; halves of up to 30 signs are exact in any order.
+    """
+    chances = np.zeros(sum(ranks) + 1)
     chances[0] = 1.0
     for rank in ranks:
         chances[rank:] = (chances[rank:] + chances[:-rank]) / 2
@@ -176,13 +187,8 @@ class Comparison:
     p_different: float
     p_equivalent: float
     p_outside: float
-    values: tuple[float, ...]  # the differences, one per seed
+    rank: RankTest
     family: int = 1  # comparisons that share the error rate
-
-    @cached_property
-    def rank(self) -> RankTest:
-        """The rank test of the differences, which no family adjusts; half of the work of a comparison."""
-        return rank_test(self.values)
 
     def outcome(self, alpha: float = ALPHA) -> Outcome:
         """What the differences allow to say; NaN p values decide nothing."""
@@ -205,16 +211,30 @@ def compare(values: Values, margin: float = MARGIN_POINTS, resolution: float = 0
         margin: points; inside ± this a difference does not matter.
         resolution: what one changed answer moves a value, in points: the least spread that is believed.
     """
-    moments = _moments(values, resolution)
-    return Comparison(
-        estimate(values, resolution),
-        float(spread(values, resolution)),
-        margin,
-        float(_p_outside(*moments, 0.0)),
-        float(_p_inside(*moments, margin)),
-        float(_p_outside(*moments, margin)),
-        tuple(np.asarray(values, float).tolist()),
-    )
+    return compare_each([values], margin, resolution)[0]
+
+
+def compare_each(
+    samples: Sequence[Values], margin: float = MARGIN_POINTS, resolutions: Sequence[float] | float = 0.0
+) -> list[Comparison]:
+    """`compare` of many samples, each with its own resolution; those of equal size are computed together."""
+    grains = np.broadcast_to(resolutions, len(samples))
+    found: dict[int, Comparison] = {}
+    for places, values_rn in by_size(samples):
+        refuse_nan(values_rn)
+        grain_r = grains[places]
+        mean_r, sd_r, n = _moments(values_rn, grain_r)
+        columns = (
+            *(mean_r, *t_interval(values_rn, grain_r), spread(values_rn, grain_r)),
+            _p_outside(mean_r, sd_r, n, 0.0),
+            _p_inside(mean_r, sd_r, n, margin),
+            _p_outside(mean_r, sd_r, n, margin),
+        )
+        numbers = zip(*(column.tolist() for column in columns), strict=True)
+        for place, numbers_, rank in zip(places, numbers, _rank_tests(values_rn), strict=True):
+            mean, low, high, sd, different, equivalent, outside = numbers_
+            found[place] = Comparison(Estimate(mean, low, high, n), sd, margin, different, equivalent, outside, rank)
+    return [found[place] for place in range(len(samples))]
 
 
 def adjusted(comparisons: Sequence[Comparison], same: Sequence[Hashable] | None = None) -> list[Comparison]:

@@ -4,7 +4,7 @@ Shape letters: `…` any number of tables at once, n seeds. Everything is vector
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ CONFIDENCE = 0.95
 # Share of 95% BCa intervals that cover the mean of normal values, from 20,000 simulated studies of n seeds each
 # (benchmarks/interval_coverage.py). The t interval covers 95% at every n. With few seeds BCa is too narrow: prefer t.
 BCA_COVERAGE = {3: 0.72, 5: 0.84, 8: 0.88, 12: 0.91, 20: 0.93}
+ROWS_AT_ONCE = 256  # samples whose resampled means are held at a time
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,20 @@ def estimate(
     Estimate(mean=4.0, low=4.0, high=4.0, n=3)
     """
     values_n = np.asarray(values, float)
-    if np.isnan(values_n).any():
-        raise ValueError(f"{int(np.isnan(values_n).sum())} of {values_n.size} values are NaN: leave those seeds out")
+    refuse_nan(values_n)
     if values_n.size == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
     low, high = t_interval(values_n, resolution, confidence)
     return Estimate(float(values_n.mean()), float(np.maximum(low, least)), float(np.minimum(high, most)), values_n.size)
 
 
-def spread(values: Values, resolution: float = 0.0) -> np.ndarray[Any, Any]:
+def refuse_nan(values: np.ndarray[Any, Any]) -> None:
+    """Raise ValueError where a seed has no value."""
+    if count := int(np.isnan(values).sum()):
+        raise ValueError(f"{count} of {values.size} values are NaN: leave those seeds out")
+
+
+def spread(values: Values, resolution: Values | float = 0.0) -> np.ndarray[Any, Any]:
     """Standard deviation over seeds (n − 1), at least `resolution`; NaN for one seed.
 
     Scores are counts: a few seeds with exactly equal differences do not prove that the spread is 0, only that it is
@@ -71,7 +77,7 @@ def spread(values: Values, resolution: float = 0.0) -> np.ndarray[Any, Any]:
 
 
 def t_interval(
-    values: Values, resolution: float = 0.0, confidence: float = CONFIDENCE
+    values: Values, resolution: Values | float = 0.0, confidence: float = CONFIDENCE
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Student's interval of the mean over the last axis: x̄ ± t_{n−1} s/√n; exact for normal values."""
     values_n = np.asarray(values, float)
@@ -100,18 +106,45 @@ def bca_interval(
     Source: Efron 1987, through `scipy.stats.bootstrap`.
     """
     values_n = np.asarray(values, float)
-    if values_n.shape[-1] < 2:
+    n = values_n.shape[-1]
+    if n < 2:
         nothing = np.full(values_n.shape[:-1], math.nan)
         return nothing, nothing
-    rng = np.random.default_rng(seed)
-    equal = np.ptp(values_n, axis=-1) == 0
+    rows_rn = values_n.reshape(-1, n)
+    starts = range(0, len(rows_rn), ROWS_AT_ONCE)
+    parts = [_bca(rows_rn[start : start + ROWS_AT_ONCE], confidence, resamples, seed) for start in starts]
+    low, high = (np.concatenate(side).reshape(values_n.shape[:-1]) for side in zip(*parts, strict=True))
+    return low, high
+
+
+def _bca(values_rn: np.ndarray[Any, Any], confidence: float, resamples: int, seed: int) -> tuple[Any, Any]:
+    """Of the rows of a table: their places are resampled, so each has the resamples that it would have alone."""
+    n, equal_r = values_rn.shape[-1], np.ptp(values_rn, axis=-1) == 0
     # A constant sample has no acceleration; it is replaced here and put right below.
-    sample = np.where(equal[..., None], np.arange(values_n.shape[-1]), values_n)
+    sample_rn = np.where(equal_r[:, None], np.arange(n), values_rn)
+
+    def means(places: np.ndarray[Any, Any], axis: int) -> np.ndarray[Any, Any]:
+        return np.stack([row.take(places).mean(axis=axis) for row in sample_rn])
+
+    rng = np.random.default_rng(seed)
     found = stats.bootstrap(
-        (sample,), np.mean, axis=-1, n_resamples=resamples, confidence_level=confidence, method="BCa", rng=rng
+        (np.arange(n),), means, n_resamples=resamples, confidence_level=confidence, method="BCa", rng=rng
     ).confidence_interval
-    mean = values_n.mean(axis=-1)
-    return np.where(equal, mean, found.low), np.where(equal, mean, found.high)
+    mean_r = values_rn.mean(axis=-1)
+    return np.where(equal_r, mean_r, found.low), np.where(equal_r, mean_r, found.high)
+
+
+def by_size(samples: Sequence[Values]) -> Iterator[tuple[list[int], np.ndarray[Any, Any]]]:
+    """The samples of equal size as the rows of one table, with their places.
+
+    >>> [(places, table.shape) for places, table in by_size([[1.0, 2.0], [3.0], [4.0, 5.0]])]
+    [([0, 2], (2, 2)), ([1], (1, 1))]
+    """
+    places: dict[int, list[int]] = {}
+    for place, sample in enumerate(samples):
+        places.setdefault(len(sample), []).append(place)
+    for own in places.values():
+        yield own, np.array([samples[place] for place in own], float)
 
 
 def ratio_of_means(

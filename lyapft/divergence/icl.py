@@ -23,15 +23,14 @@ class ShotScores:
         return (self.few - self.zero) / self.zero
 
 
-def shot_scores(scores: Iterable[Mapping[str, Any]]) -> dict[str, ShotScores]:
-    """The scores of each task that has a gain.
+def shot_scores(values: Mapping[tuple[str, int], float]) -> dict[str, ShotScores]:
+    """The scores of each task that has a gain, from those by (task, shots).
 
     Tasks without a 0-shot score, without any other, or with a 0-shot score of 0 have none and are left out.
     """
     tables: dict[str, dict[int, float]] = {}
-    for score in scores:
-        if score.get("metric", "acc") == "acc":
-            tables.setdefault(str(score["task"]), {})[int(score["shots"])] = float(score["value"])
+    for (task, count), value in values.items():
+        tables.setdefault(task, {})[count] = value
     return {
         task: ShotScores(by_shots[0], math.fsum(by_shots[s] for s in shots) / len(shots), shots)
         for task, by_shots in tables.items()
@@ -40,10 +39,15 @@ def shot_scores(scores: Iterable[Mapping[str, Any]]) -> dict[str, ShotScores]:
 
 
 def icl_gains(scores: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Gain of each task that has one.
+    """Gain of each task that has one, from a record's scores.
 
     >>> acc = {0: 0.25, 1: 0.5, 5: 0.75}
     >>> icl_gains({"task": "t", "shots": s, "value": v} for s, v in acc.items())
     {'t': 1.5}
     """
-    return {task: found.gain for task, found in shot_scores(scores).items()}
+    values = {
+        (str(score["task"]), int(score["shots"])): float(score["value"])
+        for score in scores
+        if score.get("metric", "acc") == "acc"
+    }
+    return {task: found.gain for task, found in shot_scores(values).items()}

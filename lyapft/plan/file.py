@@ -6,7 +6,7 @@ taken away.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from lyapft.errors import NOT_JSON, InputError
-from lyapft.plan.cells import CELL, RERUN, Planned, key_of, recipe_of, settings_of
+from lyapft.plan.cells import CELL, FREE, RERUN, Planned, recipe_of, settings_of
 from lyapft.records import LOCKS, RECORD, Record, load_study, save_json
 from lyapft.verdict import Outstanding
 
@@ -104,12 +104,24 @@ def whole(records: Iterable[Record]) -> list[Record]:
 
 def states(entries: Sequence[Entry], records: Iterable[Record]) -> dict[str, str]:
     """The status of each planned cell by its key: that of its record, or `not run`."""
-    found: dict[str, str] = {}
-    for record in whole(records) if entries else ():
-        key = key_of(record)
-        if found.get(key) != "ok":  # the same settings on other contents of files: one that is ok counts
-            found[key] = str(record["status"])
-    return {one.key: found.get(one.key, NOT_RUN) for one in entries}
+    found: dict[tuple[object, ...], str] = {}
+    for record, recipe in _with_recipes(records) if entries else ():
+        config = record["config"]
+        cell = recipe, config.get("seed"), config.get("replicate"), config["runs_as"]["threads"]
+        if found.get(cell) != "ok":  # the same settings on other contents of files: one that is ok counts
+            found[cell] = str(record["status"])
+    return {one.key: found.get((one.recipe, one.seed, one.replicate, one.threads), NOT_RUN) for one in entries}
+
+
+def _with_recipes(records: Iterable[Record]) -> Iterator[tuple[Record, str]]:
+    """The records that are whole, each with its recipe, which is made out once for configs that share their parts."""
+    known: dict[tuple[object, ...], str] = {}
+    for record in whole(records):  # a list, so that all of them are alive and no identity stands for two
+        config = record["config"]
+        parts = tuple((name, id(part)) for name, part in config.items() if name not in FREE)
+        if parts not in known:
+            known[parts] = recipe_of(settings_of(config))
+        yield record, known[parts]
 
 
 def summary(states_by_key: Mapping[str, str]) -> str:
@@ -128,7 +140,7 @@ def outstanding(entries: Sequence[Entry], records: Sequence[Record]) -> list[Out
     found = states(entries, records)
     left = [one for one in entries if found[one.key] == NOT_RUN]
     alike: dict[str, set[str]] = {}
-    for record in whole(records) if left else ():
-        alike.setdefault(recipe_of(settings_of(record["config"])), set()).add(str(record["id"]))
+    for record, recipe in _with_recipes(records) if left else ():
+        alike.setdefault(recipe, set()).add(str(record["id"]))
     same = {recipe: frozenset(own) for recipe, own in alike.items()}
     return [Outstanding(one.choices, one.seed, same.get(one.recipe, frozenset()), one.role == RERUN) for one in left]

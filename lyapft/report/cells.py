@@ -25,6 +25,13 @@ COUNTERPARTS_SHORT = {"paper": "fp32 full", "precision_only": "fp32 same peft"}
 WHOLE_STUDY = 1000  # cells: a study up to this size is shown cell by cell
 EXCERPT = 300  # of a larger one, about so many cells are
 NO_STEPS = pd.DataFrame()
+# overrides that no label needs: it names them anyway, or they change no number
+NOT_IN_LABELS = frozenset(
+    {
+        "seed", "replicate", "study", "study.name", "logger", "reference", "runs", "probe", "trainer.progress",
+        "trainer.record_every_s",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +108,9 @@ def facet_groups(all_records: Sequence[Record]) -> list[str]:
 
 def _own_overrides(record: Record) -> tuple[str, ...]:
     """Command-line overrides other than the choices that a label names anyway."""
-    named = {*(record.get("choices") or {}), "seed", "replicate", "study", "study.name", "logger", "reference", "runs"}
-    named |= {"probe", "trainer.progress", "trainer.record_every_s"}  # they change no number
-    overrides = [str(text) for text in record.get("overrides") or []]
-    return tuple(sorted(text for text in overrides if text.split("=")[0].lstrip("+~") not in named))
+    choices = record.get("choices") or {}
+    named = [(text, text.split("=")[0].lstrip("+~")) for text in map(str, record.get("overrides") or [])]
+    return tuple(sorted(text for text, name in named if name not in NOT_IN_LABELS and name not in choices))
 
 
 def kinds(all_records: Sequence[Record]) -> list[str]:
@@ -181,8 +187,9 @@ def load_study(folder: Path) -> Study:
         for record, label, kind in zip(found, _labels(found, names), names, strict=True)
     ]
     chosen = {id(cell.record) for cell in excerpt(cells)}
+    answers = not all(_has_answers(cell.record) for cell in cells if id(cell.record) in chosen)
     cells = [
-        _with_tables(cell, Path(folders[id(cell.record)]), notes) if id(cell.record) in chosen else cell
+        _with_tables(cell, Path(folders[id(cell.record)]), answers, notes) if id(cell.record) in chosen else cell
         for cell in cells
     ]
     shown = tuple(cell for cell in cells if id(cell.record) in chosen)
@@ -216,18 +223,27 @@ def _records_in(folder: Path, notes: list[str]) -> list[tuple[str, Record]]:
     found: list[tuple[str, Record]] = []
     reader = Reader()
     for home in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()):
-        if not os.path.exists(os.path.join(home, records.RECORD)):
-            continue
         try:
             found.append((home, records.load(home, reader.decode)))
+        except records.NoRecord:
+            continue
         except InputError as error:
             notes.append(str(error))
     return found
 
 
-def _with_tables(cell: Cell, home: Path, notes: list[str]) -> Cell:
-    steps, items, end = (_table(home / name, notes) for name in (records.STEPS, records.ITEMS, records.STABILITY))
-    return replace(cell, steps=NO_STEPS if steps is None else steps, items=items, stability=end)
+def _has_answers(record: Record) -> bool:
+    """Whether a record says all that the answers behind its comparisons would say."""
+    entries = [entry for entry in record.get("divergence") or () if entry.get("status") == "ok"]
+    return all(entry.get("flips") and entry.get("answer_shift") for entry in entries)
+
+
+def _with_tables(cell: Cell, home: Path, answers: bool, notes: list[str]) -> Cell:
+    """A cell with the tables of its folder, the answers to single items only where they are asked for."""
+    steps = _table(home / records.STEPS, notes)
+    items = _table(home / records.ITEMS, notes) if answers else None
+    stability = _table(home / records.STABILITY, notes)
+    return replace(cell, steps=NO_STEPS if steps is None else steps, items=items, stability=stability)
 
 
 def _experiments(folder: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:

@@ -11,6 +11,7 @@ import json
 import sys
 from typing import Any
 
+DECODE = json.JSONDecoder().raw_decode
 # parts of which a study has few different ones
 COMMON = frozenset(
     {
@@ -65,19 +66,31 @@ class Reader:
         if depth == 0 and name == "config":
             return name, self._object(value, 1)
         if depth == 0 and name == "divergence":
-            return name, [self._object(entry, 2, COMMON_OF_DIVERGENCE) for entry in _entries(value, 1)]
+            return name, [self._object("{" + entry, 2, COMMON_OF_DIVERGENCE) for entry in _entries(value, 1)]
         if name in ("scores", "per_score"):
-            return name, [self._one(score) for score in _entries(value, depth + 1)]
-        return name, _named(json.loads(value))
+            known = self._objects
+            return name, [known.get(entry) or self._new(entry) for entry in _entries(value, depth + 1)]
+        return name, _named(_decoded(value))
 
-    def _one(self, text: str) -> Any:
-        """The object of a text: the same one as whenever it was met before."""
-        found = self._objects.get(text)
-        return self._objects.setdefault(text, json.loads(text)) if found is None else found
+    def _new(self, entry: str) -> Any:
+        """The object of an entry that was not met before."""
+        return self._objects.setdefault(entry, _decoded("{" + entry))
+
+
+def _decoded(text: str) -> Any:
+    """What `json.loads` gives, of a text without blanks around it: it looks for those for longer than it decodes.
+
+    Raises:
+        ValueError: no JSON, or blanks around it.
+    """
+    value, end = DECODE(text)
+    if end != len(text):
+        raise ValueError(f"laid out otherwise: {text:.40}")
+    return value
 
 
 def _entries(text: str, depth: int) -> list[str]:
-    """Texts of the objects in a list that begins at this depth of indentation.
+    """Texts of the objects in a list that begins at this depth of indentation, without their first bracket.
 
     Raises:
         ValueError: not laid out as `records.save_json` does.
@@ -85,8 +98,7 @@ def _entries(text: str, depth: int) -> list[str]:
     if text == "[]":
         return []
     line = "\n" + "  " * (depth + 1) + "{"
-    inside = _inside(text, "[" + line, "\n" + "  " * depth + "]")
-    return ["{" + entry for entry in inside.split("," + line)]
+    return _inside(text, "[" + line, "\n" + "  " * depth + "]").split("," + line)
 
 
 def _inside(text: str, first: str, last: str) -> str:

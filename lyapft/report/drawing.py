@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -74,10 +75,13 @@ def style_key(cell: Cell) -> tuple[str, str]:
 
 def thin(x: Sequence[float], y: pd.Series, points: int = CURVE_POINTS) -> tuple[list[float], list[float | None]]:
     """Means of at most `points` bins of neighbouring steps; a bin without a finite number is a gap."""
-    frame = pd.DataFrame({"x": list(x), "y": y.astype(float).to_list()})
-    frame["y"] = frame["y"].where(frame["y"].abs() < math.inf)
-    bins = frame if len(frame) <= points else frame.groupby(frame.index // math.ceil(len(frame) / points)).mean()
-    return bins["x"].tolist(), [None if math.isnan(value) else value for value in bins["y"]]
+    steps, values = list(x), y.astype(float).to_numpy()
+    values = np.where(np.abs(values) < math.inf, values, math.nan)
+    if len(steps) > points:
+        frame = pd.DataFrame({"x": steps, "y": values})
+        bins = frame.groupby(frame.index // math.ceil(len(frame) / points)).mean()
+        steps, values = bins["x"].tolist(), bins["y"].to_numpy()
+    return steps, [None if math.isnan(value) else value for value in values.tolist()]
 
 
 class Panels:
@@ -108,20 +112,20 @@ class Panels:
 
     def line(self, row: int, column: int, cell: Cell, style: Style, point: str = "step %{x:.0f}", **trace: Any) -> None:
         """One cell's line, in its style, paler if it did not end well; `point` says on hovering where on x it is."""
-        self.figure.add_scatter(
-            row=row,
-            col=column,
-            name=style.name,
-            legendgroup=style.name,
-            showlegend=False,
-            line={"color": style.colour, "dash": style.dash, "width": 1.8},
-            marker={"symbol": style.marker, "size": 7, "color": style.colour, "maxdisplayed": 9}
-            | trace.pop("marker", {}),
-            opacity=0.9 if cell.ok else 0.45,
-            hovertemplate=f"{html.escape(cell.label)} ({cell.record['status']})<br>{point}: %{{y:.4g}}<extra></extra>",
-            mode="lines+markers",
-            **trace,
-        )
+        name = f"{html.escape(cell.label)} ({cell.record['status']})"
+        marker = {"symbol": style.marker, "size": 7, "color": style.colour, "maxdisplayed": 9}
+        drawn = trace | {
+            "type": "scatter",
+            "name": style.name,
+            "legendgroup": style.name,
+            "showlegend": False,
+            "line": {"color": style.colour, "dash": style.dash, "width": 1.8},
+            "marker": marker | trace.get("marker", {}),
+            "opacity": 0.9 if cell.ok else 0.45,
+            "hovertemplate": f"{name}<br>{point}: %{{y:.4g}}<extra></extra>",
+            "mode": "lines+markers",
+        }
+        self.figure.add_trace(drawn, row=row, col=column)  # of a Scatter plotly would make a second one
 
     def dress(self, x_title: str, y_titles: Sequence[str]) -> go.Figure:
         """Axis titles: x below the last row, y beside the panels of the first columns."""

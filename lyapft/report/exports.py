@@ -1,6 +1,7 @@
 """The verdict as files: Markdown to read, CSV and Parquet to compute with, LaTeX to print."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -35,22 +36,16 @@ def write(folder: Path, verdict: Verdict, cells: Sequence[Cell] = ()) -> list[Pa
     also those of a large study that the page does not show, are in `tables/cells.parquet`. Returns the files.
     """
     containment.check(folder, [folder / records.TABLES])
-    written = [_write_text(folder / MARKDOWN, as_markdown(verdict))]
+    columns = {name: text_columns(verdict, name) for name in verdict.tables}
+    written = [_write_text(folder / MARKDOWN, as_markdown(verdict, columns))]
     written.append(_write_text(folder / LATEX, as_lists(verdict.page)))
     if cells:
-        table = cell_table(cells)
-        records.write_atomically(folder / CELLS_FILE, lambda path: table.to_parquet(path, index=False))
-        written.append(folder / CELLS_FILE)
+        written.append(_write(folder / CELLS_FILE, partial(cell_table(cells).to_parquet, index=False)))
     for name, table in verdict.tables.items():
         home = folder / records.TABLES / name
-        parts: list[tuple[str, Callable[[Path], object]]] = [
-            (".csv", lambda path, table=table: table.to_csv(path, index=False)),  # type: ignore[misc]
-            (".parquet", lambda path, table=table: table.to_parquet(path, index=False)),  # type: ignore[misc]
-        ]
-        for suffix, save in parts:
-            records.write_atomically(home.with_suffix(suffix), lambda path, save=save: _discard(save(path)))  # type: ignore[misc]
-            written.append(home.with_suffix(suffix))
-        text = as_latex(text_columns(verdict, name), caption(verdict, name), name)
+        written.append(_write(home.with_suffix(".csv"), partial(table.to_csv, index=False)))
+        written.append(_write(home.with_suffix(".parquet"), partial(table.to_parquet, index=False)))
+        text = as_latex(columns[name], caption(verdict, name), name)
         written.append(_write_text(home.with_suffix(".tex"), text))
     return written
 
@@ -61,7 +56,8 @@ def cell_table(cells: Sequence[Cell]) -> pd.DataFrame:
     groups = ("model", "data", "task", "precision", "peft")
     columns: dict[str, list[object]] = {name: [record.get(name) for record in found] for name in PLAIN}
     columns |= {group: [read(record, "choices", group) for record in found] for group in groups}
-    columns |= {f"{part}_{name}": [read(record, part, name) for record in found] for part, name in NUMBERS}
+    parts = {part: [record.get(part) or {} for record in found] for part, _ in NUMBERS}
+    columns |= {f"{part}_{name}": [one.get(name) for one in parts[part]] for part, name in NUMBERS}
     columns["emulated"] = [bool(read(record, "precision", "emulated")) for record in found]
     columns["memory_ran_out"] = [bool(record.get("oom")) for record in found]
     columns["error"] = [read(record, "error", "message") for record in found]
@@ -74,21 +70,29 @@ def cell_table(cells: Sequence[Cell]) -> pd.DataFrame:
     return pd.DataFrame({"cell": [cell.label for cell in cells]} | columns)
 
 
-def _discard(_: object) -> None:
-    return None
+def _write(path: Path, save: Callable[[Path], object]) -> Path:
+    def saved(temporary: Path) -> None:
+        save(temporary)
 
-
-def _write_text(path: Path, text: str) -> Path:
-    records.write_atomically(path, lambda temporary: _discard(temporary.write_text(text, encoding="utf-8")))
+    records.write_atomically(path, saved)
     return path
 
 
-def as_markdown(verdict: Verdict) -> str:
-    """One page of sentences, then all the others, then every table."""
+def _write_text(path: Path, text: str) -> Path:
+    return _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def as_markdown(verdict: Verdict, columns: Mapping[str, Sequence[Column]] | None = None) -> str:
+    """One page of sentences, then all the others, then every table.
+
+    Args:
+        columns: of text, by table, where they have been made already.
+    """
+    columns = columns or {name: text_columns(verdict, name) for name in verdict.tables}
     parts = [f"# Verdict on the study {verdict.study}", *_sentences(verdict.page, "##")]
     parts += [f"## {DETAIL}", *_sentences(verdict.sections, "###")]
-    for name in verdict.tables:
-        parts += [f"## Table: {name}", caption(verdict, name), _markdown_table(text_columns(verdict, name))]
+    for name, own in columns.items():
+        parts += [f"## Table: {name}", caption(verdict, name), _markdown_table(own)]
     return "\n\n".join(parts) + "\n"
 
 

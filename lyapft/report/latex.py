@@ -4,6 +4,7 @@ For `\\usepackage{booktabs,longtable}`; any engine, no packages for letters. Wid
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 from lyapft.report.tables import Column, grouped
 from lyapft.verdict import Section
@@ -21,6 +22,7 @@ CHARS |= {char: f"\\{char}" for char in "&%$#_{}"}
 CHARS |= {"−": "$-$", "×": r"$\times$", "±": r"$\pm$", "·": r"$\cdot$", "Δ": r"$\Delta$", "α": r"$\alpha$"}
 CHARS |= {"–": "--", "≤": r"$\le$", "≥": r"$\ge$", "<": "$<$", ">": "$>$", "|": "$|$", "λ": r"$\lambda$"}
 CHARS |= {"†": r"$\dagger$", "→": r"$\to$", "…": r"\ldots{}", "“": "``", "”": "''", "’": "'"}
+ESCAPED = str.maketrans(CHARS)
 
 
 def as_latex(columns: Sequence[Column], text: str, label: str) -> str:
@@ -101,9 +103,10 @@ def _width(column: Column) -> float:
 
 def _text_width(text: str) -> float:
     """Points of a text, rather more than less."""
-    return EM * sum(_ems(char) for char in text)
+    return EM * sum(map(_ems, text))
 
 
+@cache
 def _ems(char: str) -> float:
     if char in NARROW:
         return 0.34
@@ -149,4 +152,4 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return "".join(CHARS.get(char, char) for char in " ".join(text.split()))
+    return " ".join(text.split()).translate(ESCAPED)

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from lyapft.lyapunov.summary import NEUTRAL_ZONE
 from lyapft.report.cells import Cell, Study, read
 from lyapft.report.columns import ABSENT, number
 from lyapft.report.tables import Column, as_html
 from lyapft.verdict.rounding import origin_of
 
+ZONE = "neutral_"  # and a format: of a record's stability
 CERTIFICATE = "rounding of the state, largest"
 SHADOW = "shadow: format against float32"
 CAPTION = (
@@ -40,7 +40,8 @@ def columns(study: Study, cells: list[Cell]) -> list[Column]:
     def numbers(key: str, shown: str) -> list[str]:
         return [number(one.get(key), shown) for one in found]
 
-    zones = [Column("neutral zone", name, [_zone(one, name) for one in found]) for name in NEUTRAL_ZONE]
+    formats = dict.fromkeys(key.removeprefix(ZONE) for one in found for key in one if key.startswith(ZONE))
+    zones = [Column("neutral zone", name, [_zone(one, name) for one in found]) for name in formats]
     return [
         Column("", "cell", [cell.label for cell in cells], numeric=False),
         Column("", "margin (nats/token)", numbers("margin", ".3g")),
@@ -97,6 +98,6 @@ def _worst_layer(stability: dict[str, Any]) -> str:
 
 
 def _zone(stability: dict[str, Any], name: str) -> str:
-    share = stability.get(f"neutral_{name}")
+    share = stability.get(ZONE + name)
     mark = " ●" if stability.get("scan_format") == name else ""
     return ABSENT if share is None else f"{float(share):.2%}{mark}"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from lyapft.divergence import Comparison, adjusted, compare, paired_divergence
 from lyapft.records import accuracies
-from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, Settings, beyond_trained_length, seed_of, settings_of
+from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, Settings, seed_of
 from lyapft.verdict.pairing import Pair, mean_scores_of, resolution, shared_keys
 
 # What a study may vary to be told its effect: the setting's name, the value that is asked about, and the one beside it.
@@ -50,7 +50,7 @@ def ablations(evidence: Evidence, settings: Settings) -> list[Ablation]:
         one
         for name, value, other in ASKED
         for ours, theirs in _pairs(evidence, name, value, other)
-        for one in _compared(ours, theirs, (name, value, other), settings)
+        for one in _compared(_by_seed(evidence, ours, theirs), ours, (name, value, other), settings)
     ]
     return _adjusted([one for one in raw if one.key is None]) + _adjusted([one for one in raw if one.key is not None])
 
@@ -78,13 +78,12 @@ def _pairs(evidence: Evidence, name: str, value: str, other: str) -> Iterator[tu
 
 
 def _without(recipe: Recipe, name: str) -> dict[str, str]:
-    return {key: value for key, value in settings_of(recipe).items() if key != name}
+    return {key: value for key, value in recipe.settings.items() if key != name}
 
 
-def _compared(ours: Recipe, theirs: Recipe, asked: tuple[str, str, str], settings: Settings) -> Iterator[Ablation]:
+def _compared(own: Sequence[Pair], ours: Recipe, asked: tuple[str, str, str], settings: Settings) -> Iterator[Ablation]:
     """The mean over all tasks and shots, then each of them."""
     name, value, other = asked
-    own = _by_seed(ours, theirs)
     keys = shared_keys(own)
     for kept in (None, *keys) if own else ():
         wanted = keys if kept is None else [kept]
@@ -101,22 +100,23 @@ def _compared(ours: Recipe, theirs: Recipe, asked: tuple[str, str, str], setting
             score=score,
             other_score=other_score,
             comparison=compare([pair.mean_over(wanted) for pair in used], settings.margin, grain),
-            beyond=len({key for pair in used for key in beyond_trained_length(pair.run) if key in wanted}),
+            beyond=len({key for pair in used for key in pair.ours.beyond if key in wanted}),
             scores=len(wanted),
         )
 
 
-def _by_seed(ours: Recipe, theirs: Recipe) -> list[Pair]:
+def _by_seed(evidence: Evidence, ours: Recipe, theirs: Recipe) -> list[Pair]:
     """The runs of two recipes that share a seed and scores, the second ones as counterparts."""
     others = {seed_of(run): run for run in theirs.runs}
     found = []
     for run in ours.runs:
         other = others.get(seed_of(run))
-        if other is None or not {(s["task"], s["shots"]) for s in accuracies(run)} & {
-            (s["task"], s["shots"]) for s in accuracies(other)
-        }:
+        if other is None:
+            continue
+        sides = evidence.scores(run), evidence.scores(other)
+        if not sides[0].values.keys() & sides[1].values.keys():
             continue
         apart = paired_divergence(accuracies(run), accuracies(other))
         signed = {(score.task, score.shots): score.signed_points for score in apart.per_score}
-        found.append(Pair(run, other, signed, min(int(score["n"]) for score in accuracies(run)), apart.unpaired))
+        found.append(Pair(seed_of(run), run, other, signed, *sides))
     return found

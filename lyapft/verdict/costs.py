@@ -4,11 +4,14 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lyapft.divergence import Estimate, estimate, holm, p_different
 from lyapft.records import costs
 from lyapft.verdict.evidence import Settings
 from lyapft.verdict.pairing import Pair
+
+Costs = Mapping[str, Any]  # of one run, as its record has them
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ def jointly(costs_: Sequence[Cost]) -> list[Cost]:
 
 def cost_of(own: Sequence[Pair], settings: Settings) -> Cost:
     """The cost of a recipe's pairs, by the reader's weights."""
-    speed, memory = (_log_ratios(own, name) for name in ("tokens_per_s", "peak_bytes_per_token"))
+    sides = [(pair.seed, costs(pair.run), costs(pair.counterpart)) for pair in own]
+    speed, memory = (_log_ratios(sides, name) for name in ("tokens_per_s", "peak_bytes_per_token"))
     weights = (settings.speed_weight, settings.memory_weight)
     # Slower and larger are dearer; a part that does not count need not have been measured.
     parts = [
@@ -46,14 +50,14 @@ def cost_of(own: Sequence[Pair], settings: Settings) -> Cost:
     measured = set.intersection(*(set(one) for _, one in parts))
     index = {seed: sum(weight * one[seed] for weight, one in parts) / sum(weights) for seed in measured}
     emulated = any((pair.run.get("precision") or {}).get("emulated") for pair in own)
-    halved = sum(any(side.get("oom") for side in (pair.run, pair.counterpart)) for pair in own)
+    halved = sum(bool(pair.run.get("oom") or pair.counterpart.get("oom")) for pair in own)
     speeds, memories, costs_ = (_geometric_mean(logs) for logs in (speed, memory, index))
     return Cost(speeds, memories, costs_, index, emulated, halved, _p(index))
 
 
-def _log_ratios(own: Sequence[Pair], name: str) -> dict[int, float]:
+def _log_ratios(sides: Sequence[tuple[int, Costs, Costs]], name: str) -> dict[int, float]:
     """ln(run / counterpart) by seed, where both were measured."""
-    measured = {pair.seed: [costs(side).get(name) for side in (pair.run, pair.counterpart)] for pair in own}
+    measured = {seed: (ours.get(name), theirs.get(name)) for seed, ours, theirs in sides}
     return {seed: math.log(ours / theirs) for seed, (ours, theirs) in measured.items() if ours and theirs}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lyapft.verdict.evidence import Recipe, settings_of
+from lyapft.verdict.evidence import Recipe
 
 NAMES_ONLY = ("peft.name", "peft.targets", "peft.min_coverage")  # what may differ between two of one and the same
 
@@ -21,7 +21,7 @@ def first_of_its_kind(recipes: Sequence[Recipe]) -> dict[tuple[str, str, str, st
     for group in (group for group in groups.values() if len(group) > 1):
         firsts: dict[frozenset[tuple[str, str]], Recipe] = {}
         for recipe in group:
-            kept = frozenset((k, v) for k, v in settings_of(recipe).items() if k not in NAMES_ONLY)
+            kept = frozenset((k, v) for k, v in recipe.settings.items() if k not in NAMES_ONLY)
             if (first := firsts.setdefault(kept, recipe)) is not recipe:
                 found[recipe.key] = first
     return found

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lyapft.divergence import ALPHA, MARGIN_POINTS, POWER, SPIKE_POINTS
 from lyapft.errors import InputError
-from lyapft.records import Record, accuracies, divergence_entry
+from lyapft.records import Record, divergence_entry
 
 PAPER, PRECISION_ONLY = "paper", "precision_only"
 BROKE_DOWN = (
@@ -102,12 +102,19 @@ class Recipe:
         )
 
     @cached_property
+    def settings(self) -> dict[str, str]:
+        """The config as flat names and JSON values, without what may differ between its runs."""
+        run = next(iter((*self.runs, *self.reruns, *self.failed)), {})
+        return {key: value for key, value in flat(run.get("config") or {}).items() if key not in NOT_THE_RECIPE}
+
+    @cached_property
     def adapted(self) -> frozenset[str]:
         """Names of the layers that the peft adapts, as the runs' records have them."""
+        pefts = {id(peft): peft for run in self.runs if (peft := run.get("peft"))}  # records share equal parts
         return frozenset(
             name
-            for run in self.runs
-            for name, counts in ((run.get("peft") or {}).get("coverage") or {}).items()
+            for peft in pefts.values()
+            for name, counts in (peft.get("coverage") or {}).items()
             if counts.get("adapted")
         )
 
@@ -122,7 +129,7 @@ class Recipe:
 
     def failed_reruns(self) -> tuple[Record, ...]:
         """Runs that did not finish and are not what the recipe is judged by: replicates, other thread counts."""
-        finished = set(self.seeds)
+        finished = set(self.seeds) if self.failed else ()
         return tuple(run for run in self.failed if is_rerun(run) or seed_of(run) in finished)
 
     def breakdowns(self) -> list[str]:
@@ -137,6 +144,20 @@ class Recipe:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a record says of each task and number of shots.
+
+    `values` are the scores by which cells are compared, as fractions, `items` the numbers of items behind them.
+    `beyond` counts, where there are any, items that are longer than what the base model was trained on: the most, over
+    metrics.
+    """
+
+    values: Mapping[ScoreKey, float]
+    items: Mapping[ScoreKey, int]
+    beyond: Mapping[ScoreKey, int]
+
+
 @dataclass(frozen=True)
 class Evidence:
     """All recipes of a study, its records by identity, and the answers of those whose items are at hand."""
@@ -145,6 +166,12 @@ class Evidence:
     recipes: tuple[Recipe, ...]
     by_id: Mapping[str, Record]
     items: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    _scores: dict[int, Scores] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def scores(self, record: Record) -> Scores:
+        """The scores of one of its records, read once: whatever it is a counterpart of asks for them."""
+        found = self._scores.get(id(record))
+        return self._scores.setdefault(id(record), scores_of(record)) if found is None else found
 
 
 def gather(records: Sequence[Record], items: Mapping[str, pd.DataFrame] | None = None) -> Evidence:
@@ -159,41 +186,21 @@ def gather(records: Sequence[Record], items: Mapping[str, pd.DataFrame] | None =
     return Evidence(study, tuple(recipes), {str(record["id"]): record for record in records}, items or {})
 
 
-def beyond_trained_length(record: Record) -> dict[ScoreKey, int]:
-    """Items of each score that are longer than what the base model was trained on; the most, over metrics."""
-    found: dict[ScoreKey, int] = {}
-    for score in record.get("scores") or ():
-        if count := int(score.get("beyond_trained_length") or 0):
-            key = score_key(score)
-            found[key] = max(found.get(key, 0), count)
-    return found
-
-
-def settings_of(recipe: Recipe) -> dict[str, str]:
-    """The config of a recipe as flat names and JSON values, without what may differ between its runs."""
-    run = next(iter((*recipe.runs, *recipe.reruns, *recipe.failed)), {})
-    found = flat(run.get("config") or {})
-    return {key: value for key, value in found.items() if key not in NOT_THE_RECIPE}
-
-
 def is_own_counterpart(recipe: Recipe) -> bool:
     """Whether the recipe is full precision with every weight trained: what the others are measured against."""
     return any((divergence_entry(run, PAPER) or {}).get("status") == "self" for run in recipe.runs)
 
 
-def items_of(record: Record) -> dict[ScoreKey, int]:
-    """Number of items behind each score."""
-    return {score_key(s): int(s["n"]) for s in accuracies(record)}
-
-
-def values_of(record: Record) -> dict[ScoreKey, float]:
-    """Each score by which cells are compared, as a fraction."""
-    # written out, as `accuracies` and `score_key` say it: a large study asks a million times
-    return {
-        _key(one["task"], one["shots"]): float(one["value"])
-        for one in record.get("scores") or ()
-        if one.get("metric", "acc") == "acc"
-    }
+def scores_of(record: Record) -> Scores:
+    """Its scores, each looked at once: a large study has a million."""
+    values, items, beyond = dict[ScoreKey, float](), dict[ScoreKey, int](), dict[ScoreKey, int]()
+    for score in record.get("scores") or ():
+        key = _key(score["task"], score["shots"])
+        if score.get("metric", "acc") == "acc":  # as `records.accuracies`
+            values[key], items[key] = float(score["value"]), int(score["n"])
+        if count := int(score.get("beyond_trained_length") or 0):
+            beyond[key] = max(beyond.get(key, 0), count)
+    return Scores(values, items, beyond)
 
 
 def score_key(score: Mapping[str, Any]) -> ScoreKey:
@@ -211,6 +218,9 @@ def _choices(record: Record) -> tuple[str, ...]:
     return tuple(str(chosen.get(group, "?")) for group in ("model", "data", "task", "precision", "peft"))
 
 
+_encoded = json.JSONEncoder(sort_keys=True, default=str).encode
+
+
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Settings by their dotted names, values as JSON."""
     found: dict[str, str] = {}
@@ -218,7 +228,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, default=str)
+            found[f"{prefix}{key}"] = _encoded(value)
     return found
 
 

@@ -72,7 +72,7 @@ def find(evidence: Evidence, settings: Settings, outstanding: Sequence[Outstandi
         learned=tuple(learned(evidence)),
         ablations=tuple(ablations(evidence, settings)),
         floors=tuple(floor),
-        margins=tuple(margins(evidence)),
+        margins=tuple(margins(evidence, paper)),
         gaps=tuple(gaps(evidence, outstanding, both)),
     )
 

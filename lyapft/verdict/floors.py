@@ -9,7 +9,7 @@ import numpy as np
 
 from lyapft.divergence import paired_divergence
 from lyapft.records import Record, accuracies, costs
-from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, is_own_counterpart, seed_of, threads, values_of
+from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, is_own_counterpart, scores_of, seed_of, threads
 
 KINDS = {
     "replicate": "the same cell again",
@@ -103,7 +103,7 @@ def _seeds(recipe: Recipe, apart: _Apart) -> None:
     """Every run beside every other: n² / 2 pairs, so a row of them at a time."""
     if not is_own_counterpart(recipe) or not recipe.trained:  # an untrained base is the same whatever its seed
         return
-    scores = [values for run in recipe.runs if (values := values_of(run))]
+    scores = [values for run in recipe.runs if (values := scores_of(run).values)]
     if len(scores) < 2:
         return
     keys = list(dict.fromkeys(key for values in scores for key in values))
@@ -123,7 +123,7 @@ def _compare(first: Record, rerun: Record, apart: _Apart) -> None:
     apart.distances.append(found.mean_abs_points)
     for score in found.per_score:
         apart.add((score.task, score.shots), score.abs_points, 1)
-    apart.means += [float(np.mean(list(values_of(side).values()))) for side in (first, rerun)]
+    apart.means += [float(np.mean(list(scores_of(side).values.values()))) for side in (first, rerun)]
 
 
 def _scored(a: Record, b: Record) -> bool:

@@ -6,19 +6,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lyapft.divergence import Estimate, ShotScores, estimate, holm, p_different, ratio_of_means, shot_scores
-from lyapft.records import Record, accuracies
+from lyapft.records import Record
 from lyapft.verdict.architectures import twins
 from lyapft.verdict.duplicates import first_of_its_kind
-from lyapft.verdict.evidence import (
-    Evidence,
-    Recipe,
-    Settings,
-    beyond_trained_length,
-    is_own_counterpart,
-    items_of,
-    score_key,
-    seed_of,
-)
+from lyapft.verdict.evidence import Evidence, Recipe, Settings, is_own_counterpart, seed_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,7 @@ def gains(evidence: Evidence) -> list[Gain]:
     """In-context learning of every recipe and task that was scored with and without shots."""
     twin_of, found = twins(evidence), []
     by_key = {recipe.key: recipe for recipe in evidence.recipes}
-    scored = {key: _by_task(recipe.runs) for key, recipe in by_key.items()}
+    scored = {key: _by_task(evidence, recipe.runs) for key, recipe in by_key.items()}
     for key, recipe in by_key.items():
         twin = twin_of.get(recipe.model)
         theirs = scored.get((twin, *key[1:]), {}) if twin else {}
@@ -102,7 +93,7 @@ def gains(evidence: Evidence) -> list[Gain]:
                     relative=_relative([own[s] for s in both], [other[s] for s in both]) if both else None,
                     twin_raw=_raw(other[seed].scores for seed in both) if both else None,
                     reference=is_own_counterpart(recipe),
-                    beyond=_beyond(recipe.runs, task),
+                    beyond=_beyond(evidence, recipe.runs, task),
                 )
             )
     return found
@@ -136,7 +127,7 @@ def learned(evidence: Evidence) -> list[Learned]:
         one
         for recipe in evidence.recipes
         if recipe.trained and (base := _base_of(recipe, bases.get(recipe.setting, ())))
-        for one in _learned(recipe, base)
+        for one in _learned(evidence, recipe, base)
     ]
     return _adjusted(raw, first_of_its_kind(evidence.recipes))
 
@@ -155,16 +146,17 @@ def _base_of(recipe: Recipe, bases: Sequence[Recipe]) -> Recipe | None:
     return min(fitting, key=lambda base: (base.precision != recipe.precision, base.peft != "none"), default=None)
 
 
-def _learned(recipe: Recipe, base: Recipe) -> Iterable[Learned]:
+def _learned(evidence: Evidence, recipe: Recipe, base: Recipe) -> Iterable[Learned]:
     theirs = {seed_of(run): run for run in base.runs}
     if base.seedless:  # its one run stands for all seeds
         theirs = {seed_of(run): base.runs[0] for run in recipe.runs}
     pairs = [(run, theirs[seed_of(run)]) for run in recipe.runs if seed_of(run) in theirs]
     sides: dict[str, list[tuple[ShotScores, ShotScores, float]]] = {}
     for run, base_run in pairs:
-        common = set(map(score_key, accuracies(run))) & set(map(score_key, accuracies(base_run)))
-        tuned, untuned = (_shot_scores(side, common) for side in (run, base_run))
-        items = items_of(run)
+        scores = evidence.scores(run), evidence.scores(base_run)
+        common = scores[0].values.keys() & scores[1].values.keys()
+        tuned, untuned = (shot_scores({k: v for k, v in side.values.items() if k in common}) for side in scores)
+        items = scores[0].items
         for task in (task for task in tuned if task in untuned):
             grain = max(_grain(one[task], _fewest(items, task)) for one in (tuned, untuned))
             sides.setdefault(task, []).append((tuned[task], untuned[task], grain))
@@ -183,7 +175,7 @@ def _learned(recipe: Recipe, base: Recipe) -> Iterable[Learned]:
             base_raw=_raw(untuned_),
             difference=estimate(apart, resolution),
             p=float(p_different(apart, resolution)),
-            beyond=_beyond([run for pair in pairs for run in pair], task),
+            beyond=_beyond(evidence, [run for pair in pairs for run in pair], task),
         )
 
 
@@ -200,17 +192,13 @@ def _fewest(items: Mapping[tuple[str, int], int], task: str) -> int:
     return min(n for (name, _), n in items.items() if name == task)
 
 
-def _by_task(runs: Iterable[Record]) -> Mapping[str, BySeed]:
+def _by_task(evidence: Evidence, runs: Iterable[Record]) -> Mapping[str, BySeed]:
     by_task: dict[str, dict[int, Measured]] = {}
     for run in runs:
-        items = items_of(run)
-        for task, found in shot_scores(accuracies(run)).items():
-            by_task.setdefault(task, {})[seed_of(run)] = Measured(found, _grain(found, _fewest(items, task)))
+        scores = evidence.scores(run)
+        for task, found in shot_scores(scores.values).items():
+            by_task.setdefault(task, {})[seed_of(run)] = Measured(found, _grain(found, _fewest(scores.items, task)))
     return by_task
-
-
-def _shot_scores(run: Record, keys: Collection[tuple[str, int]]) -> Mapping[str, ShotScores]:
-    return shot_scores(score for score in accuracies(run) if score_key(score) in keys)
 
 
 def _raw(found: Iterable[ShotScores]) -> Raw:
@@ -219,5 +207,5 @@ def _raw(found: Iterable[ShotScores]) -> Raw:
     return Raw(zero, few)
 
 
-def _beyond(runs: Iterable[Record], task: str) -> bool:
-    return any(name == task for run in runs for name, _ in beyond_trained_length(run))
+def _beyond(evidence: Evidence, runs: Iterable[Record], task: str) -> bool:
+    return any(name == task for run in runs for name, _ in evidence.scores(run).beyond)

@@ -1,14 +1,13 @@
 """Stability margins by recipe, beside those of full-precision fine-tuning of all weights, seed by seed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
-from lyapft.divergence import Comparison, Estimate, adjusted, compare, estimate
+from lyapft.divergence import Comparison, Estimate, adjusted, compare_each, estimate
 from lyapft.records import Record
-from lyapft.verdict.duplicates import first_of_its_kind
-from lyapft.verdict.evidence import PAPER, Evidence, Recipe
-from lyapft.verdict.pairing import pairs
+from lyapft.verdict.evidence import Evidence, Recipe
+from lyapft.verdict.recipes import Row
 
 
 @dataclass(frozen=True)
@@ -23,28 +22,41 @@ class Margins:
     comparison: Comparison | None  # of the differences from them; p adjusted by Holm over all recipes
 
 
-def margins(evidence: Evidence) -> list[Margins]:
-    """A row per recipe with a measured margin; recipes that are one under two names and came out alike count once."""
-    same = first_of_its_kind(evidence.recipes)
-    found, tests = [], []
+def margins(evidence: Evidence, rows: Sequence[Row]) -> list[Margins]:
+    """A row per recipe with a measured margin; recipes that are one under two names and came out alike count once.
+
+    Args:
+        rows: against the paper's counterpart, whose pairs are compared.
+    """
+    beside = {row.recipe.key: row for row in rows}
+    found, differences, names = [], [], []
     for recipe in evidence.recipes:
         own = [value for run in recipe.runs if (value := _margin(run)) is not None]
         if not own:
             continue
-        sides = [(_margin(pair.run), _margin(pair.counterpart)) for pair in pairs(evidence, recipe, PAPER)]
-        both = [(ours, theirs) for ours, theirs in sides if ours is not None and theirs is not None]
-        differences = tuple(ours - theirs for ours, theirs in both)
+        row = beside.get(recipe.key)
+        both = _both(row) if row else []
         counterpart = math.fsum(theirs for _, theirs in both) / len(both) if both else None
-        comparison = compare(differences) if both else None
-        found.append(Margins(recipe, estimate(own), min(own), max(own), counterpart, comparison))
-        tests.append((*same.get(recipe.key, recipe).key, differences))
-    return _adjusted(found, tests)
+        found.append(Margins(recipe, estimate(own), min(own), max(own), counterpart, None))
+        differences.append([ours - theirs for ours, theirs in both])
+        names.append((*((row and row.same_as) or recipe).key, tuple(differences[-1])))
+    return _compared(found, differences, names)
 
 
-def _adjusted(found: Sequence[Margins], tests: Sequence[tuple[object, ...]]) -> list[Margins]:
-    compared = [(one.comparison, test) for one, test in zip(found, tests, strict=True) if one.comparison]
-    new = iter(adjusted([comparison for comparison, _ in compared], [test for _, test in compared]) if compared else ())
-    return [replace(one, comparison=next(new)) if one.comparison else one for one in found]
+def _both(row: Row) -> list[tuple[float, float]]:
+    """Margins of the runs and of their counterparts, where both were measured."""
+    sides = [(_margin(pair.run), _margin(pair.counterpart)) for pair in row.pairs]
+    return [(ours, theirs) for ours, theirs in sides if ours is not None and theirs is not None]
+
+
+def _compared(
+    found: Sequence[Margins], differences: Sequence[Sequence[float]], names: Sequence[Hashable]
+) -> list[Margins]:
+    """The same with their tests, where there are differences to test."""
+    places = [place for place, own in enumerate(differences) if own]
+    tests = adjusted(compare_each([differences[place] for place in places]), [names[place] for place in places])
+    by_place = dict(zip(places, tests, strict=True))
+    return [replace(one, comparison=by_place.get(place)) for place, one in enumerate(found)]
 
 
 def _margin(run: Record) -> float | None:

@@ -5,34 +5,38 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from lyapft.records import Record, accuracies, divergence_entry
-from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, score_key, seed_of, values_of
+from lyapft.records import Record, divergence_entry
+from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, Scores, score_key, seed_of
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A run beside its counterpart: signed differences in points by (task, shots).
+    """A run beside its counterpart: signed differences in points by (task, shots), and the scores of both."""
 
-    `unpaired` are the scores that only one of the two has.
-    """
-
+    seed: int  # of both
     run: Record
     counterpart: Record
     signed: Mapping[ScoreKey, float]
-    fewest_items: int  # behind any score of the run
-    unpaired: tuple[ScoreKey, ...] = ()
+    ours: Scores
+    theirs: Scores
 
     @property
-    def seed(self) -> int:
-        """Seed of both."""
-        return seed_of(self.run)
+    def unpaired(self) -> tuple[ScoreKey, ...]:
+        """The scores that only one of the two has."""
+        ours, theirs = self.ours.values, self.theirs.values
+        return () if len(ours) == len(theirs) == len(self.signed) else tuple(sorted(ours.keys() ^ theirs.keys()))
 
-    @property
+    @cached_property
+    def fewest_items(self) -> int:
+        """Items behind any score of the run."""
+        return min(self.ours.items.values())
+
+    @cached_property
     def mean_signed(self) -> float:
         """Mean difference over tasks and shots."""
         return self.mean_over(self.signed)
 
-    @property
+    @cached_property
     def mean_abs(self) -> float:
         """Mean size of the difference over tasks and shots: the paper's mean full-precision divergence."""
         return sum(map(abs, self.signed.values())) / len(self.signed)
@@ -40,8 +44,7 @@ class Pair:
     @cached_property
     def score(self) -> float:
         """Mean score of the run over what is compared, as a fraction; the counterpart's lies `mean_signed` below it."""
-        values = values_of(self.run)
-        return math.fsum(values[key] for key in self.signed) / len(self.signed)
+        return math.fsum([self.ours.values[key] for key in self.signed]) / len(self.signed)
 
     def mean_over(self, keys: Iterable[ScoreKey]) -> float:
         """Mean difference over some of its scores; NaN where it has none of them."""
@@ -57,15 +60,8 @@ def pairs(evidence: Evidence, recipe: Recipe, counterpart: str) -> list[Pair]:
         other = evidence.by_id.get(str(entry.get("reference_id"))) if entry else None
         if entry and entry.get("status") == "ok" and other is not None and entry["per_score"]:
             signed = {score_key(s): float(s["signed_points"]) for s in entry["per_score"]}
-            fewest = min(int(score["n"]) for score in accuracies(run))
-            found.append(Pair(run, other, signed, fewest, _unpaired(run, other, len(signed))))
+            found.append(Pair(seed_of(run), run, other, signed, evidence.scores(run), evidence.scores(other)))
     return sorted(found, key=lambda pair: pair.seed)
-
-
-def _unpaired(run: Record, other: Record, paired: int) -> tuple[ScoreKey, ...]:
-    if len(accuracies(run)) == len(accuracies(other)) == paired:  # nearly always
-        return ()
-    return tuple(sorted(values_of(run).keys() ^ values_of(other).keys()))
 
 
 def shared_keys(own: Sequence[Pair]) -> list[ScoreKey]:

@@ -1,6 +1,6 @@
 """Each recipe against full-precision fine-tuning of all weights: difference, cost, answers, outcome."""
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from lyapft.divergence import (
     Outcome,
     adjusted,
     answer_shift,
-    compare,
+    compare_each,
     estimate,
     is_spike,
     item_flips,
@@ -21,16 +21,7 @@ from lyapft.divergence import (
 from lyapft.records import divergence_entry
 from lyapft.verdict.costs import Cost, cost_of
 from lyapft.verdict.duplicates import first_of_its_kind
-from lyapft.verdict.evidence import (
-    PAPER,
-    Evidence,
-    Recipe,
-    ScoreKey,
-    Settings,
-    beyond_trained_length,
-    items_of,
-    values_of,
-)
+from lyapft.verdict.evidence import PAPER, Evidence, Recipe, ScoreKey, Settings
 from lyapft.verdict.pairing import (
     Pair,
     mean_scores,
@@ -97,13 +88,20 @@ class ScoreRow:
 def rows(evidence: Evidence, settings: Settings, counterpart: str = PAPER) -> list[Row]:
     """A row per recipe that has at least one counterpart, p values adjusted over all of them."""
     same = first_of_its_kind(evidence.recipes)
+    paired = [(recipe, tuple(own)) for recipe in evidence.recipes if (own := pairs(evidence, recipe, counterpart))]
+    signed = [[pair.mean_signed for pair in own] for _, own in paired]
+    tests = compare_each(signed, settings.margin, [_grain(own) for _, own in paired])
     found = [
-        _row(evidence, recipe, tuple(own), settings, counterpart, same.get(recipe.key))
-        for recipe in evidence.recipes
-        if (own := pairs(evidence, recipe, counterpart))
+        _row(evidence, recipe, own, test, settings, counterpart, same.get(recipe.key))
+        for (recipe, own), test in zip(paired, tests, strict=True)
     ]
-    comparisons = adjusted([row.comparison for row in found], [name_of_test(row) for row in found])
+    comparisons = adjusted(tests, [name_of_test(row) for row in found])
     return [replace(row, comparison=new) for row, new in zip(found, comparisons, strict=True)]
+
+
+def _grain(own: Sequence[Pair]) -> float:
+    """Points by which one changed answer moves the mean difference of any of the pairs."""
+    return max(map(resolution, own))
 
 
 def name_of_test(row: Row) -> Hashable:
@@ -117,55 +115,56 @@ def name_of_test(row: Row) -> Hashable:
 
 def score_rows(found: Sequence[Row], settings: Settings) -> list[ScoreRow]:
     """A row per recipe, task and number of shots, p values adjusted over all of them."""
-    raw = [one for row in found for one in _score_rows(row, settings)]
-    tests = {id(row): name_of_test(row) for row in found}
-    comparisons = adjusted([one.comparison for one in raw], [(tests[id(one.row)], one.task, one.shots) for one in raw])
-    return [replace(one, comparison=new) for one, new in zip(raw, comparisons, strict=True)]
+    by_score = [(row, key, [pair for pair in row.pairs if key in pair.signed]) for row in found for key in row.keys]
+    items = [min(pair.ours.items[key] for pair in own) for _, key, own in by_score]
+    signed = [[pair.signed[key] for pair in own] for _, key, own in by_score]
+    names = {id(row): name_of_test(row) for row in found}
+    tests = adjusted(
+        compare_each(signed, settings.margin, [100.0 / n for n in items]),
+        [(names[id(row)], *key) for row, key, _ in by_score],
+    )
+    return [
+        ScoreRow(
+            row,
+            *key,
+            score=float(np.mean([pair.ours.values[key] for pair in own])),
+            counterpart_score=float(np.mean([pair.theirs.values[key] for pair in own])),
+            comparison=test,
+            items=n,
+            beyond_trained_length=max(pair.ours.beyond.get(key, 0) for pair in own),
+        )
+        for (row, key, own), n, test in zip(by_score, items, tests, strict=True)
+    ]
 
 
 def _row(
-    evidence: Evidence, recipe: Recipe, own: tuple[Pair, ...], settings: Settings, counterpart: str, same: Recipe | None
+    evidence: Evidence,
+    recipe: Recipe,
+    own: tuple[Pair, ...],
+    comparison: Comparison,
+    settings: Settings,
+    counterpart: str,
+    same: Recipe | None,
 ) -> Row:
-    signed, grain = [pair.mean_signed for pair in own], max(map(resolution, own))
     flips, kl, nll_gold = _answers(evidence, own, counterpart)
     score, counterpart_score = mean_scores(own)
     return Row(
         recipe=recipe,
         counterpart=counterpart,
         pairs=own,
-        comparison=compare(signed, settings.margin, grain),
-        size=estimate([pair.mean_abs for pair in own], grain, least=0.0),
+        comparison=comparison,
+        size=estimate([pair.mean_abs for pair in own], _grain(own), least=0.0),
         score=score,
         counterpart_score=counterpart_score,
         spikes=sum(is_spike(points, settings.spike) for pair in own for points in pair.signed.values()),
         scores=sum(len(pair.signed) for pair in own),
-        beyond=frozenset(key for pair in own for key in beyond_trained_length(pair.run) if key in pair.signed),
+        beyond=frozenset(key for pair in own for key in pair.ours.beyond if key in pair.signed),
         cost=cost_of(own, settings),
         flips=flips,
         kl=kl,
         nll_gold=nll_gold,
         same_as=same,
     )
-
-
-def _score_rows(row: Row, settings: Settings) -> Iterator[ScoreRow]:
-    """A row per score that any seed has; each record is looked through once."""
-    ours = [values_of(pair.run) for pair in row.pairs]
-    theirs = [values_of(pair.counterpart) for pair in row.pairs]
-    counts = [items_of(pair.run) for pair in row.pairs]
-    beyond = [beyond_trained_length(pair.run) for pair in row.pairs]
-    for key in row.keys:
-        own = [place for place, pair in enumerate(row.pairs) if key in pair.signed]
-        n = min(counts[place][key] for place in own)
-        yield ScoreRow(
-            row,
-            *key,
-            score=float(np.mean([ours[place][key] for place in own])),
-            counterpart_score=float(np.mean([theirs[place][key] for place in own])),
-            comparison=compare([row.pairs[place].signed[key] for place in own], settings.margin, 100.0 / n),
-            items=n,
-            beyond_trained_length=max(beyond[place].get(key, 0) for place in own),
-        )
 
 
 def _answers(

@@ -7,7 +7,7 @@ from itertools import groupby
 import numpy as np
 
 from lyapft.divergence import is_spike
-from lyapft.verdict.evidence import ScoreKey, Settings, values_of
+from lyapft.verdict.evidence import ScoreKey, Settings
 from lyapft.verdict.floors import Floor
 from lyapft.verdict.recipes import Row
 
@@ -53,7 +53,7 @@ def _of_setting(
 ) -> Iterator[Spikes]:
     apart: dict[ScoreKey, list[tuple[float, float, float]]] = {}
     for pair in (pair for row in own for pair in row.pairs):
-        ours, theirs = values_of(pair.run), values_of(pair.counterpart)
+        ours, theirs = pair.ours.values, pair.theirs.values
         for key, points in pair.signed.items():
             apart.setdefault(key, []).append((points, ours[key], theirs[key]))
     for key, numbers in apart.items():

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from lyapft.divergence import Comparison, Estimate, bca_coverage, bca_interval
+from lyapft.divergence import Comparison, Estimate, bca_coverage, bca_interval, by_size
 from lyapft.verdict.ablations import Ablation
 from lyapft.verdict.architectures import Contrast
 from lyapft.verdict.evidence import Recipe, Settings
@@ -22,7 +22,12 @@ def recipe_table(found: Sequence[Row], floors: Sequence[Floor], settings: Settin
     """Every recipe against one kind of counterpart: raw scores, difference, tests, outcome, cost, answers, floors."""
     by_setting = {(floor.setting, floor.kind): floor.mean_abs for floor in floors}
     dear = {floor.setting: floor.costs for floor in floors if floor.costs}
-    return pd.DataFrame([_recipe(row, by_setting, settings) | _cost_floors(dear, row) for row in found])
+    return pd.DataFrame(
+        [
+            _recipe(row, interval, by_setting, settings) | _cost_floors(dear, row)
+            for row, interval in zip(found, _bootstrapped(found), strict=True)
+        ]
+    )
 
 
 def _cost_floors(floors: Mapping[tuple[str, str, str], Mapping[str, float]], row: Row) -> dict[str, float | None]:
@@ -31,7 +36,12 @@ def _cost_floors(floors: Mapping[tuple[str, str, str], Mapping[str, float]], row
     return {"floor_speed_ratio": own.get("tokens_per_s"), "floor_memory_ratio": own.get("peak_bytes_per_token")}
 
 
-def _recipe(row: Row, floors: Mapping[tuple[tuple[str, str, str], str], float], settings: Settings) -> dict[str, Any]:
+def _recipe(
+    row: Row,
+    bootstrapped: dict[str, float],
+    floors: Mapping[tuple[tuple[str, str, str], str], float],
+    settings: Settings,
+) -> dict[str, Any]:
     cost = row.cost
     outcome = row.outcome(settings)
     needed = row.comparison.seeds_needed(settings.alpha, settings.power) if outcome == "undecided" else None
@@ -40,7 +50,7 @@ def _recipe(row: Row, floors: Mapping[tuple[tuple[str, str, str], str], float], 
         | {"counterpart": row.counterpart, "seeds": row.n, "few_seeds": row.comparison.estimate.few}
         | {"score": row.score, "counterpart_score": row.counterpart_score}
         | _compared(row.comparison)
-        | _bootstrapped(row)
+        | bootstrapped
         | {"outcome": outcome, "doubts": "; ".join(doubts(row)), "seeds_to_decide": needed}
         | {"same_as": row.same_as.label if row.same_as else ""}
         | _estimated("mean_abs_points", row.size)
@@ -196,10 +206,14 @@ def gap_table(found: Sequence[Gap]) -> pd.DataFrame:
     return pd.DataFrame([_named(g.recipe) | {"seed": g.seed, "why": g.why, "error": g.error} for g in found])
 
 
-def _bootstrapped(row: Row) -> dict[str, float]:
-    """The BCa interval beside the t interval, with what it really covers at this number of seeds."""
-    low, high = bca_interval([pair.mean_signed for pair in row.pairs])
-    return {"bca_low_points": float(low), "bca_high_points": float(high), "bca_coverage": bca_coverage(row.n)}
+def _bootstrapped(rows: Sequence[Row]) -> list[dict[str, float]]:
+    """The BCa intervals beside the t intervals, with what they really cover at this number of seeds."""
+    found: dict[int, dict[str, float]] = {}
+    for places, signed_rn in by_size([[pair.mean_signed for pair in row.pairs] for row in rows]):
+        covered = bca_coverage(signed_rn.shape[-1])
+        for place, low, high in zip(places, *bca_interval(signed_rn), strict=True):
+            found[place] = {"bca_low_points": float(low), "bca_high_points": float(high), "bca_coverage": covered}
+    return [found[place] for place in range(len(rows))]
 
 
 def _named(recipe: Recipe) -> dict[str, Any]:

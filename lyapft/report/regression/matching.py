@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lyapft.records import Record
-from lyapft.verdict.evidence import Evidence, Recipe, seed_of, settings_of, values_of
+from lyapft.verdict.evidence import Evidence, Recipe, ScoreKey, scores_of, seed_of
 
 # not those that are running or were interrupted
 FAILED = ("nonfinite", "loss_scale_underflow", "stopped_by_guard", "oom", "failed")
@@ -34,12 +34,12 @@ def matching(old: Evidence, new: Evidence, may_change: Sequence[str] = ()) -> Ma
     """
     left: dict[tuple[Any, ...], list[tuple[Recipe, Mapping[str, str]]]] = {}
     for recipe in new.recipes:
-        left.setdefault(_kind(recipe), []).append((recipe, settings_of(recipe)))
+        left.setdefault(_kind(recipe), []).append((recipe, recipe.settings))
     same, different, changed, gone = [], [], [], []
     # those without any difference first: what is left is paired with the nearest
     unequal = []
     for recipe in old.recipes:
-        settings, others = settings_of(recipe), left.get(_kind(recipe), [])
+        settings, others = recipe.settings, left.get(_kind(recipe), [])
         place = next((i for i, (_, theirs) in enumerate(others) if theirs == settings), None)
         if place is None:
             unequal.append((recipe, settings))
@@ -100,10 +100,14 @@ def lost(found: Matching) -> list[str]:
             lines.append(
                 f"{old.name}: no finished run of seed{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
             )
-        asked, again = (set[tuple[str, int]]().union(*map(values_of, side.runs)) for side in (old, new))
+        asked, again = (_scored(side) for side in (old, new))
         if new.runs and (unasked := sorted(asked - again)):
             lines.append(f"{old.name}: not scored on {', '.join(f'{task} {shots}-shot' for task, shots in unasked)}")
     return lines
+
+
+def _scored(recipe: Recipe) -> set[ScoreKey]:
+    return {key for run in recipe.runs for key in scores_of(run).values}
 
 
 MACHINE = ("lyapft", "git_commit", "torch", "transformers", "peft", "python", "cpu", "device")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lyapft.records import Record, costs, divergence_entry
 from lyapft.report.cells import read
-from lyapft.verdict.evidence import values_of
+from lyapft.verdict.evidence import scores_of
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ def _cost(key: str) -> Callable[[Record], float | None]:
 
 
 def _score(record: Record) -> float | None:
-    found = values_of(record)
+    found = scores_of(record).values
     return 100 * math.fsum(found.values()) / len(found) if found else None
 
 
 def _common_scores(old: Record, new: Record) -> tuple[float, float] | None:
     """Mean scores over the tasks and shots that both were asked, so that an easier set is no progress."""
-    before, after = values_of(old), values_of(new)
+    before, after = scores_of(old).values, scores_of(new).values
     both = before.keys() & after.keys()
     if not both:
         return None
