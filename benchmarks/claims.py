@@ -200,7 +200,7 @@ def _apart(page: Page, name: str) -> float:
 
 def margin_differs(page: Page) -> Iterator[Claim]:
     """The stability margin of a recipe is not that of full precision; here all are alike."""
-    for one in margins(page.evidence):
+    for one in margins(page.evidence, page.rows[PAPER]):
         if one.comparison:
             yield one.comparison.p_different <= page.settings.alpha, True
 
