@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from lyapft import admission, config, records
+from tests import commands
 from tests.test_cli import ROOT, SMALL, typed  # noqa: F401 - a fixture
 from tests.test_secrets import leaks, secretive
 
@@ -66,28 +67,32 @@ def test_a_launcher_that_is_not_installed_is_named_with_what_to_do(typed, monkey
         assert not any(tmp_path.iterdir())
 
 
-def sweep(folder: Path, *arguments: str) -> list[dict]:
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, "reference=off", f"runs={folder}", *arguments]
-    environment = secretive(folder.parent) | {"PYTHONPATH": str(ROOT)}  # workers import this checkout
-    done = subprocess.run(
-        command, cwd=folder.parent, capture_output=True, text=True, env=environment, timeout=300, umask=0
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [record for _, record in records.load_study(folder / "default")]
+SWEEP = ("-m", *SMALL, "reference=off", "peft=lora,ia3", "runs=runs")
+
+
+def recorded(folder: Path) -> list[dict]:
+    return [record for _, record in records.load_study(folder / "runs" / "default")]
 
 
 @has_submitit
 def test_a_local_launcher_makes_the_records_that_the_basic_one_makes(tmp_path):
     """And leaves no credential in the pickles of its jobs, which nobody else may read or exchange."""
-    swept = "peft=lora,ia3"
-    here = sweep(tmp_path / "basic", swept)
-    there = sweep(tmp_path / "local", swept, "hydra/launcher=local")
+    basic, local = tmp_path / "basic", tmp_path / "local"
+    basic.mkdir()
+    local.mkdir()
+    done = commands.run("train.py", *SWEEP, folder=basic)
+    assert done.returncode == 0, done
+    everyones = {"umask": 0, "env": secretive(local) | {"PYTHONPATH": str(ROOT)}}  # its jobs import this checkout
+    command = [sys.executable, str(ROOT / "train.py"), *SWEEP, "hydra/launcher=local"]
+    done = subprocess.run(command, cwd=local, capture_output=True, text=True, timeout=300, **everyones)
+    assert done.returncode == 0, done
+    here, there = recorded(basic), recorded(local)
     for one, other in zip(here, there, strict=True):
         assert {one["status"], other["status"]} == {"ok"}
         for part in ("id", "name", "config", "choices", "scores"):
             assert json.dumps(one[part]) == json.dumps(other[part]), part
         assert one["training"]["loss_last"] == other["training"]["loss_last"]
-    jobs = tmp_path / "local" / "default" / ".submitit"
+    jobs = local / "runs" / "default" / ".submitit"
     assert len(list(jobs.rglob("*_submitted.pkl"))) == len(list(jobs.rglob("*_result.pkl"))) == 2
     assert leaks(tmp_path) == []
     assert stat.S_IMODE(jobs.stat().st_mode) == 0o700

@@ -28,7 +28,7 @@ INDIRECT = {
     "pyarrow": "pandas reads and writes parquet with it",
     "hydra-joblib-launcher": "Hydra finds it as hydra/launcher=joblib",
 }
-COMMANDS = {"mypy", "pre-commit", "pytest-xdist", "ruff"}  # run, not imported
+COMMANDS = {"hydra-submitit-launcher", "mypy", "pre-commit", "pytest-xdist", "ruff"}  # run or plugged in, not imported
 
 
 @pytest.fixture(scope="module")
