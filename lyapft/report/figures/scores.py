@@ -12,7 +12,10 @@ from lyapft.report.drawing import Figure, Panels, facets_of, style_key, styles
 
 def scores_against_shots(study: Study) -> Figure | None:
     """Accuracy against the number of shots: a row per model, a column per task."""
-    cells = [cell for cell in study.cells if cell.record.get("scores")]
+    scored = [cell for cell in study.cells if cell.record.get("scores")]
+    cells = [
+        cell for cell in scored if cell.record.get("role") != "rerun"
+    ]  # one seed of a recipe, drawn beside its mean
     if not cells:
         return None
     keys = score_keys([cell.record for cell in cells])
@@ -57,7 +60,7 @@ def scores_against_shots(study: Study) -> Figure | None:
     reading = (
         f"A rise from left to right is in-context learning ({bars}, {n} items per point, drawn side by side); "
         "overlapping bars do not show that two cells agree, because cells answer the same items: compare them below, "
-        "in pairs."
+        f"in pairs.{' Reruns for the noise floor are left out.' * (len(cells) < len(scored))}"
     )
     return Figure("Scores against shots", drawing, reading)
 
