@@ -5,6 +5,7 @@ scored item), `stability.parquet` (the recurrence at the end of the training), `
 safetensors. A finished record is never overwritten.
 """
 
+import errno
 import io
 import json
 import logging
@@ -30,6 +31,8 @@ STABILITY = "stability.parquet"
 EXPERIMENTS = "experiments"  # folder of a study with the records of its experiments
 STATUSES = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard", "oom", "interrupted", "failed", "running")
 # outcomes of the cell itself: running it again would say the same
+# of a folder that cannot be flushed: Windows opens none, some file systems have no such call, some may not be read
+KEEPS_NAMES = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP)
 FINAL = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard")
 KINDS: dict[type, tuple[str, ...]] = {  # of a record's parts, for whoever reads it without asking
     str: ("id", "name", "study", "status", "role", "created"),
@@ -79,13 +82,15 @@ def flush(path: Path) -> None:
     Raises:
         OSError: the disk does not take it.
     """
-    if path.is_dir() and os.name == "nt":  # Windows opens no folder, and keeps its names by itself
-        return
-    place = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(place)
-    finally:
-        os.close(place)
+        place = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(place)
+        finally:
+            os.close(place)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in KEEPS_NAMES:
+            raise
 
 
 def is_final(record: Record | None) -> bool:

@@ -17,6 +17,7 @@ WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 PLAIN = {"secret", "password", "passwd", "passphrase", "credential", "credentials", "bearer", "authorization", "apikey"}
 OPENED_BY = {"api", "access", "private", "secret", "auth", "hf", "hub", "wandb", "ssh", "signing"}  # a key, or tokens
 NOT_SECRET = {"PWD", "OLDPWD"}  # variables: the folder that a shell is in
+WEB = ("http://", "https://")
 IN_URL = re.compile(r"(?<=://)[^/?#\s]+(?=@)")  # to the last @, which a password may hold too
 FROM_ENVIRONMENT = re.compile(r"\boc\.env:\s*['\"]?(\w+)")  # OmegaConf's interpolation
 # NAME=value or NAME: value inside of a text, an override that is a mapping, a line of shell, a query of a URL
@@ -151,6 +152,9 @@ def _is_told(key: str, value: Any) -> bool:
 def _in_environment() -> set[str]:
     """Values of the variables that hold credentials by their names, and those inside of addresses (HTTPS_PROXY)."""
     found = {value for name, value in os.environ.items() if is_named(name)}
-    for in_url in (match[0] for value in os.environ.values() for match in IN_URL.finditer(value)):
-        found |= {in_url, in_url.partition(":")[2]}
+    for value in os.environ.values():
+        for match in IN_URL.finditer(value):
+            password = match[0].partition(":")[2]
+            # in an address of the web a name by itself is a token; in ssh://me@host it is a name
+            found |= {match[0], password} if password or value[: match.start()].endswith(WEB) else set()
     return {value for value in found if len(value) >= SHORTEST}

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
@@ -85,7 +86,8 @@ def _work(words: tuple[str, ...], folder: Path, environment: dict[str, str], pri
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         elif kind == "-c":
             sys.argv = ["-c", *rest[1:]]
-            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+            main = sys.modules["__main__"] = ModuleType("__main__")  # where a class that the code defines is looked up
+            exec(compile(rest[0], "<string>", "exec"), main.__dict__)
         else:
             sys.argv = list(words)
             path = folder / kind

@@ -1,5 +1,6 @@
 """Records: atomic, never overwritten once finished, and refused when they cannot be trusted."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -138,3 +139,20 @@ def test_what_a_rename_relies_on_is_on_disk_before_it_and_the_new_name_after(tmp
     with written_whole(tmp_path / "adapter") as folder:
         (folder / "weights.safetensors").write_bytes(b"x")
     assert [Path(one).name for one in told] == ["weights.safetensors", ".adapter.partial", "moved", tmp_path.name]
+
+
+def test_a_folder_that_cannot_be_flushed_fails_no_write(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def only_files(place: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{place}")).is_dir():
+            raise OSError(errno.EINVAL, "no such call here")
+        fsync(place)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    records.write_atomically(tmp_path / "record.json", lambda path: path.write_text("{}"))
+    assert (tmp_path / "record.json").read_text() == "{}"
+    monkeypatch.setattr(os, "fsync", lambda place: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        records.write_atomically(tmp_path / "record.json", lambda path: path.write_text("[]"))
+    assert (tmp_path / "record.json").read_text() == "{}"

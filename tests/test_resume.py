@@ -1,5 +1,6 @@
 """A training that is cut off anywhere ends bitwise as if it had not been."""
 
+import contextlib
 import errno
 import os
 import re
@@ -253,8 +254,25 @@ def test_what_a_launcher_waits_for_is_handed_on_once_the_cell_has_ended():
         with pytest.raises(ZeroDivisionError):  # what ends a cell otherwise is none of the launcher's
             step(then=lambda: 1 / 0)
         assert heard == [signal.SIGUSR2]
+        with pytest.raises(SystemExit):  # SLURM's preemption sends both at once
+            step(signal.SIGTERM, signal.SIGUSR2)
+        assert heard == [signal.SIGUSR2] * 2
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_signal_that_waits_when_a_step_fails_still_ends_the_process():
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    def cell_that_records_what_broke() -> None:
+        with Signals() as signals, contextlib.suppress(ZeroDivisionError), signals.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            fail()
+
+    with pytest.raises(SystemExit) as stop:
+        cell_that_records_what_broke()
+    assert stop.value.code == 128 + signal.SIGTERM
 
 
 def test_a_signal_for_nobody_is_left_alone():

@@ -181,6 +181,9 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path):
 def test_a_pickle_as_table_of_a_study_is_left_out_unread(payload, finished, tmp_path):  # noqa: F811
     shutil.copytree(finished, tmp_path / "study" / "cell")
     tables = list((tmp_path / "study" / "cell").glob("*.parquet"))
+    record = json.loads((tmp_path / "study" / "cell" / "record.json").read_text())
+    record["divergence"] = [{"counterpart": "paper", "status": "ok", "mean_abs_points": 1.0, "per_score": []}]
+    (tmp_path / "study" / "cell" / "record.json").write_text(json.dumps(record))  # which says nothing of the answers
     for path in tables:
         path.write_bytes(payload)
     found = report.load_study(tmp_path / "study")

@@ -66,6 +66,10 @@ class Signals:
         earlier, self._earlier = self._earlier, {}
         for number, handler in earlier.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self.caught is not None and self._ended_by is None and error is None:  # it ended before that was heeded
+            if not callable(earlier.get(self.caught)):
+                raise Interrupted(self.caught).leave()
+            earlier[self.caught](self.caught, None)
         if error is not None and self._ended_by is not None and callable(earlier.get(self._ended_by)):
             earlier[self._ended_by](self._ended_by, None)
 
@@ -99,6 +103,9 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if now - self._since < SAME_S:
+            if number in LAUNCHERS:  # of two at once the one that a launcher waits for: it puts the job back
+                self.caught = number
+                self._ended_by = None if self._ended_by is None else number
             return
         at_once = not self._deferring or self.caught is not None
         # kept also then: Python drops what is raised while it clears a weak reference

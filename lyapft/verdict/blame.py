@@ -4,6 +4,7 @@ Within each part the records are asked for more: which of the adapted layers, by
 which block the format's rounding enters, by the shadow probe. Where they cannot tell, that is said.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -42,7 +43,8 @@ class Inquiry:
     @property
     def loses(self) -> bool:
         """Whether the scores lie below the counterpart's: what a gain needs is no remedy."""
-        return sum(pair.mean_over(self.keys) for pair in self.row.pairs) < 0
+        own = [pair.mean_over(self.keys) for pair in self.row.pairs]
+        return math.fsum(points for points in own if not math.isnan(points)) < 0  # a seed may lack these scores
 
 
 def inquire(
@@ -92,8 +94,8 @@ def _origins(found: Sequence[Row]) -> dict[int, Origins]:
         for row in found
         if row.recipe.precision != "fp32" and (own := origins_of(row.recipe.runs))
     }
-    adjusted = holm_by_name({name: own.p for name, own in seen.values()})
-    return {place: replace(own, p=adjusted[name]) for place, (name, own) in seen.items()}
+    adjusted = holm_by_name({name: name[1].p for name in seen.values()})
+    return {place: replace(own, p=adjusted[name, own]) for place, (name, own) in seen.items()}
 
 
 def blame(one: Inquiry, settings: Settings) -> str:

@@ -107,6 +107,14 @@ class Recipe:
         run = next(iter((*self.runs, *self.reruns, *self.failed)), {})
         return {key: value for key, value in flat(run.get("config") or {}).items() if key not in NOT_THE_RECIPE}
 
+    def differs_only_in(self, other: "Recipe", *groups: str) -> bool:
+        """Whether all settings are those of the other recipe, but for these groups (or single names)."""
+        sides = [
+            {key: value for key, value in recipe.settings.items() if not key.startswith(groups)}
+            for recipe in (self, other)
+        ]
+        return sides[0] == sides[1]
+
     @cached_property
     def adapted(self) -> frozenset[str]:
         """Names of the layers that the peft adapts, as the runs' records have them."""
@@ -196,7 +204,8 @@ def scores_of(record: Record) -> Scores:
     values, items, beyond = dict[ScoreKey, float](), dict[ScoreKey, int](), dict[ScoreKey, int]()
     for score in record.get("scores") or ():
         key = _key(score["task"], score["shots"])
-        if score.get("metric", "acc") == "acc":  # as `records.accuracies`
+        whole = score.get("value") is not None and score.get("n")  # else there is nothing to compare
+        if whole and score.get("metric", "acc") == "acc":  # as `records.accuracies`
             values[key], items[key] = float(score["value"]), int(score["n"])
         if count := int(score.get("beyond_trained_length") or 0):
             beyond[key] = max(beyond.get(key, 0), count)

@@ -134,9 +134,9 @@ def learned(evidence: Evidence) -> list[Learned]:
 
 def _adjusted(raw: Sequence[Learned], same: Mapping[tuple[str, str, str, str], Recipe]) -> list[Learned]:
     """p adjusted by Holm; recipes that are one under two names and came out alike are one test."""
-    names = [(same.get(one.recipe.key, one.recipe).key, one.task, one.difference.mean, one.p) for one in raw]
-    tests = dict.fromkeys(names)
-    found = dict(zip(tests, holm([p for *_, p in tests]), strict=True))
+    names = [(same.get(one.recipe.key, one.recipe).key, one.task, one.difference.mean, one.difference.n) for one in raw]
+    tests = {name: one.p for name, one in zip(names, raw, strict=True)}
+    found = dict(zip(tests, holm(list(tests.values())), strict=True))
     return [replace(one, p=found[name]) for one, name in zip(raw, names, strict=True)]
 
 

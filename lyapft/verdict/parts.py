@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from lyapft.divergence import Comparison, compare, holm, p_different
+from lyapft.verdict.duplicates import NAMES_ONLY
 from lyapft.verdict.evidence import PRECISION_ONLY, Evidence, Recipe, ScoreKey
 from lyapft.verdict.pairing import mean_scores_of, pairs
 from lyapft.verdict.recipes import Row
@@ -69,11 +70,13 @@ class Families:
         return replace(found, p_different=self._p(part, keys, found.estimate.mean))
 
     def _p(self, part: Part, keys: Collection[ScoreKey], mean: float) -> float:
-        """Of some scores, which were chosen by their numbers, the least p of one that points where their mean does."""
+        """Of some scores, which were chosen by their numbers, the least p of one that points where their mean does, but
+        no less than that of their mean."""
         if set(keys) == set(part.keys):
             return self.whole[part.test]
         known = [self.single[part.test, key] for key in keys if math.fsum(part.over([key])) * mean > 0]
-        return min((p for p in known if not math.isnan(p)), default=math.nan)
+        least = min((p for p in known if not math.isnan(p)), default=math.nan)
+        return max(least, part.p(keys)) if not math.isnan(least) else math.nan
 
 
 def jointly(parts: Iterable[Part]) -> Families:
@@ -181,7 +184,8 @@ class Beside:
 
 
 def beside(found: Sequence[Row]) -> list[Beside]:
-    """Every two recipes of which one adapts all the layers that the other does, and more; once from either side."""
+    """Every two recipes of which one adapts all the layers that the other does, and more, all else equal; once from
+    either side."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in found:
         if row.recipe.adapted:
@@ -197,7 +201,8 @@ def beside(found: Sequence[Row]) -> list[Beside]:
 
 def _more(recipe: Recipe, other: Recipe) -> frozenset[str]:
     ours, theirs = recipe.adapted, other.adapted
-    return ours ^ theirs if ours < theirs or theirs < ours else frozenset()
+    within = (ours < theirs or theirs < ours) and recipe.differs_only_in(other, *NAMES_ONLY)
+    return ours ^ theirs if within else frozenset()
 
 
 def _apart(row: Row, other: Row) -> Part | None:

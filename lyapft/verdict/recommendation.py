@@ -44,8 +44,9 @@ class Recommendation:
 
     @property
     def nearest(self) -> Row | None:
-        """Of the undecided ones that whose mean difference is the smallest."""
-        return min(self.open, key=lambda row: abs(row.comparison.estimate.mean), default=None)
+        """Of the undecided ones that did not cost more, else of all, that with the smallest mean difference."""
+        saving = [row for row in self.open if not row.cost.index.mean >= 1]
+        return min(saving or self.open, key=lambda row: abs(row.comparison.estimate.mean), default=None)
 
 
 def recommend(found: Sequence[Row], settings: Settings) -> list[Recommendation]:

@@ -9,6 +9,8 @@ from lyapft.verdict.pairing import mean_scores_of, resolution_over
 from lyapft.verdict.recipes import Row
 from lyapft.verdict.words import beyond, difference, raw
 
+# what another choice brings with it: another peft its own learning rate, another format its emulation
+GOES_WITH = {"precision": ("precision.", "runs_as."), "peft": ("peft.", "trainer.learning_rate")}
 HOW = {
     "equivalent": "which brings it inside the margin",
     "undecided": "which leaves it undecided",
@@ -66,6 +68,7 @@ def nearest(
         and getattr(other.recipe, kept) == getattr(row.recipe, kept)
         and getattr(other.recipe, changed) != getattr(row.recipe, changed)
         and not _repeats(row, other)
+        and other.recipe.differs_only_in(row.recipe, *GOES_WITH[changed])
         and (made := _tried(other, changed, keys, outcomes, settings))
     ]
     return min(tried, key=lambda one: abs(one.comparison.estimate.mean), default=None)

@@ -55,6 +55,7 @@ account() { # what SLURM says of each task of a job, a line each: task, restarts
 }
 array=$(submit --array=0-1 --time=4 "$root/docker/slurm.sh" "$image" -m seed=0,1 "${words[@]}")
 : >"$folder/account"
+until test "$(squeue --noheader --array --states=RUNNING --job="$array" | wc -l)" -eq 2; do sleep 1; done
 while squeue --noheader --job="$array" | grep -q .; do
   account "$array" >>"$folder/account"
   for job in $(squeue --noheader --array --format=%i --states=PENDING --job="$array"); do

@@ -6,7 +6,7 @@ from lyapft.verdict.page.layout import Topic, by_turns, line, topic
 from lyapft.verdict.recipes import Row
 from lyapft.verdict.recommendation import Recommendation, doubts
 from lyapft.verdict.sentences.advice import at_cost, memory_of, unfinished
-from lyapft.verdict.words import EMULATED, joined, margin, needed, ratio
+from lyapft.verdict.words import EMULATED, joined, margin, needed, p_value, ratio
 
 LEAST = 3  # settings that are named before more is said of anything else
 KINDS = {"dear": "with the reference", "outside": "with the reference", "better": "with no equivalent recipe"}
@@ -43,9 +43,10 @@ def _advice(one: Recommendation, common: Common) -> str:
         row, *others = one.dear
         also = f" (and {len(others)} more)" if others else ""
         left = f"; {len(one.open)} others are undecided" if one.open else ""
+        cost = f"to cost less is not shown ({p_value(row.cost.p)})" if row.cost.index.mean < 1 else "did not cost less"
         return (
-            f"stay with the reference. {cut(row.recipe.label)}{also} is equivalent ({_numbers(row, common)}) but, "
-            f"{at_cost(row)}, not shown to cost less{left}{_better(one, common)}"
+            f"stay with the reference. {cut(row.recipe.label)}{also} is equivalent ({_numbers(row, common)}), but "
+            f"{cost}: {_savings(row)}{left}{_better(one, common)}"
         )
     if near := one.nearest:
         return (
@@ -80,7 +81,7 @@ def _savings(row: Row) -> str:
     cost = row.cost
     speed = f"{ratio(cost.speed.mean)} the tokens/s" if cost.speed.n else "a speed that was not measured"
     memory = f"{memory_of(cost)} per token" if cost.memory.n else "a memory that was not measured"
-    return f"{speed} and {memory}{f' {EMULATED}' * cost.emulated}"
+    return f"{speed} and {memory}{' (one seed)' * (cost.index.n == 1)}{f' {EMULATED}' * cost.emulated}"
 
 
 def _better(one: Recommendation, common: Common) -> str:

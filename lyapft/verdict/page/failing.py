@@ -59,7 +59,8 @@ def _whole(one: Inquiry, common: Common) -> str:
     scores = (row.score, row.counterpart_score)
     numbers = common.numbers(row.comparison.estimate, scores, bool(row.beyond), row.comparison.p_outside)
     tried = _remedy(one, common) if outcome == "worse" else ""
-    return f"{common.name(row.recipe)} is {outcome} ({numbers}). {_blame(one, common)}.{tried}"
+    by = f"by more than {settings.margin:g} point{'s' * (settings.margin != 1)}"
+    return f"{common.name(row.recipe)} is {outcome} {by} ({numbers}). {_blame(one, common)}.{tried}"
 
 
 def _single(group: Sequence[Outside], common: Common) -> str:

@@ -12,9 +12,9 @@ from lyapft.verdict.evidence import PAPER
 from lyapft.verdict.learning import Gain, Learned, Raw
 from lyapft.verdict.page.common import BEYOND, Common, cut
 from lyapft.verdict.page.layout import Topic, by_turns, line, topic
-from lyapft.verdict.words import AGAINST, p_value, raw, signed
+from lyapft.verdict.words import AGAINST, p_value, signed
 
-MODELS = "Mamba against Transformer: mean divergence in points, of these checkpoints on these data"
+MODELS = "Mamba against Transformer: mean size of a single score's divergence, these checkpoints on these data"
 LEAST = 4  # comparisons that are shown before more is said of anything else
 ASKED = "What else was asked"
 MOST_TASKS = 2
@@ -45,10 +45,12 @@ def _contrast(one: Contrast, common: Common) -> str:
         told = "one common seed, so neither can be called steadier"
     else:
         told = f"{cut(steadier)} is steadier" if steadier else "undecided"
-    return (
-        f"{names}, from {against}: {told}; {one.size.mean:.2f} ({raw(*one.scores)}) and {one.twin_size.mean:.2f} "
-        f"({common.scores(one.twin_scores, one.beyond)}), difference {common.apart(found.estimate, found.p_different)}."
+    ours, theirs = (
+        f"{size.mean:.2f} ({common.scores(scores, one.beyond)})"
+        for size, scores in ((one.size, one.scores), (one.twin_size, one.twin_scores))
     )
+    difference = common.apart(found.estimate, found.p_different)
+    return f"{names}, from {against}: {told}; {ours} and {theirs}, difference {difference}."
 
 
 def in_context(common: Common) -> Topic:
@@ -56,7 +58,12 @@ def in_context(common: Common) -> Topic:
     told = [gain for gain in common.found.gains if gain.reference and gain.twin and gain.relative and gain.twin_raw]
     rows = [list(own) for _, own in groupby(told, key=lambda gain: gain.recipe.key)]
     ordered = sorted(rows, key=lambda own: -common.size(own[0].recipe.model))
-    return topic(MODELS, ordered, lambda own: _in_context(own, common), "models with in-context learning")
+    return topic(
+        MODELS,
+        ordered,
+        lambda own: _in_context(own, common),
+        "in-context comparisons",
+    )
 
 
 def _in_context(own: Sequence[Gain], common: Common) -> str:
@@ -78,7 +85,7 @@ def _gain(gain: Gain, common: Common) -> str:
     else:
         text = "no ratio, one seed" if share.n < 2 else "no ratio, as the twin is not shown to gain"
     mark = f" {BEYOND}" * gain.beyond
-    return f"{cut(gain.task)} {text} ({_few(gain.raw)} against {_few(theirs)}{mark})"
+    return f"{cut(gain.task)} {text} ({_few(gain.raw)}{mark} against {_few(theirs)}{mark})"
 
 
 def _percent(found: Estimate, common: Common) -> str:

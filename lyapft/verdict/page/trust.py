@@ -1,5 +1,6 @@
 """How far a page can be trusted: noise, spikes, what is missing, and labels; a line each."""
 
+import re
 from collections import Counter
 from itertools import groupby
 
@@ -17,13 +18,14 @@ TRUST, KEY = "How far to trust it", "How to read this page"
 
 def noise(common: Common) -> Topic:
     """How far runs lie apart that should not differ: over all settings, from the least to the largest."""
-    floors = common.found.floors
+    floors, settings = common.found.floors, len({recipe.setting for recipe in common.found.recipes})
     parts = []
     for kind, short in NOISE.items():
         sizes = sorted(floor.mean_abs for floor in floors if floor.kind == kind)
         if sizes:
             reach = f"{sizes[0]:.2f}" + f" to {sizes[-1]:.2f}" * (f"{sizes[0]:.2f}" != f"{sizes[-1]:.2f}")
-            parts.append(f"{short} {reach}")
+            of = f" ({len(sizes)} of {settings} settings)" * (len(sizes) < settings)
+            parts.append(f"{short} {reach}{of}")
     absent = [short for kind, short in NOISE.items() if kind not in {floor.kind for floor in floors}]
     not_measured = f" Not measured: {joined(absent)}." if absent else ""
     if not parts:
@@ -55,7 +57,7 @@ def missing(common: Common) -> Topic:
     why = some([f"{kind} ({count})" for kind, count in kinds], "reasons")
     recipes = Counter(common.name(gap.recipe) for gap in gaps).most_common()
     named = some([f"{name} ({count})" for name, count in recipes], "recipes, below", MOST_RECIPES)
-    return line(TRUST, f"Missing or failed seeds: {why}; of {named}.")
+    return line(TRUST, f"Missing or failed: {why}, in {named}.")
 
 
 def beyond_training(common: Common) -> Topic:
@@ -102,10 +104,11 @@ def key(common: Common, text: str) -> list[Topic]:
     found = common.found
     if not (found.rows or found.learned or found.ablations):
         return []
+    names = "none: every weight trains. " if re.search(r"\bnone\b", text) else ""
     lines = [
-        f"Differences are points of accuracy, mean over tasks and shots, on the same seeds{_brackets(common)}; then "
-        f"score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Every p is after "
-        "Holm's correction, no interval is."
+        f"{names}Differences are points of accuracy, mean over tasks and shots, on the same seeds{_brackets(common)}; "
+        f"then score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Every p is "
+        "after Holm's correction, no interval is."
     ]
     if "seeds would show" in text:
         lines.append(f"Seeds that would show it do so with {chance(found.settings)}.")
