@@ -74,7 +74,7 @@ def settings_of(science: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def key_of(record: Mapping[str, Any]) -> str:
-    """By which a planned cell finds its record: the settings and the threads."""
+    """The key of the planned cell that a record is of: its settings and threads."""
     science = record["config"]  # has been through JSON already
     return config.identity({"settings": settings_of(science), "threads": science["runs_as"]["threads"]})
 

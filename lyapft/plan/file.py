@@ -27,7 +27,8 @@ class Entry:
     """A planned cell, as plan.json keeps it.
 
     Attributes:
-        key: by which its record is found. recipe: shared by cells that differ in seed, replicate and threads alone.
+        key: of the planned cell, the same in every plan.
+        recipe: shared by cells that differ in seed, replicate and threads alone; with these three it finds the record.
         role: `cell`, `reference` or `rerun`.
         choices: names of model, data, task, peft and precision.
     """
