@@ -32,6 +32,7 @@ SMALLER = {
         "reference=off study.name=": "trainer.steps=4 task.limit=4 reference=off study.name=",
         "trainer.steps=20 ": "",
     },
+    "reading": {"benchmarks.false_positives": "benchmarks.false_positives --studies 2 --seeds 3 --noise normal"},
     "scaling": {  # 612 cells, eight GPUs, every item of a task, a file of the reader's, 100,000 cells
         "study=paper": "study=paper model=mamba_130m precision=fp32,bf16 seed=0",
         "torchrun --nproc-per-node 8 train.py": "python train.py --cfg job",
@@ -46,7 +47,8 @@ SMALLER = {
         "python train.py -m model": "python -m lyapft.plan --gpu model",
     },
 }
-PLAIN = re.compile(r"python [^|<>&;$*?`\\]+")  # a line that means the same without a shell
+# a command of lyapft's own that means the same without a shell
+PLAIN = re.compile(r"python (?:-m lyapft|train\.py|evaluate\.py)[^|<>&;$*?`\\]+")
 LAUNCHER = "hydra/launcher="
 DOES_NOT_FIT = "--fits"  # the planner's exit code is 1 then, as the pages say
 
@@ -86,7 +88,7 @@ def test_a_page_can_be_typed_from_top_to_bottom(name: str, root: Path, tmp_path:
 def outcomes(
     kind: str, code: str, folder: Path, environment: dict[str, str]
 ) -> Iterator[commands.Done | subprocess.CompletedProcess[str]]:
-    """Run a block: what only calls Python without an interpreter of its own, the rest by a shell."""
+    """Run a block: what only calls lyapft without an interpreter of its own, the rest by a shell."""
     lines = [line for line in code.splitlines() if line and not line.startswith("#")]
     if kind == "python":
         yield commands.run("-c", code, folder=folder, environment=environment, seconds=240)
