@@ -1,5 +1,6 @@
 """The verdict's files: numbers survive the way to disk, text cannot break a table."""
 
+import html
 import re
 from pathlib import Path
 
@@ -184,7 +185,7 @@ def test_the_page_begins_with_the_verdict(folder: Path, verdict: Verdict) -> Non
     page = (folder / report.DEFAULT_NAME).read_text(encoding="utf-8")
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings[:3] == ["Verdict", "Findings", "Cells"]
-    sections = re.findall(r"<h3>(.*?)</h3>", page)
+    sections = [html.unescape(title) for title in re.findall(r"<h3>(.*?)</h3>", page)]
     assert sections == [section.title for section in (*verdict.page, *verdict.sections)]
     folded = page.split("<details><summary>In detail</summary>", 1)[1].split("</details>", 1)[0]
     assert re.findall(r"<h3>(.*?)</h3>", folded) == [section.title for section in verdict.sections]

@@ -216,8 +216,8 @@ def test_a_plan_of_what_looks_like_a_credential_is_refused(capsys):
 def test_a_name_in_an_address_is_no_credential_but_a_token_is(monkeypatch):
     monkeypatch.setenv("DOCKER_HOST", "ssh://christina@build")
     monkeypatch.setenv("MIRROR", f"https://{CANARY}@mirror/x")
-    assert secrets.faults({"runs": "/home/christina/runs"}) == []
-    assert len(secrets.faults({"runs": f"/home/{CANARY}/runs"})) == 1
+    assert secrets.faults({"runs": "/data/christina/runs"}) == []
+    assert len(secrets.faults({"runs": f"/data/{CANARY}/runs"})) == 1
 
 
 def test_what_a_library_says_of_the_environment_is_hidden(typed, tmp_path, monkeypatch):  # noqa: F811

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -29,6 +30,8 @@ from lyapft.errors import InputError
 
 Batch = dict[str, Tensor]
 COUNTED = ("rows", "rows_dropped", "rows_truncated", "rows_bad", "tokens", "target_tokens")
+# what asks a process to end
+ASKED = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,9 @@ class StreamedBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         self.drawn, self.reached = self.first, self.place
-        for made in self._loader(_Rounds(self)):
+        with _held_back():  # so that none reaches a process before it is `_undisturbed`
+            rounds = iter(self._loader(_Rounds(self)))
+        for made in rounds:
             if isinstance(made, InputError):
                 raise made
             batch, self.reached, self.stream.counts = made
@@ -268,6 +273,19 @@ def _as_it_is(made: Any) -> Any:
     return made
 
 
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Signals wait meanwhile, and in the processes that are started until they know what to do with them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _undisturbed(worker: int) -> None:
     """In a process that reads ahead: leave signals to the training, which finishes its step first.
 
@@ -276,8 +294,10 @@ def _undisturbed(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told, daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
 
 
 def _end_when_told() -> None:
