@@ -114,16 +114,22 @@ class Resume(Callback):
             return
         self._last_step = trainer.global_step
         due = time.monotonic() - self._saved >= self.every_s
-        self.signals.caught, due = ranks.any_signal(self.signals.caught), ranks.from_first(due)
-        if self.signals.caught is not None or due:
+        asked, due = ranks.any_signal(self.signals.caught), ranks.from_first(due)
+        if asked is not None or due:
             self._save(trainer)
-        self.signals.heed()
+        self._end(asked)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the trained weights, so that an evaluation that is cut off costs no training."""
         self._save(trainer)
-        self.signals.caught = ranks.any_signal(self.signals.caught)
-        self.signals.heed()
+        self._end(ranks.any_signal(self.signals.caught))
+
+    def _end(self, asked: int | None) -> None:
+        """End here if the processes agree on a signal; one that came since they asked each other waits for the next
+        time: it must not be forgotten, nor end one process alone."""
+        if asked is not None:
+            self.signals.caught = asked
+            self.signals.heed()
 
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.files.newest, weights_only=False)
