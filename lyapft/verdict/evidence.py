@@ -101,6 +101,11 @@ class Recipe:
             for config in configs
         )
 
+    @property
+    def but_format(self) -> str:
+        """The label without the number format."""
+        return self.label.removeprefix(f"{self.precision} · ")
+
     @cached_property
     def settings(self) -> dict[str, str]:
         """The config as flat names and JSON values, without what may differ between its runs."""

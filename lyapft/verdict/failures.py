@@ -69,14 +69,9 @@ def _unexplained(row: Row, settings: Settings) -> bool:
 def _grouped(found: Sequence[Outside]) -> tuple[tuple[Outside, ...], ...]:
     alike: dict[tuple[str, ...], list[Outside]] = {}
     for one in found:
-        place = (*one.row.recipe.setting, one.row.counterpart, but_format(one.row))
+        place = (*one.row.recipe.setting, one.row.counterpart, one.row.recipe.but_format)
         alike.setdefault(place, []).append(one)
     return tuple(map(tuple, alike.values()))
-
-
-def but_format(row: Row) -> str:
-    """The label of a recipe without its number format."""
-    return row.recipe.label.removeprefix(f"{row.recipe.precision} · ")
 
 
 def furthest(group: Sequence[Outside]) -> list[ScoreRow]:

@@ -156,13 +156,9 @@ def halves(evidence: Evidence, row: Row) -> Halves | None:
     return Halves(
         row,
         # the same whatever format it stands beside
-        Part(("peft", *first.setting, _but_format(first), _values(peft)), peft, fewest),
+        Part(("peft", *first.setting, first.but_format, _values(peft)), peft, fewest),
         Part(("format", first.key, _values(form)), form, fewest),
     )
-
-
-def _but_format(recipe: Recipe) -> str:
-    return recipe.label.removeprefix(f"{recipe.precision} · ")
 
 
 def _values(points: Mapping[int, Mapping[ScoreKey, float]]) -> tuple[tuple[int, float], ...]:

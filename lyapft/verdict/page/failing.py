@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lyapft.verdict.blame import Inquiry, choice_of, is_shown
 from lyapft.verdict.evidence import PAPER, Recipe
-from lyapft.verdict.failures import Outside, but_format, explained, furthest
+from lyapft.verdict.failures import Outside, explained, furthest
 from lyapft.verdict.page.common import Common, cut, some
 from lyapft.verdict.page.layout import Topic, line, topic
 from lyapft.verdict.sentences.failures import none_outside
@@ -66,7 +66,7 @@ def _whole(one: Inquiry, common: Common) -> str:
 def _single(group: Sequence[Outside], common: Common) -> str:
     recipe, worst = group[0].row.recipe, furthest(group)[0]
     formats = f" in {joined([one.row.recipe.precision for one in group])}" if len(group) > 1 else ""
-    label = but_format(group[0].row) if formats else recipe.label
+    label = recipe.but_format if formats else recipe.label
     name = f"{cut(f'{recipe.model} · {label}')}{formats}{common.on(recipe.data, recipe.task)}"
     against = f" from {AGAINST[group[0].row.counterpart]}" if group[0].row.counterpart != PAPER else ""
     count = sum(len(one.scores) for one in group)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lyapft.verdict.blame import blame, blame_beside, remedy
 from lyapft.verdict.evidence import PAPER, Settings
-from lyapft.verdict.failures import Outside, but_format, explained, furthest
+from lyapft.verdict.failures import Outside, explained, furthest
 from lyapft.verdict.recipes import ScoreRow
 from lyapft.verdict.words import AGAINST, MOST_LISTED, difference, joined, margin, raw, scored
 
@@ -14,7 +14,7 @@ def single_scores(group: Sequence[Outside], settings: Settings) -> str:
     row = group[0].row
     several = len(group) > 1
     formats = joined([one.row.recipe.precision for one in group])
-    name = f"{row.recipe.model} · {but_format(row)} in {formats}" if several else row.recipe.name
+    name = f"{row.recipe.model} · {row.recipe.but_format} in {formats}" if several else row.recipe.name
     against = f" from {AGAINST[row.counterpart]}" if row.counterpart != PAPER else ""
     shown = furthest(group)[:MOST_LISTED]
     listed = "; ".join(_score(score, several) for score in shown)
