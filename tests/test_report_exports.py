@@ -24,12 +24,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records[5] |= {"status": "nonfinite", "error": {"type": "NonFinite", "message": "loss is nan | <b>&"}}
     records.append(synthetic.record("mamba_tiny", "bf16", "lora", 0, replicate=1))
     synthetic.study(home, records)
+    report.write(home)
     return home
 
 
 @pytest.fixture(scope="module")
 def verdict(folder: Path) -> Verdict:
-    report.write(folder)
     found = report.load_study(folder)
     return judge([c.record for c in found.cells], {c.record["id"]: c.items for c in found.cells if c.items is not None})
 
