@@ -42,8 +42,9 @@ class PeakMemory:
     """Peak memory of a training: the model's own bytes and whatever was held above them at the worst moment.
 
     On CUDA: the allocator's peak. On Linux: the resident-set high-water mark, reset at the start, after the C
-    allocator has given back what earlier cells of the process left. Elsewhere such a mark cannot be reset, and the
-    peak is None.
+    allocator has given back what earlier cells of the process left, and without the pages of files (code that a
+    process runs for the first time, mapped data) that came in since: they are the system's to drop. Elsewhere such a
+    mark cannot be reset, and the peak is None.
 
     Attributes:
         source: where the number comes from, for the record.
@@ -57,12 +58,12 @@ class PeakMemory:
             device: `cpu` or `cuda`, where it will train.
         """
         tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-        self.device, self._model_bytes, self._start = device, sum(tensors.values()), 0
+        self.device, self._model_bytes, self._start, self._files = device, sum(tensors.values()), 0, 0
         self.earlier_bytes: int | None = None
         if device == "cuda":
             self.source = "torch.cuda.max_memory_allocated"
         else:
-            self.source = "resident set high-water mark (Linux)"
+            self.source = "resident set high-water mark, pages of files left out (Linux)"
 
     def start(self) -> None:
         """Start measuring: the model is on its device, the training has not begun."""
@@ -73,8 +74,9 @@ class PeakMemory:
         _return_free_memory()
         self._start = psutil.Process().memory_info().rss
         try:
+            self._files = _status("RssFile")
             CLEAR_REFS.write_text("5")
-        except OSError:
+        except (OSError, StopIteration):  # no such file, or not this line in it
             self.source = "not available on this system"
 
     def peak_bytes(self) -> int | None:
@@ -87,8 +89,8 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated() - self._start + self._model_bytes
         if not self.source.startswith("resident"):
             return None
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return max(0, int(line.split()[1]) * 1024 - self._start) + self._model_bytes
+        files = max(0, _status("RssFile") - self._files)
+        return max(0, _status("VmHWM") - self._start - files) + self._model_bytes
 
 
 def warm_up(module: nn.Module, loss: Callable[[Any], Tensor], batches: Iterable[Any]) -> None:
@@ -103,6 +105,12 @@ def warm_up(module: nn.Module, loss: Callable[[Any], Tensor], batches: Iterable[
             {name: value.to(next(module.parameters()).device) for name, value in next(iter(batches)).items()}
         ).backward()
     module.zero_grad(set_to_none=True)
+
+
+def _status(field: str) -> int:
+    """A figure of this process from Linux, in bytes."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def _return_free_memory() -> None:
