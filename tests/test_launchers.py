@@ -37,14 +37,14 @@ def test_every_launcher_composes_whether_its_package_is_installed_or_not(name):
 
 
 def test_presets_have_resources_and_a_way_back_into_the_queue():
-    assert {"slurm", "local", "ray_cluster"} == set(PRESETS)
-    slurm = composed("slurm").hydra.launcher
+    assert {"submitit_slurm", "submitit_local", "ray"} == set(PRESETS)
+    slurm = composed("submitit_slurm").hydra.launcher
     assert slurm.additional_parameters.requeue is True
     assert min(slurm.cpus_per_task, slurm.mem_gb, slurm.timeout_min, slurm.signal_delay_s, slurm.max_num_timeout) > 0
 
 
 @has_submitit
-@pytest.mark.parametrize(("name", "schema"), [("slurm", "SlurmQueueConf"), ("local", "LocalQueueConf")])
+@pytest.mark.parametrize(("name", "schema"), [("submitit_slurm", "SlurmQueueConf"), ("submitit_local", "LocalQueueConf")])
 def test_a_preset_names_every_setting_of_its_package(name, schema):
     node = getattr(import_module("hydra_plugins.hydra_submitit_launcher.config"), schema)
     preset = OmegaConf.to_container(composed(name).hydra.launcher, resolve=False)
@@ -58,7 +58,7 @@ def test_a_launcher_that_is_not_installed_is_named_with_what_to_do(typed, monkey
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if "launcher" in name else known(name, *rest)
     )
-    for name, extra in {"slurm": "cluster", "local": "cluster", "ray_cluster": "ray"}.items():
+    for name, extra in {"submitit_slurm": "cluster", "submitit_local": "cluster", "ray": "ray"}.items():
         assert extra in admission.EXTRAS.values()
         code, printed = typed("-m", *SMALL, "seed=0,1", f"hydra/launcher={name}")
         assert code == 1
@@ -83,7 +83,7 @@ def test_a_local_launcher_makes_the_records_that_the_basic_one_makes(tmp_path):
     done = commands.run("train.py", *SWEEP, folder=basic)
     assert done.returncode == 0, done
     everyones = {"umask": 0, "env": secretive(local) | {"PYTHONPATH": str(ROOT)}}  # its jobs import this checkout
-    command = [sys.executable, str(ROOT / "train.py"), *SWEEP, "hydra/launcher=local"]
+    command = [sys.executable, str(ROOT / "train.py"), *SWEEP, "hydra/launcher=submitit_local"]
     done = subprocess.run(command, cwd=local, capture_output=True, text=True, timeout=300, **everyones)
     assert done.returncode == 0, done
     here, there = recorded(basic), recorded(local)

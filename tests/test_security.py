@@ -137,7 +137,7 @@ def test_a_sweep_inside_a_rank_names_the_right_command(typed, monkeypatch, tmp_p
     code, printed = typed("-m", *SMALL, "seed=0,1")
     assert code == 1
     assert "torchrun --nproc-per-node 2 train.py" in printed
-    assert "hydra/launcher=slurm" in printed
+    assert "hydra/launcher=submitit_slurm" in printed
     assert not any(tmp_path.iterdir())
 
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from lyapft.config.choices import (
@@ -92,6 +93,18 @@ def register() -> None:
     for group, choices in SCHEMAS.items():
         for name, node in choices.items():
             store.store(name=name, group=f"schema/{group}", node=node)
+    _prefer_own_launchers(store)
+
+
+def _prefer_own_launchers(store: ConfigStore) -> None:
+    """Drop what launcher packages store under the names of the presets in `conf/`.
+
+    Hydra warns, and will refuse, where a file and a stored config of one name meet.
+    """
+    Plugins.instance()  # has every package store its own
+    stored = store.repo.get("hydra", {}).get("launcher", {})
+    for preset in (CONF_DIR / "hydra" / "launcher").glob("*.yaml"):
+        stored.pop(preset.name, None)
 
 
 def load_choice(group: str, choice: str) -> DictConfig:

@@ -18,7 +18,7 @@ train() { # ends the shell that calls it: the process in the background is the c
     threads=1 reference=off "$@"
 }
 study() {
-  train seed=0,1,2,3 "runs=$folder" hydra/launcher=slurm hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=2 \
+  train seed=0,1,2,3 "runs=$folder" hydra/launcher=submitit_slurm hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=2 \
     hydra.launcher.array_parallelism=2
 }
 jobs_in() { squeue --noheader --array --format=%i --states="$1"; }
