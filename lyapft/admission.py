@@ -99,7 +99,8 @@ def rank_faults(environment: dict[str, str], argv: list[str]) -> list[str]:
     return [
         f"a sweep (-m) cannot run inside {here.ranks} processes started by {here.launcher}: each would run all cells. "
         f"For one cell over several processes: {start} train.py without -m, a single value for each setting. "
-        f"For many cells, from one process: python train.py -m {typed} hydra/launcher=submitit_slurm, submitit_local or joblib"
+        f"For many cells, from one process: python train.py -m {typed} hydra/launcher=submitit_slurm, submitit_local "
+        "or joblib"
     ]
 
 

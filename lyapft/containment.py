@@ -2,6 +2,7 @@
 put what is read back as code.
 """
 
+import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,13 +31,17 @@ def own(folder: Path) -> None:
     """Make a folder that nobody else may enter: what submitit reads back from it are pickles, which could run anything.
 
     Raises:
-        InputError: it is another user's.
+        InputError: it is there, and another user's or open to others; its rights are not changed, for it may hold more.
     """
     folder.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)
-    try:
-        folder.chmod(stat.S_IRWXU)
-    except PermissionError:
-        raise InputError(
-            f"{folder} is another user's, who could exchange the pickles of jobs that lie there for other code: set "
-            f"hydra.launcher.submitit_folder={folder}-NAME/%j"
-        ) from None
+    there = folder.stat()
+    if there.st_uid != os.geteuid():
+        whose, first = "is another user's", ""
+    elif stat.S_IMODE(there.st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
+        whose, first = "may be entered by other users", f"chmod 700 {folder}, or "
+    else:
+        return
+    raise InputError(
+        f"{folder} {whose}, who could exchange the pickles of jobs that lie there for other code: {first}set "
+        f"hydra.launcher.submitit_folder={folder}-NAME/%j"
+    )

@@ -44,7 +44,9 @@ def test_presets_have_resources_and_a_way_back_into_the_queue():
 
 
 @has_submitit
-@pytest.mark.parametrize(("name", "schema"), [("submitit_slurm", "SlurmQueueConf"), ("submitit_local", "LocalQueueConf")])
+@pytest.mark.parametrize(
+    ("name", "schema"), [("submitit_slurm", "SlurmQueueConf"), ("submitit_local", "LocalQueueConf")]
+)
 def test_a_preset_names_every_setting_of_its_package(name, schema):
     node = getattr(import_module("hydra_plugins.hydra_submitit_launcher.config"), schema)
     preset = OmegaConf.to_container(composed(name).hydra.launcher, resolve=False)

@@ -3,6 +3,7 @@
 import contextlib
 import html.parser
 import json
+import os
 import shutil
 import stat
 import sys
@@ -99,20 +100,28 @@ def test_a_folder_of_hydra_is_one_of_the_runs(typed, tmp_path, override, sweep):
 
 def test_what_is_unpickled_from_a_folder_is_put_there_by_its_owner_alone(tmp_path):
     """Jobs and results of submitit: whoever could exchange one would run code as the user who started the sweep."""
-    folder = tmp_path / "jobs"
-    folder.mkdir(mode=0o777)
-    folder.chmod(0o777)
-    (folder / "kept").touch()
-    containment.own(folder)
+    folder = tmp_path / "runs" / "jobs"
+    before = os.umask(0)
+    try:
+        containment.own(folder)
+    finally:
+        os.umask(before)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert (folder / "kept").exists()
+    containment.own(folder)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o755, 0o701])
+def test_a_folder_that_others_may_enter_is_refused_as_it_is(tmp_path, mode):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(InputError, match=r"runs may be entered.*chmod 700 .*runs, or set .*submitit_folder=.*-NAME/%j"):
+        containment.own(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == mode
 
 
 def test_a_folder_that_is_another_users_is_refused(tmp_path, monkeypatch):
-    def chmod(*_):
-        raise PermissionError
-
-    monkeypatch.setattr(Path, "chmod", chmod)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(InputError, match=r"jobs is another user's.*submitit_folder=.*jobs-NAME/%j"):
         containment.own(tmp_path / "jobs")
 
