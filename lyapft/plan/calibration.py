@@ -21,7 +21,7 @@ from lyapft.plan.cells import Planned
 
 log = logging.getLogger(__name__)
 
-STEPS, SETTLED = 10, 4  # steps of a calibration, and those left out: caches and allocators settle
+STEPS, SETTLED = 30, 4  # steps of a calibration, and those left out: caches and allocators settle
 ITEMS = 64  # scored of each subset
 
 
