@@ -8,14 +8,25 @@ torch.
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 HIDDEN = "(hidden)"
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
-# What a name's last word may be, and, where that says little by itself, the words that may stand before it.
-PLAIN = {"secret", "password", "passwd", "passphrase", "credential", "credentials", "bearer", "authorization", "apikey"}
-OPENED_BY = {"api", "access", "private", "secret", "auth", "hf", "hub", "wandb", "ssh", "signing"}  # a key, or tokens
+# Parts of words that tell wherever they stand; whole words that do; and, where `key` or `token` says little by itself,
+# the words that may stand before it.
+PLAIN = re.compile(r"secret|passw(?:or)?d|passphrase|credential|bearer|cookie|api_?key")
+WHOLE = {"auth", "oauth", "authorization"}
+OPENED_BY = {
+    "access", "account", "admin", "api", "app", "auth", "aws", "azure", "bot", "client", "crypt", "db",
+    "decryption", "deploy", "encryption", "gcp", "gh", "git", "github", "gitlab", "google", "gpg", "hf", "hub",
+    "huggingface", "jwt", "license", "master", "oauth", "openai", "pgp", "private", "root", "rsa", "secret",
+    "service", "session", "shared", "signing", "ssh", "ssl", "storage", "tls", "user", "wandb",
+}  # fmt: skip
+JOINED = re.compile(rf"({'|'.join(sorted(OPENED_BY))})(keys?|tokens?|pass|pwd)")
+KEPT_IN = {"file", "path", "dir", "folder", "sock"}  # of names that say where one is kept
 NOT_SECRET = {"PWD", "OLDPWD"}  # variables: the folder that a shell is in
 WEB = ("http://", "https://")
 IN_URL = re.compile(r"(?<=://)[^/?#\s]+(?=@)")  # to the last @, which a password may hold too
@@ -35,18 +46,32 @@ def is_named(key: str) -> bool:
 
     >>> [is_named(key) for key in ("hub-token", "hubToken", "WANDB_API_KEY", "X-Amz-Signature", "db_pwd", "hf_tokens")]
     [True, True, True, True, True, True]
-    >>> [is_named(key) for key in ("batch_tokens", "key", "tokenizer", "pwd_model", "signature")]
-    [False, False, False, False, False]
+    >>> [is_named(key) for key in ("api_keys", "dbpass", "secret_value", "HF_TOKEN_READ", "hub_token_2")]
+    [True, True, True, True, True]
+    >>> [is_named(key) for key in ("batch_tokens", "key", "tokenizer", "pwd_model", "signature", "author", "pass_k")]
+    [False, False, False, False, False, False, False]
     """
-    words = [word.lower() for word in WORD.findall(key)]
-    if not words or key in NOT_SECRET:
+    words = [part for word in WORD.findall(key) for part in _parts(word.lower())]
+    while words and words[-1].isdigit():
+        words.pop()
+    if not words or key in NOT_SECRET or words[-1] in KEPT_IN:
         return False
-    *before, last = words
-    if last in PLAIN or last == "token":
+    if any(word in WHOLE or PLAIN.search(word) for word in words):
         return True
-    if last in ("key", "tokens"):
-        return bool(before) and before[-1] in OPENED_BY
-    return (last == "pwd" and bool(before)) or (last == "signature" and "amz" in before)
+    if any(opener in OPENED_BY and word.removesuffix("s") in ("key", "token") for opener, word in pairwise(words)):
+        return True
+    *before, last = words
+    return last in ("token", "pass") or (last == "pwd" and bool(before)) or (last == "signature" and "amz" in before)
+
+
+def _parts(word: str) -> list[str]:
+    """A word, or the two that were joined in it.
+
+    >>> _parts("accesstoken"), _parts("monkey")
+    (['access', 'token'], ['monkey'])
+    """
+    joined = JOINED.fullmatch(word)
+    return [word] if joined is None else list(joined.groups())
 
 
 def faults(settings: Any, overrides: Iterable[str] = ()) -> list[str]:
@@ -80,7 +105,7 @@ def without(value: Any, key: str = "") -> Any:
     >>> without({"hub_token": "abc", "batch_tokens": 8192, "path": "https://me:pw@host/x"})
     {'hub_token': '(hidden)', 'batch_tokens': 8192, 'path': 'https://(hidden)@host/x'}
     """
-    if value is not None and is_named(key):
+    if is_named(key) and _is_told(key, value):
         return HIDDEN
     if isinstance(value, Mapping):
         return {str(name): without(inner, str(name)) for name, inner in value.items()}
@@ -109,8 +134,32 @@ class Formatter(logging.Formatter):
     """Lines of a log, tracebacks included, without credentials."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        return hidden(super().format(record))
+        """The line; where the message does not fit its arguments, both: a handler would print them as they are."""
+        try:
+            return hidden(super().format(record))
+        except (TypeError, ValueError, KeyError) as error:
+            place = f"{record.pathname}:{record.lineno}"
+            return hidden(f"{place} logs what cannot be formatted ({error}): {record.msg!r}, {record.args!r}")
+
+
+class LogFile(logging.FileHandler):
+    """A log whose file may stop taking lines: that is said once, and the work goes on."""
+
+    lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say why a line was lost; the line itself, or a traceback with what it was made of, is not repeated."""
+        if not self.lost:
+            self.lost = True
+            print(hidden(f"{self.baseFilename} lacks lines: {sys.exc_info()[1]}"), file=sys.stderr)
+
+    def close(self) -> None:
+        """Close it, also when what is left cannot be written."""
+        try:
+            super().close()
+        except OSError:
+            if not self.lost:
+                self.handleError(logging.makeLogRecord({}))
 
 
 def _leaves(value: Any, name: str = "", key: str = "") -> Iterator[tuple[str, str, Any]]:

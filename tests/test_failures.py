@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import logging
 import os
 import runpy
 import shutil
@@ -21,6 +22,7 @@ import wandb
 
 from lyapft import cell, records
 from lyapft.cell import execution
+from lyapft.cell.state import log_file
 from lyapft.resume import files as resume_files
 from tests.campaigns.kills import child, ended
 from tests.test_cell import prepared
@@ -112,6 +114,51 @@ def test_a_full_disk_is_named_and_every_record_stays_whole(tmp_path):
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize("stage", ["train", "_score"])
+def test_a_disk_that_is_full_to_the_last_byte_is_named_once(tmp_path, monkeypatch, stage):
+    """Then no line of the cell's own log can be written either."""
+    go_on = getattr(execution, stage)
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), Path("disk/filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+
+    def work():
+        Path("disk").mkdir()
+        mount("-t", "tmpfs", "-o", "size=9m", "none", "disk")
+        monkeypatch.setattr(execution, stage, lambda *arguments: (fill(), go_on(*arguments))[1])
+        code = command("runs=disk")
+        assert statuses(Path("disk")) == ["running"]
+        monkeypatch.setattr(execution, stage, go_on)
+        Path("disk/filler").unlink()
+        assert command("runs=disk") == 0
+        return code
+
+    code, printed = inside(tmp_path, work)
+    assert code == 1, printed
+    assert "no space left" in printed
+    assert "the same command then continues" in printed
+    said = printed.count("cell.log lacks lines: [Errno 28] No space left on device")
+    assert said == 1 or (stage == "_score" and said == 0)  # its last page may have room for the last lines
+    assert "Traceback" not in printed
+    assert "Logging error" not in printed
+
+
+def test_a_log_that_cannot_be_written_says_so_once_and_no_secret(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "canary" * 4)
+    with log_file(tmp_path / "cell.log"):
+        handler = logging.getLogger().handlers[-1]
+        handler.stream.close()
+        handler.stream = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115 - the handler closes it
+        for _ in range(3):
+            logging.getLogger("lyapft").error("%s and %s", "canary" * 4, "x" * 9999)
+    printed = capsys.readouterr().err
+    assert printed.count("cell.log lacks lines: [Errno 28]") == 1
+    assert "canary" not in printed
+    assert "Traceback" not in printed
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_a_read_only_folder_is_named_and_what_is_in_it_stays(tmp_path, before):
     def work():
@@ -166,6 +213,30 @@ def test_nothing_needs_shared_memory(tmp_path):
     code, printed = inside(tmp_path, work)
     assert code == 0, printed
     assert statuses(tmp_path / "runs") == ["ok"]
+
+
+@pytest.mark.parametrize("pages", [0, 7, 14])
+def test_readers_without_shared_memory_are_named_or_need_none(tmp_path, pages):
+    """Semaphores take ten pages of it, and batches, which need more than there is, none."""
+    path = ROOT / "tests" / "fixtures" / "alpaca.jsonl"
+
+    def work():
+        mount("-t", "tmpfs", "-o", f"size={4 * (pages + 1)}k", "none", "/dev/shm")
+        Path("/dev/shm/full").write_bytes(bytes(4096))
+        streamed = ("data.streaming=true", "data.shuffle_buffer=5", "data.workers=1", "data.max_length=256")
+        return command("data=alpaca", f"data.path={path}", *streamed, "trainer.batch_size=32")
+
+    code, printed = inside(tmp_path, work)
+    assert "Traceback" not in printed
+    assert "Exception ignored" not in printed
+    if pages < 10:
+        assert code == 1, printed
+        assert "data.workers=1 needs shared memory, and /dev/shm has no room (No space left on device)" in printed
+        assert "data.workers=0" in printed
+        assert "--shm-size" in printed
+        assert "runs=FOLDER" not in printed
+    else:
+        assert code == 0, printed
 
 
 def test_cells_in_threads_of_one_process_are_refused():

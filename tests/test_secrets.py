@@ -2,18 +2,32 @@
 
 import base64
 import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import logging
 import os
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
+import lightning
 import pandas as pd
+import peft
 import psutil
 import pytest
+import transformers
+import wandb
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lyapft import (
     cell,
+    config,
     records,
     secrets,
 )
@@ -176,6 +190,91 @@ def test_what_names_or_looks_like_a_credential_is_found_wherever_it_stands(setti
 )  # fmt: skip
 def test_an_ordinary_setting_is_none(settings):
     assert secrets.faults(settings) == []
+
+
+NAMES = (
+    "secrets", "passwords", "api_keys", "apikeys", "pass", "db_pass", "auth", "cookie", "secret_value", "hub_token_2",
+    "encryption_key", "service_key", "HF_TOKEN_READ", "token", "access_tokens", "passphrase", "db_pwd", "userPassword",
+)  # fmt: skip
+ORDINARY = (
+    "max_tokens", "batch_tokens", "n_tokens", "pad_token_id", "tokenizer", "author", "authors", "pass_k", "passes",
+    "pass_rate", "key", "keys", "monkey", "keyboard", "hub", "cache_key", "sort_keys", "HF_TOKEN_PATH", "compass",
+)  # fmt: skip
+STYLES = (
+    lambda words: "_".join(words), lambda words: "-".join(words), lambda words: "_".join(words).upper(),
+    lambda words: "".join(word.capitalize() for word in words), lambda words: ".".join(words).title(),
+)  # fmt: skip
+
+
+@given(
+    words=st.lists(st.sampled_from(["my", "model", "run", "remote"]), max_size=2),
+    name=st.sampled_from([name for name in NAMES if name.islower()]),
+    number=st.sampled_from([[], ["2"], ["0", "1"]]),
+    style=st.sampled_from(STYLES),
+)
+def test_a_credential_is_known_by_its_name_however_it_is_written(words, name, number, style):
+    assert secrets.is_named(style([*words, *name.split("_"), *number]))
+
+
+@given(name=st.sampled_from([name for name in ORDINARY if name.islower()]), style=st.sampled_from(STYLES))
+def test_an_ordinary_name_is_one_however_it_is_written(name, style):
+    assert not secrets.is_named(style(name.split("_")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_field_or_variable_of_such_a_name_is_refused_and_hidden(monkeypatch, name):
+    assert len(secrets.faults({"model": {name: "abc"}})) == 1
+    assert len(secrets.faults({}, [f"+model.{name}=abc"])) == 1
+    assert secrets.without({name: "abc"}) == {name: secrets.HIDDEN}
+    monkeypatch.setenv(name, CANARY)
+    assert secrets.hidden(f"said {CANARY}") == f"said {secrets.HIDDEN}"
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_a_field_of_an_ordinary_name_is_kept(name):
+    assert secrets.faults({"model": {name: "abc"}}, [f"+model.{name}=abc"]) == []
+    assert secrets.without({name: "abc"}) == {name: "abc"}
+
+
+def names_in(node: Any) -> set[str]:
+    """Every key of nested mappings."""
+    if isinstance(node, list):
+        return set().union(*map(names_in, node))
+    return set(node) | set().union(*map(names_in, node.values())) if isinstance(node, dict) else set()
+
+
+def fields_of(module: Any) -> set[str]:
+    """Those of every dataclass of a module."""
+    found = [value for value in vars(module).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
+    return {field.name for one in found for field in dataclasses.fields(one)}
+
+
+def test_no_setting_of_ours_or_of_a_library_has_the_name_of_a_credential_but_those_that_are():
+    """Else it could not be set. `experiment.token` is a number."""
+    ours = {path: names_in(yaml.safe_load(path.read_text())) for path in (ROOT / "conf").rglob("*.yaml")}
+    assert {name for names in ours.values() for name in names if secrets.is_named(name)} == {"token"}
+    assert not any(secrets.is_named(name) for name in fields_of(config))
+    launchers = [
+        importlib.import_module(f"hydra_plugins.{name}.config")
+        for name in ("hydra_joblib_launcher", "hydra_submitit_launcher")
+        if importlib.util.find_spec(f"hydra_plugins.{name}")  # an extra
+    ]
+    passed = {name for module in (peft, *launchers) for name in fields_of(module)}
+    for call in (wandb.init, lightning.Trainer, transformers.AutoConfig.for_model):
+        passed |= set(inspect.signature(call).parameters)
+    assert len(passed) > 100
+    assert not any(secrets.is_named(name) for name in passed)
+    credentials = {"api_key", "azure_account_url_to_access_key"}
+    assert {name for name in wandb.Settings.model_fields if secrets.is_named(name)} == credentials
+
+
+def test_a_message_that_cannot_be_formatted_is_hidden_too(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    record = logging.LogRecord("lib", logging.INFO, "lib.py", 1, f"%d of {CANARY}", (CANARY,), None)
+    said = secrets.Formatter("%(message)s").format(record)
+    assert CANARY not in said
+    assert secrets.HIDDEN in said
+    assert "lib.py" in said
 
 
 @pytest.mark.parametrize("case", REFUSED)

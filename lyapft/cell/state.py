@@ -88,7 +88,7 @@ def _quiet_libraries() -> None:
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Everything that is logged meanwhile also goes to this file, with the tracebacks that the console is spared."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = secrets.LogFile(path, encoding="utf-8")
     handler.setFormatter(secrets.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, ours = logging.getLogger(), logging.getLogger("lyapft")
     level = ours.level

@@ -9,7 +9,7 @@ takes its share of the batches, as `batches.Order` has it.
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -207,12 +207,13 @@ class StreamedBatches:
                 raise made
             batch, self.reached, self.stream.counts = made
             self.drawn += 1
-            yield batch
+            yield {name: torch.as_tensor(value) for name, value in batch.items()}
 
     def _loader(self, rounds: "_Rounds") -> Iterable[Any]:
         workers = self.stream.table.workers
         if not workers:
             return rounds
+        _check_room(workers)
         generator = torch.Generator().manual_seed(self.seed)  # or the global one would be drawn from
         return DataLoader(
             rounds,
@@ -242,7 +243,7 @@ class _Rounds(IterableDataset[Any]):
     def __init__(self, of: StreamedBatches) -> None:
         self.of = of
 
-    def __iter__(self) -> Iterator[tuple[Batch, Place, dict[str, int]] | InputError]:
+    def __iter__(self) -> Iterator[tuple[Mapping[str, Any], Place, dict[str, int]] | InputError]:
         worker = get_worker_info()
         own, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         of, items = self.of, self._items()
@@ -252,7 +253,9 @@ class _Rounds(IterableDataset[Any]):
                 if number % workers == own:
                     last, given, _ = batches[-1][-1]
                     batch = last.rows.collate([window.rows[index] for window, _, index in batches[of.rank]])
-                    yield batch, replace(last.place, given=given), last.behind.counts
+                    # from a worker as arrays, through a pipe: tensors need shared memory, and hang where it is full
+                    made = batch if worker is None else {name: value.numpy() for name, value in batch.items()}
+                    yield made, replace(last.place, given=given), last.behind.counts
         except InputError as error:  # as a value: a worker would wrap it in its traceback
             yield error
 
@@ -267,6 +270,25 @@ class _Rounds(IterableDataset[Any]):
             for given, index in enumerate(order[skipped:], skipped + 1):
                 yield window, given, index
             skipped = 0
+
+
+def _check_room(workers: int) -> None:
+    """The semaphores by which a DataLoader speaks with its workers, made and dropped: one that lacked some would say
+    so by the error of its own clean-up.
+
+    Raises:
+        InputError: the system has no room for them.
+    """
+    try:
+        queues: list[Any] = [torch.multiprocessing.Queue() for _ in range(workers + 1)]
+        torch.multiprocessing.Event()
+    except OSError as error:
+        raise InputError(
+            f"data.workers={workers} needs shared memory, and /dev/shm has no room ({error.strerror}): set "
+            "data.workers=0, free some there, or give the container more (docker run --shm-size=1g)"
+        ) from None
+    for queue in queues:
+        queue.close()
 
 
 def _as_it_is(made: Any) -> Any:
