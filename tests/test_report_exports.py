@@ -2,10 +2,14 @@
 
 import html
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from lyapft import report
 from lyapft.records import TABLES
@@ -60,12 +64,80 @@ def test_markdown_holds_every_sentence_and_every_row(folder: Path, verdict: Verd
     for part, mark, sections in ((page, "##", verdict.page), (detail, "###", verdict.sections)):
         for section in sections:
             assert f"\n{mark} {section.title}\n" in part
-            assert all(f"- {exports._escaped(line)}" in part for line in section.lines)
+            assert all(f"- {exports._item(line)}" in part for line in section.lines)
     tables = [block for block in re.split(r"\n\n", text) if block.startswith("|")]
     assert [len(block.splitlines()) - 2 for block in tables] == [len(table) for table in verdict.tables.values()]
     for block in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
     assert "loss is nan \\| &lt;b>&amp;" in text
+
+
+MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])  # with HTML, as viewers allow it
+PIECES = (
+    "![p](http://evil/p.png)",
+    "[a]: http://evil",
+    "<img src=x>",
+    "&lt;",
+    "`",
+    "\\",
+    "|",
+    "*",
+    "_",
+    "~~",
+    "#",
+    "-",
+    "1.",
+)
+hostile = st.lists(
+    st.sampled_from(PIECES) | st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=5), max_size=6
+).map(lambda pieces: " ".join("".join(pieces).split()))
+
+
+def seen(text: str) -> list[str]:
+    """The texts that a viewer shows of Markdown, which may be nothing but plain text in lists and tables."""
+    found = []
+    for token in MARKDOWN.parse(text):
+        assert token.tag in ("", "ul", "li", "p", "table", "thead", "tbody", "tr", "th", "td"), token
+        assert token.type not in ("html_block", "fence", "code_block"), token
+        if token.type == "inline":
+            assert all(child.type in ("text", "text_special") for child in token.children or []), text
+            found.append("".join(child.content for child in token.children or []))
+    return found
+
+
+@given(text=hostile.filter(bool))
+def test_markdown_shows_any_text_of_a_list_as_it_is(text: str) -> None:
+    assert seen(f"- {exports._item(text)}\n") == [text]
+
+
+@given(texts=st.lists(hostile, min_size=4, max_size=4))
+def test_markdown_shows_any_text_of_a_table_as_it_is(texts: list[str]) -> None:
+    columns = [Column("", texts[0] or "a", [texts[1]], False), Column("", texts[2] or "b", [texts[3]], True)]
+    assert seen(exports._markdown_table(columns)) == [texts[0] or "a", texts[2] or "b", texts[1], texts[3]]
+
+
+def test_an_image_in_a_record_is_fetched_by_no_viewer(tmp_path: Path) -> None:
+    records = synthetic.matrix(("mamba_tiny",), seeds=2)
+    records[5] |= {"status": "nonfinite", "error": {"type": "NonFinite", "message": "row ![p](http://evil/p.png)"}}
+    found = judge(records)
+    exports.write(tmp_path, found)
+    text = (tmp_path / exports.MARKDOWN).read_text(encoding="utf-8")
+    kinds = {child.type for token in MARKDOWN.parse(text) for child in token.children or []}
+    assert "evil/p.png" in text
+    assert kinds <= {"text", "text_special"}
+
+
+@pytest.mark.parametrize("begins", ["=", "+", "-", "@", "\t", "\r"])
+def test_no_text_of_a_csv_is_a_formula(tmp_path: Path, verdict: Verdict, begins: str) -> None:
+    text = f"{begins}cmd|' /C calc'!A0"
+    table = verdict.tables["recipes"].assign(data=text)
+    exports.write(tmp_path, replace(verdict, tables={"recipes": table}))
+    csv = pd.read_csv(tmp_path / TABLES / "recipes.csv", lineterminator="\n")
+    assert set(csv["data"]) == {f"'{text}"}
+    numbers = table.select_dtypes("number").astype(float)
+    assert (numbers < 0).any(axis=None)  # which are none
+    pd.testing.assert_frame_equal(csv[list(numbers)].astype(float), numbers, check_exact=False)
+    assert set(pd.read_parquet(tmp_path / TABLES / "recipes.parquet")["data"]) == {text}
 
 
 # Widths of cmr10 in thousandths of an em (Knuth, Computer Modern Typefaces), by which TeX would set the tables.

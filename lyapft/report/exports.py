@@ -1,5 +1,6 @@
 """The verdict as files: Markdown to read, CSV and Parquet to compute with, LaTeX to print."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,10 @@ from lyapft.verdict import Section, Verdict
 
 MARKDOWN, LATEX = "verdict.md", "verdict.tex"
 DETAIL = "In detail"  # heading of the sentences that the page has no room for
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a text begins that a spreadsheet would run
+# What Markdown reads as more than text: marks, an underscore that is not within a word, and what opens a block.
+MARKS = re.compile(r"[\\`*\[|~]|(?<![^\W_])_|_(?![^\W_])")
+OPENS = re.compile(r"^(\d*)([#>+=.)-])")
 CELLS_FILE = f"{records.TABLES}/cells.parquet"
 PLAIN = ("id", "name", "status", "role", "seed", "replicate")
 NUMBERS = (
@@ -32,8 +37,9 @@ NUMBERS = (
 def write(folder: Path, verdict: Verdict, cells: Sequence[Cell] = ()) -> list[Path]:
     """Write `verdict.md`, its page as `verdict.tex`, and in `tables/` each table as CSV, Parquet and LaTeX.
 
-    CSV and Parquet hold one number per column in full precision; Markdown and LaTeX the text of the page. All cells,
-    also those of a large study that the page does not show, are in `tables/cells.parquet`. Returns the files.
+    CSV and Parquet hold one number per column in full precision; Markdown and LaTeX the text of the page. In CSV, text
+    that a spreadsheet would run as a formula begins with an apostrophe; Parquet has it as it is. All cells, also those
+    of a large study that the page does not show, are in `tables/cells.parquet`. Returns the files.
     """
     containment.check(folder, [folder / records.TABLES])
     columns = {name: text_columns(verdict, name) for name in verdict.tables}
@@ -43,7 +49,7 @@ def write(folder: Path, verdict: Verdict, cells: Sequence[Cell] = ()) -> list[Pa
         written.append(_write(folder / CELLS_FILE, partial(cell_table(cells).to_parquet, index=False)))
     for name, table in verdict.tables.items():
         home = folder / records.TABLES / name
-        written.append(_write(home.with_suffix(".csv"), partial(table.to_csv, index=False)))
+        written.append(_write(home.with_suffix(".csv"), partial(_without_formulas(table).to_csv, index=False)))
         written.append(_write(home.with_suffix(".parquet"), partial(table.to_parquet, index=False)))
         text = as_latex(columns[name], caption(verdict, name), name)
         written.append(_write_text(home.with_suffix(".tex"), text))
@@ -89,7 +95,7 @@ def as_markdown(verdict: Verdict, columns: Mapping[str, Sequence[Column]] | None
         columns: of text, by table, where they have been made already.
     """
     columns = columns or {name: text_columns(verdict, name) for name in verdict.tables}
-    parts = [f"# Verdict on the study {verdict.study}", *_sentences(verdict.page, "##")]
+    parts = [f"# Verdict on the study {_escaped(verdict.study)}", *_sentences(verdict.page, "##")]
     parts += [f"## {DETAIL}", *_sentences(verdict.sections, "###")]
     for name, own in columns.items():
         parts += [f"## Table: {name}", caption(verdict, name), _markdown_table(own)]
@@ -101,7 +107,7 @@ def _sentences(sections: Sequence[Section], mark: str) -> list[str]:
     return [
         part
         for section in sections
-        for part in (f"{mark} {_escaped(section.title)}", "\n".join(f"- {_escaped(line)}" for line in section.lines))
+        for part in (f"{mark} {_escaped(section.title)}", "\n".join(f"- {_item(line)}" for line in section.lines))
     ]
 
 
@@ -109,10 +115,34 @@ def _markdown_table(columns: Sequence[Column]) -> str:
     heads = [f"{column.group}: {column.title}" if column.group else column.title for column in columns]
     rules = ["---:" if column.numeric else "---" for column in columns]
     rows = [[column.cells[i] for column in columns] for i in range(len(columns[0].cells))]
-    return "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in (heads, rules, *rows))
+    texts = [[_escaped(cell) for cell in row] for row in (heads, *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (texts[0], rules, *texts[1:]))
+
+
+def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose texts a spreadsheet shows; numbers, also negative ones, are none."""
+
+    def shown(cell: object) -> object:
+        return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+
+    texts = table.select_dtypes(["object", "string"])
+    return table.assign(**{str(name): texts[name].map(shown) for name in texts}).rename(columns=shown)
+
+
+def _item(text: str) -> str:
+    """The same as an item of a list, within which a heading, a quotation, a rule or another list could begin.
+
+    >>> _item("# 1. x"), _item("1. x")
+    ('\\\\# 1. x', '1\\\\. x')
+    """
+    return OPENS.sub(r"\1\\\2", _escaped(text))
 
 
 def _escaped(text: str) -> str:
-    """Text in which Markdown sees neither table rules nor tags."""
+    """A text on one line that Markdown shows as it is: neither links, images and tags nor emphasis and table rules.
+
+    >>> _escaped("![x](http://a/b.png) of lora_all | <b>")
+    '!\\\\[x](http://a/b.png) of lora_all \\\\| &lt;b>'
+    """
     flat = " ".join(text.split())
-    return flat.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return MARKS.sub(r"\\\g<0>", flat).replace("&", "&amp;").replace("<", "&lt;")
