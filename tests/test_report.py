@@ -365,7 +365,8 @@ def test_thinning_keeps_means_and_leaves_gaps() -> None:
 def test_labels_are_unique_and_name_what_differs() -> None:
     base = synthetic.record()
     rerun = synthetic.record(replicate=1)
-    other = synthetic.record(overrides=("trainer.learning_rate=1e-3",))
+    # reruns are asked for beside a cell, they do not change it
+    other = synthetic.record(overrides=("trainer.learning_rate=1e-3", "study.noise_floor=[replicate]"))
     twin = json.loads(json.dumps(base)) | {"id": "f" * 12}
     names = cells.labels([base, rerun, other])
     assert names == [

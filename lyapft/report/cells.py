@@ -28,8 +28,8 @@ NO_STEPS = pd.DataFrame()
 # overrides that no label needs: it names them anyway, or they change no number
 NOT_IN_LABELS = frozenset(
     {
-        "seed", "replicate", "study", "study.name", "logger", "reference", "runs", "probe", "trainer.progress",
-        "trainer.record_every_s",
+        "seed", "replicate", "study", "study.name", "study.noise_floor", "study.noise_floor_seeds", "logger",
+        "reference", "runs", "probe", "trainer.progress", "trainer.record_every_s",
     }
 )  # fmt: skip
 
