@@ -1,5 +1,6 @@
 """Each recipe against full-precision fine-tuning of all weights: difference, cost, answers, outcome."""
 
+import math
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 
@@ -82,6 +83,7 @@ class ScoreRow:
     counterpart_score: float
     comparison: Comparison
     items: int
+    chance: float  # the accuracy of a blind guess; NaN where no record has it
     beyond_trained_length: int
 
 
@@ -131,6 +133,7 @@ def score_rows(found: Sequence[Row], settings: Settings) -> list[ScoreRow]:
             counterpart_score=float(np.mean([pair.theirs.values[key] for pair in own])),
             comparison=test,
             items=n,
+            chance=next((pair.ours.chance[key] for pair in own if key in pair.ours.chance), math.nan),
             beyond_trained_length=max(pair.ours.beyond.get(key, 0) for pair in own),
         )
         for (row, key, own), n, test in zip(by_score, items, tests, strict=True)

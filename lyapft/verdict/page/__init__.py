@@ -18,6 +18,7 @@ def one_page(found: Findings) -> tuple[Section, ...]:
     topics = [
         advice.recommendations(common),
         trust.missing(common),
+        trust.guessing(common),
         trust.beyond_training(common),
         trust.noise(common),
         trust.spikes(common),

@@ -11,6 +11,7 @@ from lyapft.verdict.sentences.failures import none_outside
 from lyapft.verdict.words import AGAINST, joined, margin, scored
 
 FAILS = "Where it fails"
+SINGLE = "recipes, in whatever formats, with single scores outside the margin"
 HOW = {
     "equivalent": "inside the margin",
     "undecided": "undecided",
@@ -39,7 +40,7 @@ def single_scores(common: Common) -> Topic:
             -abs(furthest(group)[0].comparison.estimate.mean),
         ),
     )
-    return topic(FAILS, ordered, lambda group: _single(group, common), "recipes with single scores outside the margin")
+    return topic(FAILS, ordered, lambda group: _single(group, common), SINGLE)
 
 
 def broken_down(common: Common) -> Topic:
