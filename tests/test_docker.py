@@ -154,7 +154,7 @@ def test_everybody_leaves_a_cell_two_minutes_to_stop():
     script = (DOCKER / "slurm.sh").read_text()
     assert "#SBATCH --requeue\n" in script
     assert "#SBATCH --signal=TERM@120\n" in script
-    launcher = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
+    launcher = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "submitit_slurm.yaml").read_text())
     assert launcher["signal_delay_s"] == 120
     (job,) = (one for one in yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text()) if one["kind"] == "Job")
     assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 120
