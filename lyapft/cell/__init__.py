@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
-from lyapft import config, containment, dashboard, divergence, rates, records, secrets, study
+from lyapft import config, containment, dashboard, divergence, ranks, rates, records, secrets, study
 from lyapft.cell import answers, summary
 from lyapft.cell.crew import crew, follow
 from lyapft.cell.execution import execute
@@ -197,7 +197,7 @@ def _halvings(cell: Cell, entries: list[dict[str, Any]]) -> Halvings:
         trainer.accumulate,
         cfg.task.batch_tokens,
         longest=cfg.data.max_length,
-        allowed=trainer.oom == "halve",
+        allowed=trainer.oom == "halve" or (trainer.oom == "auto" and ranks.count() == 1),
     )
 
 
