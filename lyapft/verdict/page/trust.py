@@ -9,6 +9,7 @@ from lyapft.verdict.duplicates import first_of_its_kind
 from lyapft.verdict.floors import KINDS
 from lyapft.verdict.page.common import BEYOND, Common, cut, some
 from lyapft.verdict.page.layout import Topic, line, topic
+from lyapft.verdict.sentences.advice import cost_means
 from lyapft.verdict.sentences.failures import NOISE
 from lyapft.verdict.words import EMULATED, EMULATED_MEANS, chance, joined, margin, scored, seeds
 
@@ -110,8 +111,12 @@ def key(common: Common, text: str) -> list[Topic]:
         f"then score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Every p is "
         "after Holm's correction, no interval is."
     ]
-    if "seeds would show" in text:
-        lines.append(f"Seeds that would show it do so with {chance(found.settings)}.")
+    measures = []
+    if "cost" in text or any(one.chosen for one in found.recommendations):
+        measures.append(cost_means(found.settings))
+    if "seeds would" in text:
+        measures.append(f"Seeds needed: with {chance(found.settings)}.")
+    lines += [" ".join(measures)] * bool(measures)
     if EMULATED in text:
         lines.append(EMULATED_MEANS)
     return [line(KEY, one) for one in lines]
