@@ -12,8 +12,7 @@ MOST_LISTED = 3
 ALONE = "Every p is after Holm's correction; the interval beside it is of that one comparison alone, uncorrected."
 EMULATED = "(emulated)"  # beside every cost of a run whose half precision was
 EMULATED_MEANS = (
-    f"{EMULATED}: half precision ran in software; such speed, and a cost that counts it, is not that of hardware that "
-    "has it."
+    f"{EMULATED}: half precision ran in software; its speed, also in a cost, is not that of hardware that has it."
 )
 
 
@@ -97,7 +96,7 @@ def seeds_that_show(how: str, count: int | None, found: Estimate, conditions: st
             without them it is said briefly.
 
     >>> seeds_that_show("that it is not", 2, Estimate(3.0, -9.0, 15.0, 2))
-    'about 3 seeds would show that it is not, a rough guess from 2'
+    'about 3 seeds would show that it is not (guessed from 2)'
     """
     if found.n < 2:
         return "one seed has no spread, so run at least three"
@@ -107,8 +106,9 @@ def seeds_that_show(how: str, count: int | None, found: Estimate, conditions: st
         text = f"about {more_than_now(count, found)} seeds would show {how}"
     else:
         text = f"over {MOST_SEEDS:,} seeds would be needed" + f" to show {how}" * bool(conditions)
-    rests_on = f", with {conditions}" if conditions else ""
-    return f"{text}{rests_on}" + f", a rough guess from {found.n}" * found.few
+    if not conditions:
+        return text + f" (guessed from {found.n})" * found.few
+    return f"{text}, with {conditions}" + f", a rough guess from {found.n}" * found.few
 
 
 def more_than_now(count: int, found: Estimate) -> int:

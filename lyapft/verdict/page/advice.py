@@ -80,9 +80,9 @@ def _cost_open(one: Recommendation, common: Common) -> str:
 def _open(one: Recommendation, common: Common) -> str:
     """The cheapest of the undecided, and that which would be shown to be equivalent with the fewest seeds."""
     settings, row = common.found.settings, one.open[0]
-    rank = "Left" if len(one.open) == 1 else "Cheapest undecided" if row.cost.index.n else "First of the undecided"
+    rank = "Left" if len(one.open) == 1 else "Cheapest left" if row.cost.index.n else "First left"
     text = (
-        f"{rank} is {cut(row.recipe.label)} ({_numbers(row, common)}), {at_cost(row, settings)}: "
+        f"{rank}: {cut(row.recipe.label)} ({_numbers(row, common)}), {at_cost(row, settings)}: "
         f"{needed(row.comparison, settings, conditions=False)}"
     )
     soonest = one.soonest(settings)

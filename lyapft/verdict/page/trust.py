@@ -105,18 +105,15 @@ def key(common: Common, text: str) -> list[Topic]:
     found = common.found
     if not (found.rows or found.learned or found.ablations):
         return []
-    names = "none: every weight trains. " if re.search(r"\bnone\b", text) else ""
-    lines = [
-        f"{names}Differences are points of accuracy, mean over tasks and shots, on the same seeds{_brackets(common)}; "
-        f"then score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Every p is "
-        "after Holm's correction, no interval is."
+    parts = [
+        "none: every weight trains." if re.search(r"\bnone\b", text) else "",
+        f"Differences are points of accuracy, mean over tasks and shots, on the same seeds{_brackets(common)}; then "
+        f"score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Holm corrects every "
+        "p, no interval.",
+        cost_means(found.settings) if "cost" in text or any(one.chosen for one in found.recommendations) else "",
+        f"Seeds: with {chance(found.settings)}." if "seeds would" in text else "",
     ]
-    measures = []
-    if "cost" in text or any(one.chosen for one in found.recommendations):
-        measures.append(cost_means(found.settings))
-    if "seeds would" in text:
-        measures.append(f"Seeds needed: with {chance(found.settings)}.")
-    lines += [" ".join(measures)] * bool(measures)
+    lines = [" ".join(filter(None, parts))]
     if EMULATED in text:
         lines.append(EMULATED_MEANS)
     return [line(KEY, one) for one in lines]

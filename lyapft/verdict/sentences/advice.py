@@ -96,14 +96,14 @@ def cost_means(settings: Settings) -> str:
     """What a cost is, by the reader's weights.
 
     >>> cost_means(Settings(memory_weight=0.5))
-    'Cost: geometric mean of time and memory per token, weighted 1 to 0.5.'
+    'Cost: geometric mean of time and memory per token, weighted 1:0.5.'
     >>> cost_means(Settings(speed_weight=0))
     'Cost: memory per token alone.'
     """
     speed, memory = settings.speed_weight, settings.memory_weight
     if not (speed and memory):
         return f"Cost: {'time' if speed else 'memory'} per token alone."
-    return f"Cost: geometric mean of time and memory per token, weighted {speed:g} to {memory:g}."
+    return f"Cost: geometric mean of time and memory per token, weighted {speed:g}:{memory:g}."
 
 
 def _recommended(one: Recommendation, settings: Settings) -> str:
