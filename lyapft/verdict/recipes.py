@@ -1,7 +1,7 @@
 """Each recipe against full-precision fine-tuning of all weights: difference, cost, answers, outcome."""
 
 import math
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -83,6 +83,7 @@ class ScoreRow:
     counterpart_score: float
     comparison: Comparison
     items: int
+    chance: float  # the accuracy of a blind guess; NaN where no record has it
     beyond_trained_length: int
 
 
@@ -127,6 +128,14 @@ def name_of_test(row: Row) -> Hashable:
     return *recipe.key, tuple((pair.seed, pair.mean_signed) for pair in row.pairs)
 
 
+def once(found: Iterable[Row]) -> list[Row]:
+    """The rows without those that repeat another one of them under another name, and came out alike."""
+    firsts: dict[Hashable, Row] = {}
+    for row in found:
+        firsts.setdefault((row.counterpart, name_of_test(row)), row)
+    return list(firsts.values())
+
+
 def score_rows(found: Sequence[Row], settings: Settings) -> list[ScoreRow]:
     """A row per recipe, task and number of shots, p values adjusted over all of them."""
     by_score = [(row, key, [pair for pair in row.pairs if key in pair.signed]) for row in found for key in row.keys]
@@ -145,6 +154,7 @@ def score_rows(found: Sequence[Row], settings: Settings) -> list[ScoreRow]:
             counterpart_score=float(np.mean([pair.theirs.values[key] for pair in own])),
             comparison=test,
             items=n,
+            chance=next((pair.ours.chance[key] for pair in own if key in pair.ours.chance), math.nan),
             beyond_trained_length=max(pair.ours.beyond.get(key, 0) for pair in own),
         )
         for (row, key, own), n, test in zip(by_score, items, tests, strict=True)
