@@ -277,7 +277,7 @@ def test_too_little_power_names_the_cheapest_recipe_the_fewest_seeds_and_the_see
     assert line.startswith("mamba_tiny: undecided. Cheapest left: fp16 · lora (+1.20 [")
     assert f"at 0.9 × the cost (emulated): about {off} seeds would show that it is not; " in line
     assert line.endswith(f"; fewest for equivalence: about {wild}, with bf16 · lora (dearer on average).")
-    assert "Seeds needed: with 80% chance, if mean and spread stay." in lines(found, "How to read")[0]
+    assert "Seeds: with 80% chance, if mean and spread stay." in lines(found, "How to read")[0]
     (line,) = lines(judge(study(cells, costs=dict(zip(costs, reversed(costs.values()), strict=True)))), "Which recipe")
     assert line.startswith("mamba_tiny: undecided. Cheapest left: bf16 · lora (0.00 [")
     assert line.endswith(f"at 0.9 × the cost (emulated): about {wild} seeds would show that it is equivalent.")

@@ -119,10 +119,10 @@ def key(common: Common, text: str) -> list[Topic]:
     parts = [
         "none: every weight trains." if re.search(r"\bnone\b", text) else "",
         f"Differences: points of accuracy, mean over tasks and shots, same seeds{_brackets(common)}; then "
-        f"score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Every p is after "
-        "Holm's correction, no interval is.",
+        f"score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Holm corrects every "
+        "p, no interval.",
         cost_means(found.settings) if "cost" in text or any(one.chosen for one in found.recommendations) else "",
-        f"Seeds needed: with {chance(found.settings)}." if "seeds would" in text else "",
+        f"Seeds: with {chance(found.settings)}." if "seeds would" in text else "",
     ]
     lines = [" ".join(filter(None, parts))]
     if EMULATED in text:
