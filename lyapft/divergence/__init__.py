@@ -7,6 +7,7 @@ measures in-context learning. All of it is pure: numbers and tables in, numbers 
 from lyapft.divergence.decisions import (
     ALPHA,
     MARGIN_POINTS,
+    MOST_SEEDS,
     POWER,
     Comparison,
     Outcome,
@@ -32,6 +33,7 @@ from lyapft.divergence.estimates import (
     by_size,
     estimate,
     ratio_of_means,
+    spread,
     t_interval,
 )
 from lyapft.divergence.icl import ShotScores, icl_gains, shot_scores
@@ -50,6 +52,7 @@ __all__ = [
     "BCA_COVERAGE",
     "FEW_SEEDS",
     "MARGIN_POINTS",
+    "MOST_SEEDS",
     "POWER",
     "SPIKE_POINTS",
     "AnswerShift",
@@ -84,5 +87,6 @@ __all__ = [
     "ratio_of_means",
     "seeds_to_decide",
     "shot_scores",
+    "spread",
     "t_interval",
 ]

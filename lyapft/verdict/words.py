@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from lyapft.divergence import FEW_SEEDS, Comparison, Estimate
+from lyapft.divergence import FEW_SEEDS, MOST_SEEDS, Comparison, Estimate
 from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, ScoreKey, Settings
 
 REFERENCE = "full-precision fine-tuning of all weights"
@@ -84,17 +84,37 @@ def needed(found: Comparison, settings: Settings, conditions: bool = True) -> st
     Args:
         conditions: whether to add what the number rests on (see `chance`).
     """
-    if found.estimate.n < 2:
-        return "one seed has no spread, so run at least three"
-    count = found.seeds_needed(settings.alpha, settings.power)
-    if count is None:
-        return "its mean lies so near the margin that no number of seeds can be named"
     how = "that it is equivalent" if abs(found.estimate.mean) < found.margin else "that it is not"
-    text = f"about {max(count, found.estimate.n + 1)} seeds would show {how}"
+    count = found.seeds_needed(settings.alpha, settings.power)
+    return seeds_that_show(how, count, found.estimate, chance(settings) if conditions else "")
+
+
+def seeds_that_show(how: str, count: int | None, found: Estimate, conditions: str = "") -> str:
+    """How many seeds would show something, planned from an estimate that does not.
+
+    Args:
+        how: what they would show. count: None where even MOST_SEEDS would not do. conditions: what the number rests on;
+            without them it is said briefly.
+
+    >>> seeds_that_show("that it is not", 2, Estimate(3.0, -9.0, 15.0, 2))
+    'about 3 seeds would show that it is not (guessed from 2)'
+    """
+    if found.n < 2:
+        return "one seed has no spread, so run at least three"
+    if found.low == found.high:
+        return "its seeds do not differ, so they have no spread to plan by"
+    if count:
+        text = f"about {more_than_now(count, found)} seeds would show {how}"
+    else:
+        text = f"over {MOST_SEEDS:,} seeds would be needed" + f" to show {how}" * bool(conditions)
     if not conditions:
-        return text
-    text = f"{text}, with {chance(settings)}"
-    return f"{text}, a rough guess from {found.estimate.n}" if found.estimate.few else text
+        return text + f" (guessed from {found.n})" * found.few
+    return f"{text}, with {conditions}" + f", a rough guess from {found.n}" * found.few
+
+
+def more_than_now(count: int, found: Estimate) -> int:
+    """Seeds that would decide, of which there are at least one more than those that have not."""
+    return max(count, found.n + 1)
 
 
 def chance(settings: Settings) -> str:

@@ -9,6 +9,7 @@ from lyapft.verdict.duplicates import first_of_its_kind
 from lyapft.verdict.floors import KINDS
 from lyapft.verdict.page.common import BEYOND, Common, cut, some
 from lyapft.verdict.page.layout import Topic, line, topic
+from lyapft.verdict.sentences.advice import cost_means
 from lyapft.verdict.sentences.failures import NOISE
 from lyapft.verdict.words import EMULATED, chance, joined, margin, raw, scored, seeds
 
@@ -115,14 +116,15 @@ def key(common: Common, text: str) -> list[Topic]:
     found = common.found
     if not (found.rows or found.learned or found.ablations):
         return []
-    names = "none: every weight trains. " if re.search(r"\bnone\b", text) else ""
-    lines = [
-        f"{names}Differences: points of accuracy, mean over tasks and shots, same seeds{_brackets(common)}; then score "
-        f"against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Every p is after Holm's "
-        "correction, no interval is."
+    parts = [
+        "none: every weight trains." if re.search(r"\bnone\b", text) else "",
+        f"Differences: points of accuracy, mean over tasks and shots, same seeds{_brackets(common)}; then "
+        f"score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Holm corrects every "
+        "p, no interval.",
+        cost_means(found.settings) if "cost" in text or any(one.chosen for one in found.recommendations) else "",
+        f"Seeds: with {chance(found.settings)}." if "seeds would" in text else "",
     ]
-    if "seeds would show" in text:
-        lines.append(f"Seeds that would show it do so with {chance(found.settings)}.")
+    lines = [" ".join(filter(None, parts))]
     if EMULATED in text:
         lines.append(f"{EMULATED}: half precision in software; where hardware has it, speed and cost are others.")
     return [line(KEY, one) for one in lines]
