@@ -45,7 +45,8 @@ def test_a_recipe_under_two_names_weighs_once_in_the_comparison_of_models() -> N
     assert pooled.comparison.estimate.mean == pytest.approx(apart.mean())
     assert pooled.size.mean == pytest.approx((sizes["a"] + sizes["b"]).mean() / 2)
     said = text(found, "Mamba against Transformer")
-    assert "mean over the 2 recipes that both have, without bf16 · lora_all, which one of them repeats" in said
+    why = "because mamba_tiny's lora_all is its lora; llama_tiny's differs"
+    assert f"mean over 2 recipes that both have, without bf16 · lora_all, {why})" in said
     assert len([one for one in found.contrasts if one.counterpart == "paper"]) == 4  # its own row stays
 
 

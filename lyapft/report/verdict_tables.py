@@ -10,7 +10,7 @@ import pandas as pd
 from lyapft.report.columns import number
 from lyapft.report.tables import ABSENT, Column
 from lyapft.verdict import Verdict
-from lyapft.verdict.words import EMULATED, EMULATED_MEANS, margin
+from lyapft.verdict.words import BASE, EMULATED, EMULATED_MEANS, REFERENCE, margin
 
 Cells = Mapping[str, Any]
 MOST_ROWS = 1000  # of a table that is read as text
@@ -97,9 +97,11 @@ RECIPE = (
     *NAMES,
     _plain("same_as", "the same as"),
     _number("seeds", "seeds", "d"),
+    _number("items", "items", "d"),
     *DIFFERENCE,
     _plain("doubts", "but"),
     _number("seeds_to_decide", "seeds to decide", "d"),
+    _number("items_to_decide", "items to decide", "d"),
     _cost("speed_ratio", "× tokens/s"),
     _with_interval("memory_ratio", "× memory/token", ".2f", "cost"),
     _cost("cost", "× both"),
@@ -166,6 +168,7 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         *NAMES,
         _plain("task", "task"),
         _number("seeds", "seeds", "d"),
+        _number("items", "items", "d"),
         *_shots("", "score"),
         _with_interval("gain", "gain of the 0-shot score [95%]", ".2f"),
         _plain("twin", "twin"),
@@ -264,6 +267,8 @@ def text_columns(verdict: Verdict, name: str) -> list[Column]:
 def caption(verdict: Verdict, name: str) -> str:
     """What a table shows."""
     text = CAPTIONS[name]
+    if not any(recipe.trained for recipe in verdict.recipes):  # a base is one cell whatever the seed
+        text = text.replace(f"{REFERENCE}, seed by seed", f"{BASE}, over its items").replace(REFERENCE, BASE)
     if "emulated" in verdict.tables[name] and verdict.tables[name]["emulated"].any():
         text += f" {EMULATED_MEANS}"
     if (rows := len(verdict.tables[name])) > MOST_ROWS:

@@ -3,11 +3,13 @@
 import math
 from dataclasses import dataclass
 
-from lyapft.divergence import FEW_SEEDS, Comparison, Estimate
+from lyapft.divergence import FEW_SEEDS, MOST_SEEDS, Comparison, Estimate
 from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, ScoreKey, Settings
 
 REFERENCE = "full-precision fine-tuning of all weights"
+BASE = "the full-precision base"  # where nothing was trained
 AGAINST = {PAPER: REFERENCE, PRECISION_ONLY: "full precision with the same peft"}
+NO_ITEMS = "a base is one cell whatever the seed, and its single answers are not at hand"
 MOST_LISTED = 3
 ALONE = "Every p is after Holm's correction; the interval beside it is of that one comparison alone, uncorrected."
 EMULATED = "(emulated)"  # beside every cost of a run whose half precision was
@@ -46,6 +48,24 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
+def against(counterpart: str, trained: bool) -> str:
+    """What a recipe is compared with, where something was trained and where only bases are.
+
+    >>> against(PAPER, False)
+    'the full-precision base'
+    """
+    return AGAINST[counterpart] if trained else BASE
+
+
+def counted(found: Estimate) -> str:
+    """How many seeds an estimate rests on, or items where a seed changes nothing.
+
+    >>> counted(Estimate(0.1, -0.2, 0.4, 320, "items"))
+    'n = 320 items'
+    """
+    return seeds(found.n) if found.unit == "seeds" else f"n = {found.n} items"
+
+
 def seeds(n: int) -> str:
     """Number of seeds, labelled where they are few.
 
@@ -58,9 +78,9 @@ def seeds(n: int) -> str:
 def interval(found: Estimate, form: str = "") -> str:
     """The 95% interval and its n, or why there is none."""
     if found.n < 2:
-        return f"no interval, {seeds(found.n)}"
+        return f"no interval, {seeds(found.n) if found.unit == 'seeds' else NO_ITEMS}"
     low, high = (format(x, form).replace("-", "−") if form else signed(x) for x in (found.low, found.high))
-    return f"95% {low} to {high}, {seeds(found.n)}"
+    return f"95% {low} to {high}, {counted(found)}"
 
 
 def difference(found: Comparison) -> str:
@@ -79,18 +99,21 @@ def size(found: Estimate) -> str:
 
 
 def needed(found: Comparison, settings: Settings, conditions: bool = True) -> str:
-    """How many seeds would decide, or why that cannot be said.
+    """How many seeds would decide, or items where a seed changes nothing, or why that cannot be said.
 
     Args:
         conditions: whether to add what the number rests on (see `chance`).
     """
     if found.estimate.n < 2:
-        return "one seed has no spread, so run at least three"
+        one_cell = found.estimate.unit == "items"
+        return f"no seed can decide it: {NO_ITEMS}" if one_cell else "one seed has no spread, so run at least three"
     count = found.seeds_needed(settings.alpha, settings.power)
+    if count is None and found.estimate.unit == "items":
+        return f"more than {MOST_SEEDS:,} items would have to be scored"
     if count is None:
         return "its mean lies so near the margin that no number of seeds can be named"
     how = "that it is equivalent" if abs(found.estimate.mean) < found.margin else "that it is not"
-    text = f"about {max(count, found.estimate.n + 1)} seeds would show {how}"
+    text = f"about {max(count, found.estimate.n + 1)} {found.estimate.unit} would show {how}"
     if not conditions:
         return text
     text = f"{text}, with {chance(settings)}"
