@@ -158,10 +158,12 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         _number("counterpart_score", "its counterpart", ".3f", "score"),
         _number("twin_score", "twin", ".3f", "score"),
         _number("twin_counterpart_score", "its counterpart", ".3f", "score"),
+        _number("recipes", "recipes", "d"),
         _with_interval("mean_abs_points", "model [95%]", ".2f", "mean |Δ|, points"),
         _with_interval("twin_mean_abs_points", "twin [95%]", ".2f", "mean |Δ|, points"),
         _with_interval("difference_points", "difference [95%]", "+.2f", "mean |Δ|, points"),
         _p("p_different", "p, Holm"),
+        _p("p_pooled_otherwise", "largest p of other poolings"),
         BEYOND,
     ),
     "learning": (

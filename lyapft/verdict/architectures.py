@@ -78,11 +78,6 @@ class Contrast:
         poolings = (self.comparison, *(one.comparison for one in self.others))
         return len({self.steadier_in(one, settings) for one in poolings}) > 1
 
-    def alone(self, found: Sequence["Contrast"], settings: Settings) -> tuple[list["Contrast"], int]:
-        """The single recipes that show a difference by themselves, and of how many."""
-        single = [one for one in found if not one.overall and one.place == self.place]
-        return [one for one in single if one.steadier(settings)], len(single)
-
     def seed_floors(self, floors: Sequence[Floor]) -> tuple[float, float] | None:
         """By how many points another seed alone moves the scores of both; both sizes hold that noise too."""
         place = (self.data, self.task)

@@ -96,7 +96,9 @@ def contrast_table(found: Sequence[Contrast]) -> pd.DataFrame:
             | _estimated("mean_abs_points", c.size)
             | _estimated("twin_mean_abs_points", c.twin_size)
             | _estimated("difference_points", c.comparison.estimate)
-            | {"p_different": c.comparison.p_different, "beyond_trained_length": c.beyond}
+            | {"recipes": c.pooled, "p_different": c.comparison.p_different}
+            | {"p_pooled_otherwise": max((one.comparison.p_different for one in c.others), default=None)}
+            | {"beyond_trained_length": c.beyond}
             for c in found
         ]
     )

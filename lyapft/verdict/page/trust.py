@@ -112,8 +112,9 @@ def key(common: Common, text: str) -> list[Topic]:
         f"then score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Every p is "
         "after Holm's correction, no interval is."
     ]
-    if "seeds would show" in text:
-        lines.append(f"Seeds that would show it do so with {chance(found.settings)}.")
+    for unit in ("seeds", "items"):
+        if f"{unit} would show" in text:
+            lines.append(f"{unit.capitalize()} that would show it do so with {chance(found.settings)}.")
     if EMULATED in text:
         lines.append(EMULATED_MEANS)
     return [line(KEY, one) for one in lines]

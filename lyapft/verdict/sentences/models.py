@@ -42,9 +42,13 @@ def architectures(
             f"No recipe that a Mamba and a Transformer of about its size share has a counterpart{beside}: nothing can "
             "be compared."
         ]
+    single: dict[tuple[str, ...], list[Contrast]] = {}
+    for one in found:
+        if not one.overall:
+            single.setdefault(one.place, []).append(one)
     lines = [
-        f"{_contrast(contrast, settings)}{_poolings(contrast, found, settings)}{_floors_of(contrast, floors)}"
-        f"{BEYOND * contrast.beyond}"
+        f"{_contrast(contrast, settings)}{_poolings(contrast, single.get(contrast.place, ()), settings)}"
+        f"{_floors_of(contrast, floors)}{BEYOND * contrast.beyond}"
         for contrast in found
         if contrast.overall
     ]
@@ -57,7 +61,7 @@ def _floors_of(contrast: Contrast, floors: Sequence[Floor]) -> str:
     return f" Another seed alone moves them by {both[0]:.2f} and {both[1]:.2f} points." if both else ""
 
 
-def _poolings(contrast: Contrast, found: Sequence[Contrast], settings: Settings) -> str:
+def _poolings(contrast: Contrast, single: Sequence[Contrast], settings: Settings) -> str:
     """What other means give where some recipes are left out, and which recipes show a difference by themselves."""
     if contrast.pooled < 2 or contrast.comparison.estimate.n < 2:
         return ""
@@ -66,10 +70,9 @@ def _poolings(contrast: Contrast, found: Sequence[Contrast], settings: Settings)
         for one in contrast.others
     ]
     pooled = f" Pooled otherwise: {'; '.join(others)}." if others else ""
-    shown, total = contrast.alone(found, settings)
-    single = [f"{one.recipe} ({one.steadier(settings)} the steadier)" for one in shown]
-    which = f": {joined(single)}" if single else ""
-    return f"{pooled} By itself {len(shown) or 'none'} of the {total} recipes shows a difference{which}."
+    shown = [f"{one.recipe} ({steadier} the steadier)" for one in single if (steadier := one.steadier(settings))]
+    which = f": {joined(shown)}" if shown else ""
+    return f"{pooled} By itself {len(shown) or 'none'} of the {len(single)} recipes shows a difference{which}."
 
 
 def _over(one: Pooling, contrast: Contrast) -> str:
