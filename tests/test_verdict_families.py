@@ -258,9 +258,9 @@ def test_the_remedy_of_single_scores_is_measured_on_these_scores() -> None:
     (line,) = single_scores(judge(off_by(cells)))
     theirs, base = stats.ttest_1samp(LITTLE, 0.0).confidence_interval(0.95), np.mean(BASE)
     assert (
-        f"Remedy tried: peft=lora_all instead, −{abs(np.mean(LITTLE)):.2f} points (95% −{abs(theirs.low):.2f} to "
-        f"+{theirs.high:.2f}, n = 8 seeds), score {base + np.mean(LITTLE) / 100:.3f} against {base:.3f}, which brings "
-        "it inside the margin." in line
+        f"Remedy tried in fp32: peft=lora_all instead, −{abs(np.mean(LITTLE)):.2f} points (95% −{abs(theirs.low):.2f} "
+        f"to +{theirs.high:.2f}, n = 8 seeds), score {base + np.mean(LITTLE) / 100:.3f} against {base:.3f}, which "
+        "brings it inside the margin. No remedy was tried in bf16: add another peft=… to the study." in line
     )
     (line,) = single_scores(judge(off_by({("fp32", "lora"): (wild, WORSE)})))
     assert "No remedy was tried: add another peft=… to the study." in line

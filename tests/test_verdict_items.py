@@ -199,7 +199,7 @@ def test_a_base_is_compared_over_its_items_and_no_seeds_are_asked_for() -> None:
     assert f"−0.25 points (95% {low} to {high}, n = 4000 items)" in said
     assert "the full-precision base" in said
     assert f"−0.25 [{low}, {high}; n = 4000 items]" in page(found)
-    assert "on the same items [95% interval over items" in page(found)
+    assert "same items [95% interval over items" in page(found)
     assert "seed, preliminary" not in everything(found)
     recipes = found.tables["recipes"]
     assert (recipes["items"][0], recipes["seeds"][0], recipes["seeds_to_decide"][0]) == (4000, 1, None)
@@ -243,7 +243,7 @@ def test_items_are_never_mixed_with_seeds() -> None:
     units = {row.recipe.label: (row.comparison.estimate.unit, row.comparison.estimate.n) for row in found.rows}
     assert units.pop("bf16 · lora") == ("seeds", 8)
     assert set(units.values()) == {("items", 200)}
-    assert "[95% interval; n = 8 seeds, unless another n is named]" in page(found)
+    assert "same seeds [95% interval; n = 8 seeds, unless named]" in page(found)
     assert estimate(STEADY).unit == compare(STEADY).estimate.unit == "seeds"
 
 

@@ -124,6 +124,7 @@ SCORE = (
     _number("shots", "shots", "d"),
     _number("seeds", "seeds", "d"),
     *DIFFERENCE,
+    _number("chance", "guessing", ".3f", "score"),
     _number("items", "items", "d"),
     _number("beyond_trained_length", "beyond trained length", "d"),
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from lyapft.verdict.blame import Inquiry, inquire
 from lyapft.verdict.evidence import PAPER, Evidence, ScoreKey, Settings
 from lyapft.verdict.recipes import Row, ScoreRow
+from lyapft.verdict.remedies import rank
 
 OUTSIDE = ("worse", "better")
 
@@ -80,6 +81,12 @@ def furthest(group: Sequence[Outside]) -> list[ScoreRow]:
     for score in sorted((s for one in group for s in one.scores), key=lambda s: -abs(s.comparison.estimate.mean)):
         worst.setdefault((score.task, score.shots), score)
     return list(worst.values())
+
+
+def remedied(group: Sequence[Outside]) -> Inquiry | None:
+    """The inquiry whose remedy does most, over the formats of a group; one without a remedy where none was tried."""
+    losing = [one.inquiry for one in group if one.inquiry and one.inquiry.loses]
+    return min(losing, key=lambda one: rank(one.remedy), default=None)
 
 
 def explained(group: Sequence[Outside]) -> Inquiry | None:

@@ -86,6 +86,7 @@ class ScoreRow:
     counterpart_score: float
     comparison: Comparison
     items: int
+    chance: float  # the accuracy of a blind guess; NaN where no record has it
     beyond_trained_length: int
 
 
@@ -146,6 +147,7 @@ def score_rows(found: Sequence[Row], settings: Settings) -> list[ScoreRow]:
             counterpart_score=float(np.mean([pair.theirs.values[key] for pair in own])),
             comparison=test,
             items=n,
+            chance=next((pair.ours.chance[key] for pair in own if key in pair.ours.chance), math.nan),
             beyond_trained_length=max(pair.ours.beyond.get(key, 0) for pair in own),
         )
         for (row, key, own), n, test in zip(by_score, items, tests, strict=True)

@@ -76,7 +76,7 @@ def score_table(found: Sequence[ScoreRow], settings: Settings) -> pd.DataFrame:
             _named(one.row.recipe)
             | {"counterpart": one.row.counterpart, "task": one.task, "shots": one.shots}
             | {"seeds": one.comparison.estimate.n, "items": one.items}
-            | {"score": one.score, "counterpart_score": one.counterpart_score}
+            | {"score": one.score, "counterpart_score": one.counterpart_score, "chance": one.chance}
             | _compared(one.comparison)
             | {"outcome": one.comparison.outcome(settings.alpha), "beyond_trained_length": one.beyond_trained_length}
             for one in found

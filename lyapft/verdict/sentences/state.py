@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
+from lyapft.verdict.chance import AtChance
 from lyapft.verdict.evidence import Recipe
 from lyapft.verdict.floors import KINDS, Floor, measurable
 from lyapft.verdict.gaps import Gap
 from lyapft.verdict.recipes import ScoreRow
-from lyapft.verdict.words import joined, scored, where_of
+from lyapft.verdict.words import joined, raw, scored, where_of
 
 
 def noise(found: Sequence[Floor], recipes: Sequence[Recipe]) -> list[str]:
@@ -62,6 +63,16 @@ def repeated(found: Mapping[tuple[str, str, str, str], Recipe], recipes: Sequenc
 
 def _each(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
+
+
+def guessing(found: Sequence[AtChance]) -> list[str]:
+    """Scores of the reference that are not shown to be better than guesses."""
+    return [
+        f"{where_of(one.setting)}: {len(one.guessed)} of {one.of} scores in full precision are not shown to lie above "
+        f"guessing: {joined([f'{scored(key)} {raw(*both)}' for key, both in one.guessed.items()])}. That a recipe "
+        "agrees there says little about it."
+        for one in found
+    ]
 
 
 def beyond_training(scores: Sequence[ScoreRow]) -> list[str]:
