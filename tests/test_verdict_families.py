@@ -78,7 +78,7 @@ def test_savings_share_an_error_rate_over_the_recipes_of_a_setting() -> None:
     found = judge(priced({"lora": slight, "none": none, "ia3": none[::-1]}), settings=memory)
     (among,) = found.recommendations
     assert among.chosen is None
-    assert next(row for row in among.dear if row.recipe.peft == "lora").cost.p == pytest.approx(3 * raw)
+    assert next(row for row in among.cost_open if row.recipe.peft == "lora").cost.p == pytest.approx(3 * raw)
     clear = [x - 0.2 for x in slight]
     said = text(judge(priced({"lora": clear, "none": none, "ia3": none[::-1]}), settings=memory), "Recommendation")
     assert "It is cheaper at p < 0.001, adjusted for 3 recipes." in said

@@ -214,7 +214,7 @@ def test_what_items_do_not_decide_asks_for_items() -> None:
     assert f"about {needed} items would show that it is equivalent" in page(found)
     assert "run at least three" not in everything(found)
     far = judge(*inference(24, 22, 200))
-    assert "more than 10,000 items would have to be scored" in everything(far)
+    assert "over 10,000 items would be needed" in everything(far)
 
 
 def test_a_base_that_is_worse_over_its_items_is_a_failure() -> None:

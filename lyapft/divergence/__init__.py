@@ -33,6 +33,7 @@ from lyapft.divergence.estimates import (
     by_size,
     estimate,
     ratio_of_means,
+    spread,
     t_interval,
 )
 from lyapft.divergence.icl import ShotScores, gain_by_item, icl_gains, shot_scores
@@ -88,5 +89,6 @@ __all__ = [
     "ratio_of_means",
     "seeds_to_decide",
     "shot_scores",
+    "spread",
     "t_interval",
 ]

@@ -21,7 +21,7 @@ from lyapft.divergence import (
     over_items,
 )
 from lyapft.records import divergence_entry
-from lyapft.verdict.costs import Cost, cost_of
+from lyapft.verdict.costs import Cost, cost_of, jointly
 from lyapft.verdict.duplicates import first_of_its_kind
 from lyapft.verdict.evidence import PAPER, Evidence, Recipe, ScoreKey, Settings
 from lyapft.verdict.pairing import (
@@ -91,7 +91,7 @@ class ScoreRow:
 
 
 def rows(evidence: Evidence, settings: Settings, counterpart: str = PAPER) -> list[Row]:
-    """A row per recipe that has at least one counterpart, p values adjusted over all of them."""
+    """A row per recipe that has at least one counterpart, p of scores and of costs adjusted over all of them."""
     same = first_of_its_kind(evidence.recipes)
     paired = [(recipe, tuple(own)) for recipe in evidence.recipes if (own := pairs(evidence, recipe, counterpart))]
     signed = [[pair.mean_signed for pair in own] for _, own in paired]
@@ -105,7 +105,20 @@ def rows(evidence: Evidence, settings: Settings, counterpart: str = PAPER) -> li
         for (recipe, own), test in zip(paired, tests, strict=True)
     ]
     comparisons = adjusted(tests, [name_of_test(row) for row in found])
-    return [replace(row, comparison=new) for row, new in zip(found, comparisons, strict=True)]
+    return _costed([replace(row, comparison=new) for row, new in zip(found, comparisons, strict=True)])
+
+
+def judged_once(found: Sequence[Row]) -> list[Row]:
+    """Without those that another one of them repeats under its own name: they are judged by the first name."""
+    named = {row.recipe.key for row in found}
+    return [row for row in found if row.same_as is None or row.same_as.key not in named]
+
+
+def _costed(found: Sequence[Row]) -> list[Row]:
+    """The same with p of their costs adjusted over all that are judged; of the others no cost is tested."""
+    judged = judged_once(found)
+    by_key = dict(zip((row.recipe.key for row in judged), jointly([row.cost for row in judged]), strict=True))
+    return [replace(row, cost=by_key.get(row.recipe.key, replace(row.cost, p=math.nan))) for row in found]
 
 
 def _over_items(evidence: Evidence, pair: Pair, test: Comparison, settings: Settings) -> Comparison:

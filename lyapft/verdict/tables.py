@@ -44,8 +44,10 @@ def _recipe(
 ) -> dict[str, Any]:
     cost = row.cost
     outcome = row.outcome(settings)
-    needed = row.comparison.seeds_needed(settings.alpha, settings.power) if outcome == "undecided" else None
+    risk = settings.alpha, settings.power
+    needed = row.comparison.seeds_needed(*risk) if outcome == "undecided" else None
     over_items = row.comparison.estimate.unit == "items"  # a base is one cell whatever the seed
+    cost_needed = cost.seeds_needed(*risk) if cost.undecided(settings.alpha) else None
     return (
         _named(row.recipe)
         | {"counterpart": row.counterpart, "seeds": row.n, "few_seeds": row.comparison.estimate.few}
@@ -62,6 +64,7 @@ def _recipe(
         | _estimated("speed_ratio", cost.speed)
         | _estimated("memory_ratio", cost.memory)
         | _estimated("cost", cost.index)
+        | {"p_cost": cost.p, "cost_seeds_to_decide": cost_needed}
         | {"emulated": cost.emulated, "broke_down": len(row.recipe.broke_down())}
         | _estimated("flip_rate", row.flips)
         | _estimated("kl_nats", row.kl)

@@ -14,8 +14,7 @@ MOST_LISTED = 3
 ALONE = "Every p is after Holm's correction; the interval beside it is of that one comparison alone, uncorrected."
 EMULATED = "(emulated)"  # beside every cost of a run whose half precision was
 EMULATED_MEANS = (
-    f"{EMULATED}: half precision ran in software; such speed, and a cost that counts it, is not that of hardware that "
-    "has it."
+    f"{EMULATED}: half precision ran in software; its speed, also in a cost, is not that of hardware that has it."
 )
 
 
@@ -104,20 +103,38 @@ def needed(found: Comparison, settings: Settings, conditions: bool = True) -> st
     Args:
         conditions: whether to add what the number rests on (see `chance`).
     """
-    if found.estimate.n < 2:
-        one_cell = found.estimate.unit == "items"
-        return f"no seed can decide it: {NO_ITEMS}" if one_cell else "one seed has no spread, so run at least three"
-    count = found.seeds_needed(settings.alpha, settings.power)
-    if count is None and found.estimate.unit == "items":
-        return f"more than {MOST_SEEDS:,} items would have to be scored"
-    if count is None:
-        return "its mean lies so near the margin that no number of seeds can be named"
     how = "that it is equivalent" if abs(found.estimate.mean) < found.margin else "that it is not"
-    text = f"about {max(count, found.estimate.n + 1)} {found.estimate.unit} would show {how}"
+    count = found.seeds_needed(settings.alpha, settings.power)
+    return seeds_that_show(how, count, found.estimate, chance(settings) if conditions else "")
+
+
+def seeds_that_show(how: str, count: int | None, found: Estimate, conditions: str = "") -> str:
+    """How many seeds would show something, or items where a seed changes nothing, planned from what does not show it.
+
+    Args:
+        how: what they would show. count: None where even MOST_SEEDS would not do. conditions: what the number rests on;
+            without them it is said briefly.
+
+    >>> seeds_that_show("that it is not", 2, Estimate(3.0, -9.0, 15.0, 2))
+    'about 3 seeds would show that it is not (guessed from 2)'
+    """
+    if found.n < 2:
+        one_cell = found.unit == "items"
+        return f"no seed can decide it: {NO_ITEMS}" if one_cell else "one seed has no spread, so run at least three"
+    if found.low == found.high:
+        return "its seeds do not differ, so they have no spread to plan by"
+    if count:
+        text = f"about {more_than_now(count, found)} {found.unit} would show {how}"
+    else:
+        text = f"over {MOST_SEEDS:,} {found.unit} would be needed" + f" to show {how}" * bool(conditions)
     if not conditions:
-        return text
-    text = f"{text}, with {chance(settings)}"
-    return f"{text}, a rough guess from {found.estimate.n}" if found.estimate.few else text
+        return text + f" (guessed from {found.n})" * found.few
+    return f"{text}, with {conditions}" + f", a rough guess from {found.n}" * found.few
+
+
+def more_than_now(count: int, found: Estimate) -> int:
+    """Seeds that would decide, of which there are at least one more than those that have not."""
+    return max(count, found.n + 1)
 
 
 def chance(settings: Settings) -> str:

@@ -9,6 +9,7 @@ from lyapft.verdict.duplicates import first_of_its_kind
 from lyapft.verdict.floors import measurable
 from lyapft.verdict.page.common import BEYOND, Common, cut, some
 from lyapft.verdict.page.layout import Topic, line, topic
+from lyapft.verdict.sentences.advice import cost_means
 from lyapft.verdict.sentences.failures import NOISE
 from lyapft.verdict.words import EMULATED, chance, joined, margin, raw, scored, seeds
 
@@ -117,15 +118,15 @@ def key(common: Common, text: str) -> list[Topic]:
     if not (found.rows or found.learned or found.ablations):
         return []
     trained = any(recipe.trained for recipe in found.recipes)
-    names = "none: every weight trains. " if trained and re.search(r"\bnone\b", text) else ""
-    lines = [
-        f"{names}Differences: points of accuracy, mean over tasks and shots, {_brackets(common)}; then score "
-        f"against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Every p is after Holm's "
-        "correction, no interval is."
+    units = [unit for unit in ("seeds", "items") if f"{unit} would" in text]
+    parts = [
+        "none: every weight trains." if trained and re.search(r"\bnone\b", text) else "",
+        f"Differences: points of accuracy, mean over tasks and shots, {_brackets(common)}; then score against score. "
+        f"Equivalent: inside {margin(found.settings)} by two one-sided tests. Holm corrects every p, no interval.",
+        cost_means(found.settings) if "cost" in text or any(one.chosen for one in found.recommendations) else "",
+        f"{joined(units).capitalize()}: with {chance(found.settings)}." if units else "",
     ]
-    for unit in ("seeds", "items"):
-        if f"{unit} would show" in text:
-            lines.append(f"{unit.capitalize()} that would show it do so with {chance(found.settings)}.")
+    lines = [" ".join(filter(None, parts))]
     if EMULATED in text:
         lines.append(f"{EMULATED}: half precision in software; where hardware has it, speed and cost are others.")
     return [line(KEY, one) for one in lines]
