@@ -280,6 +280,20 @@ def test_two_names_that_came_out_differently_are_two_tests() -> None:
     assert {row.comparison.family for row in judge(records).rows} == {4}
 
 
+def test_a_failing_recipe_is_told_though_the_first_of_its_names_finished_no_run() -> None:
+    records = two_names(apart=-5.0)
+    assert {one.row.recipe.peft for one in judge(records).failures.whole} == {"lora_all"}  # they came out differently
+    for record in records:
+        if record["choices"]["peft"] == "lora":
+            record |= {"status": "nonfinite", "scores": [], "divergence": [], "error": {"type": "E", "message": "nan"}}
+    found = judge(records)
+    assert {(one.row.recipe.peft, one.row.recipe.precision) for one in found.failures.whole} == {
+        ("lora_all", "bf16"),
+        ("lora_all", "fp16"),
+    }
+    assert sum(one.scores for one in found.spikes) == 2 * 2 * len(STEADY)
+
+
 # --- the cost of the same cell again ---------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Each recipe against full-precision fine-tuning of all weights: difference, cost, answers, outcome."""
 
 import math
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -140,6 +140,14 @@ def name_of_test(row: Row) -> Hashable:
     """
     recipe = row.same_as or row.recipe
     return *recipe.key, tuple((pair.seed, pair.mean_signed) for pair in row.pairs)
+
+
+def once(found: Iterable[Row]) -> list[Row]:
+    """The rows without those that repeat another one of them under another name, and came out alike."""
+    firsts: dict[Hashable, Row] = {}
+    for row in found:
+        firsts.setdefault((row.counterpart, name_of_test(row)), row)
+    return list(firsts.values())
 
 
 def score_rows(found: Sequence[Row], settings: Settings) -> list[ScoreRow]:
