@@ -276,7 +276,7 @@ def test_too_little_power_names_the_cheapest_recipe_the_fewest_seeds_and_the_see
     wild, off = (row.comparison.seeds_needed() for row in found.rows)
     assert line.startswith("mamba_tiny: undecided. Cheapest left: fp16 · lora (+1.20 [")
     assert f"at 0.9 × the cost (emulated): about {off} seeds would show that it is not; " in line
-    assert line.endswith(f"; fewest to be equivalent: about {wild}, of bf16 · lora (dearer on average).")
+    assert line.endswith(f"; fewest for equivalence: about {wild}, with bf16 · lora (dearer on average).")
     assert "Seeds: with 80% chance, if mean and spread stay." in lines(found, "How to read")[0]
     (line,) = lines(judge(study(cells, costs=dict(zip(costs, reversed(costs.values()), strict=True)))), "Which recipe")
     assert line.startswith("mamba_tiny: undecided. Cheapest left: bf16 · lora (0.00 [")

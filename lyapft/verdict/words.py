@@ -14,7 +14,8 @@ MOST_LISTED = 3
 ALONE = "Every p is after Holm's correction; the interval beside it is of that one comparison alone, uncorrected."
 EMULATED = "(emulated)"  # beside every cost of a run whose half precision was
 EMULATED_MEANS = (
-    f"{EMULATED}: half precision ran in software; its speed, also in a cost, is not that of hardware that has it."
+    f"{EMULATED}: half precision ran in software; such speed, and a cost that counts it, is not that of hardware that "
+    "has it."
 )
 
 

@@ -7,7 +7,7 @@ from lyapft.verdict.page.common import Common, cut
 from lyapft.verdict.page.layout import Topic, by_turns, line, topic
 from lyapft.verdict.recipes import Row
 from lyapft.verdict.recommendation import Recommendation, doubts
-from lyapft.verdict.sentences.advice import at_cost, cost_needed, memory_of, unfinished
+from lyapft.verdict.sentences.advice import at_cost, cost_needed, memory_of, times_cost, unfinished
 from lyapft.verdict.words import EMULATED, joined, margin, more_than_now, needed, p_value, ratio
 
 LEAST = 3  # settings that are named before more is said of anything else
@@ -65,12 +65,11 @@ def _advice(one: Recommendation, common: Common) -> str:
 
 def _cost_open(one: Recommendation, common: Common) -> str:
     """What is equivalent at a cost that the seeds do not decide."""
-    row, left = one.cost_open[0], ""
-    cost, settings = row.cost.index, common.found.settings
-    if one.open:
-        left = f"; {len(one.open)} more undecided"
-    p = f", {p_value(row.cost.p)}" if cost.n > 1 else ""
-    numbers = f"{at_cost(row, settings).removeprefix('at ').replace(' the cost', '')}{p}; " if cost.n else ""
+    row, settings = one.cost_open[0], common.found.settings
+    n = row.cost.index.n
+    left = f"; {len(one.open)} more undecided" if one.open else ""
+    p = f", {p_value(row.cost.p)}" if n > 1 else ""
+    numbers = f"{times_cost(row, settings)}{p}; " if n else ""
     return (
         f"{_one_of(one.cost_open)} is equivalent ({_numbers(row, common)}); whether it costs less is open "
         f"({numbers}{cost_needed(row.cost, settings, briefly=True)}){left}"
@@ -91,7 +90,7 @@ def _open(one: Recommendation, common: Common) -> str:
     row, count = soonest
     dearer = " (dearer on average)" * (row.cost.index.mean > 1)
     seeds = more_than_now(count, row.comparison.estimate)
-    return f"{text}; fewest to be equivalent: about {seeds}, of {cut(row.recipe.label)}{dearer}"
+    return f"{text}; fewest for equivalence: about {seeds}, with {cut(row.recipe.label)}{dearer}"
 
 
 def _one_of(found: Sequence[Row]) -> str:

@@ -1,6 +1,5 @@
 """Which recipe to use, as sentences."""
 
-import math
 from collections.abc import Sequence
 
 from lyapft.verdict.costs import Cost
@@ -70,12 +69,15 @@ def _reference(one: Recommendation) -> str:
 
 
 def at_cost(row: Row, settings: Settings) -> str:
-    """What a recipe costs; with its interval where it is not shown to cost less; one seed's cost is called so."""
+    """What a recipe costs."""
+    return f"at {times_cost(row, settings, ' the cost')}" if row.cost.index.n else "its cost not measured"
+
+
+def times_cost(row: Row, settings: Settings, noun: str = "") -> str:
+    """The cost as a ratio, with its interval where it is not shown to be lower; one seed's cost is called so."""
     cost = row.cost.index
-    if math.isnan(cost.mean):
-        return "its cost not measured"
     reach = "" if cost.n < 2 or row.cost.saves(settings.alpha) else f" [{cost.low:.3g}, {cost.high:.3g}]"
-    return f"at {ratio(cost.mean)} the cost{reach}" + " (one seed)" * (cost.n == 1) + f" {EMULATED}" * row.cost.emulated
+    return f"{ratio(cost.mean)}{noun}{reach}" + " (one seed)" * (cost.n == 1) + f" {EMULATED}" * row.cost.emulated
 
 
 def cost_needed(cost: Cost, settings: Settings, briefly: bool = False) -> str:
