@@ -223,6 +223,13 @@ def costs(record: Record) -> dict[str, Any]:
     return {} if record.get("oom") else record.get("cost") or {}
 
 
+def is_seedless(record: Record) -> bool:
+    """Whether its seed changes nothing: a pretrained model that is not trained is one cell for all seeds."""
+    config = record.get("config") or {}
+    steps, init = ((config.get(part) or {}).get(name) for part, name in (("trainer", "steps"), ("model", "init")))
+    return bool(steps == 0 and init == "pretrained")
+
+
 def divergence_entry(record: Record, counterpart: str) -> dict[str, Any] | None:
     """The record's divergence from one kind of counterpart, if it has any entry for it."""
     entries: list[dict[str, Any]] = record.get("divergence") or []

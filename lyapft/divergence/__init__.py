@@ -36,8 +36,8 @@ from lyapft.divergence.estimates import (
     spread,
     t_interval,
 )
-from lyapft.divergence.icl import ShotScores, icl_gains, shot_scores
-from lyapft.divergence.items import AnswerShift, Flips, answer_shift, item_flips
+from lyapft.divergence.icl import ShotScores, gain_by_item, icl_gains, shot_scores
+from lyapft.divergence.items import AnswerShift, Flips, answer_shift, item_flips, over_items
 from lyapft.divergence.pairs import (
     SPIKE_POINTS,
     Divergence,
@@ -73,10 +73,12 @@ __all__ = [
     "compare",
     "compare_each",
     "estimate",
+    "gain_by_item",
     "holm",
     "icl_gains",
     "is_spike",
     "item_flips",
+    "over_items",
     "p_different",
     "p_equivalent",
     "p_outside",

@@ -11,7 +11,7 @@ from lyapft.report.columns import number
 from lyapft.report.tables import ABSENT, Column
 from lyapft.verdict import Verdict
 from lyapft.verdict.sentences.advice import cost_means
-from lyapft.verdict.words import EMULATED, EMULATED_MEANS, margin
+from lyapft.verdict.words import BASE, EMULATED, EMULATED_MEANS, REFERENCE, margin
 
 Cells = Mapping[str, Any]
 MOST_ROWS = 1000  # of a table that is read as text
@@ -95,9 +95,11 @@ RECIPE = (
     *NAMES,
     _plain("same_as", "the same as"),
     _number("seeds", "seeds", "d"),
+    _number("items", "items", "d"),
     *DIFFERENCE,
     _plain("doubts", "but"),
     _number("seeds_to_decide", "seeds to decide", "d"),
+    _number("items_to_decide", "items to decide", "d"),
     _cost("speed_ratio", "× tokens/s"),
     _with_interval("memory_ratio", "× memory/token", ".2f", "cost"),
     _cost("cost", "× both"),
@@ -158,16 +160,19 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         _number("counterpart_score", "its counterpart", ".3f", "score"),
         _number("twin_score", "twin", ".3f", "score"),
         _number("twin_counterpart_score", "its counterpart", ".3f", "score"),
+        _number("recipes", "recipes", "d"),
         _with_interval("mean_abs_points", "model [95%]", ".2f", "mean |Δ|, points"),
         _with_interval("twin_mean_abs_points", "twin [95%]", ".2f", "mean |Δ|, points"),
         _with_interval("difference_points", "difference [95%]", "+.2f", "mean |Δ|, points"),
         _p("p_different", "p, Holm"),
+        _p("p_pooled_otherwise", "largest p of other poolings"),
         BEYOND,
     ),
     "learning": (
         *NAMES,
         _plain("task", "task"),
         _number("seeds", "seeds", "d"),
+        _number("items", "items", "d"),
         *_shots("", "score"),
         _with_interval("gain", "gain of the 0-shot score [95%]", ".2f"),
         _plain("twin", "twin"),
@@ -270,6 +275,8 @@ def text_columns(verdict: Verdict, name: str) -> list[Column]:
 def caption(verdict: Verdict, name: str) -> str:
     """What a table shows."""
     text = CAPTIONS[name]
+    if not any(recipe.trained for recipe in verdict.recipes):  # a base is one cell whatever the seed
+        text = text.replace(f"{REFERENCE}, seed by seed", f"{BASE}, over its items").replace(REFERENCE, BASE)
     if "emulated" in verdict.tables[name] and verdict.tables[name]["emulated"].any():
         text += f" {EMULATED_MEANS}"
     if (rows := len(verdict.tables[name])) > MOST_ROWS:

@@ -62,7 +62,7 @@ def _sections(found: Findings) -> tuple[Section, ...]:
             *sentences.architectures(found.contrasts, found.recurrent, found.floors, settings),
             *sentences.learning(found.gains),
         ],
-        "Noise": sentences.noise(found.floors),
+        "Noise": sentences.noise(found.floors, found.recipes),
         "What is missing": sentences.missing(found.gaps),
         "One recipe under two names": sentences.repeated(first_of_its_kind(found.recipes), found.recipes),
         "At chance": sentences.guessing(found.at_chance),

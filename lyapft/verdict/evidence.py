@@ -12,7 +12,7 @@ import pandas as pd
 
 from lyapft.divergence import ALPHA, MARGIN_POINTS, POWER, SPIKE_POINTS
 from lyapft.errors import InputError
-from lyapft.records import Record, divergence_entry
+from lyapft.records import Record, divergence_entry, is_seedless
 
 PAPER, PRECISION_ONLY = "paper", "precision_only"
 BROKE_DOWN = (
@@ -95,11 +95,8 @@ class Recipe:
     @property
     def seedless(self) -> bool:
         """Whether a seed changes nothing: a pretrained model that is not trained runs once, for all seeds."""
-        configs = [run.get("config") or {} for run in (*self.runs, *self.failed)]
-        return bool(configs) and all(
-            (config.get("trainer") or {}).get("steps") == 0 and (config.get("model") or {}).get("init") == "pretrained"
-            for config in configs
-        )
+        runs = (*self.runs, *self.failed)
+        return bool(runs) and all(map(is_seedless, runs))
 
     @property
     def but_format(self) -> str:

@@ -18,6 +18,7 @@ from lyapft.divergence import (
     estimate,
     is_spike,
     item_flips,
+    over_items,
 )
 from lyapft.records import divergence_entry
 from lyapft.verdict.costs import Cost, cost_of, jointly
@@ -39,7 +40,9 @@ class Row:
     recipe: Recipe
     counterpart: str
     pairs: tuple[Pair, ...]
-    comparison: Comparison  # of the mean signed difference, adjusted over the table
+    comparison: (
+        Comparison  # of the mean signed difference, adjusted over the table; over items where a seed changes none
+    )
     size: Estimate  # of the mean absolute difference: positive even under the null, to be read beside its floor
     score: float  # mean over seeds, tasks and shots, fraction
     counterpart_score: float
@@ -93,6 +96,10 @@ def rows(evidence: Evidence, settings: Settings, counterpart: str = PAPER) -> li
     paired = [(recipe, tuple(own)) for recipe in evidence.recipes if (own := pairs(evidence, recipe, counterpart))]
     signed = [[pair.mean_signed for pair in own] for _, own in paired]
     tests = compare_each(signed, settings.margin, [_grain(own) for _, own in paired])
+    tests = [
+        _over_items(evidence, own[0], test, settings) if recipe.seedless else test
+        for (recipe, own), test in zip(paired, tests, strict=True)
+    ]
     found = [
         _row(evidence, recipe, own, test, settings, counterpart, same.get(recipe.key))
         for (recipe, own), test in zip(paired, tests, strict=True)
@@ -112,6 +119,13 @@ def _costed(found: Sequence[Row]) -> list[Row]:
     judged = judged_once(found)
     by_key = dict(zip((row.recipe.key for row in judged), jointly([row.cost for row in judged]), strict=True))
     return [replace(row, cost=by_key.get(row.recipe.key, replace(row.cost, p=math.nan))) for row in found]
+
+
+def _over_items(evidence: Evidence, pair: Pair, test: Comparison, settings: Settings) -> Comparison:
+    """The comparison of a base, which is one cell whatever the seed: over its items, or with n = 0 of them."""
+    ours, theirs = (evidence.items.get(str(side["id"])) for side in (pair.run, pair.counterpart))
+    found = None if ours is None or theirs is None else over_items(ours, theirs, settings.margin)
+    return found or replace(test, estimate=Estimate(test.estimate.mean, math.nan, math.nan, 0, "items"))
 
 
 def _grain(own: Sequence[Pair]) -> float:

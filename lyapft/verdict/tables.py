@@ -46,14 +46,17 @@ def _recipe(
     outcome = row.outcome(settings)
     risk = settings.alpha, settings.power
     needed = row.comparison.seeds_needed(*risk) if outcome == "undecided" else None
+    over_items = row.comparison.estimate.unit == "items"  # a base is one cell whatever the seed
     cost_needed = cost.seeds_needed(*risk) if cost.undecided(settings.alpha) else None
     return (
         _named(row.recipe)
         | {"counterpart": row.counterpart, "seeds": row.n, "few_seeds": row.comparison.estimate.few}
+        | {"items": row.comparison.estimate.n if over_items else None}
         | {"score": row.score, "counterpart_score": row.counterpart_score}
         | _compared(row.comparison)
         | bootstrapped
-        | {"outcome": outcome, "doubts": "; ".join(doubts(row)), "seeds_to_decide": needed}
+        | {"outcome": outcome, "doubts": "; ".join(doubts(row)), "seeds_to_decide": None if over_items else needed}
+        | {"items_to_decide": needed if over_items else None}
         | {"same_as": row.same_as.label if row.same_as else ""}
         | _estimated("mean_abs_points", row.size)
         | {f"floor_{kind}_points": floors.get((row.recipe.setting, kind)) for kind in KINDS}
@@ -96,7 +99,9 @@ def contrast_table(found: Sequence[Contrast]) -> pd.DataFrame:
             | _estimated("mean_abs_points", c.size)
             | _estimated("twin_mean_abs_points", c.twin_size)
             | _estimated("difference_points", c.comparison.estimate)
-            | {"p_different": c.comparison.p_different, "beyond_trained_length": c.beyond}
+            | {"recipes": c.pooled, "p_different": c.comparison.p_different}
+            | {"p_pooled_otherwise": max((one.comparison.p_different for one in c.others), default=None)}
+            | {"beyond_trained_length": c.beyond}
             for c in found
         ]
     )
@@ -107,7 +112,8 @@ def gain_table(found: Sequence[Gain]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             _named(gain.recipe)
-            | {"task": gain.task, "seeds": gain.gain.n}
+            | {"task": gain.task, "seeds": gain.gain.n if gain.gain.unit == "seeds" else 1}
+            | {"items": gain.gain.n if gain.gain.unit == "items" else None}
             | _raw("", gain.raw)
             | _estimated("gain", gain.gain)
             | {"twin": gain.twin}

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from lyapft.verdict import sentences
 from lyapft.verdict.duplicates import first_of_its_kind
-from lyapft.verdict.floors import KINDS
+from lyapft.verdict.floors import measurable
 from lyapft.verdict.page.common import BEYOND, Common, cut, some
 from lyapft.verdict.page.layout import Topic, line, topic
 from lyapft.verdict.sentences.advice import cost_means
@@ -27,10 +27,11 @@ def noise(common: Common) -> Topic:
             reach = f"{sizes[0]:.2f}" + f" to {sizes[-1]:.2f}" * (f"{sizes[0]:.2f}" != f"{sizes[-1]:.2f}")
             of = f" ({len(sizes)} of {settings} settings)" * (len(sizes) < settings)
             parts.append(f"{short} {reach}{of}")
-    absent = [short for kind, short in NOISE.items() if kind not in {floor.kind for floor in floors}]
+    kinds = measurable(common.found.recipes)
+    absent = [NOISE[kind] for kind in kinds if kind not in {floor.kind for floor in floors}]
     not_measured = f" Not measured: {joined(absent)}." if absent else ""
     if not parts:
-        return line(TRUST, f"Noise was not measured: {joined(list(KINDS.values()))}.")
+        return line(TRUST, f"Noise was not measured: {joined(list(kinds.values()))}.")
     low, high = min(floor.scores[0] for floor in floors), max(floor.scores[1] for floor in floors)
     reach = f"{', '.join(parts)} points (scores {low:.3f} to {high:.3f})"
     return line(TRUST, f"Noise, as mean size of a difference: {reach}.{not_measured}")
@@ -116,13 +117,14 @@ def key(common: Common, text: str) -> list[Topic]:
     found = common.found
     if not (found.rows or found.learned or found.ablations):
         return []
+    trained = any(recipe.trained for recipe in found.recipes)
+    units = [unit for unit in ("seeds", "items") if f"{unit} would" in text]
     parts = [
-        "none: every weight trains." if re.search(r"\bnone\b", text) else "",
-        f"Differences: points of accuracy, mean over tasks and shots, same seeds{_brackets(common)}; then "
-        f"score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Holm corrects every "
-        "p, no interval.",
+        "none: every weight trains." if trained and re.search(r"\bnone\b", text) else "",
+        f"Differences: points of accuracy, mean over tasks and shots, {_brackets(common)}; then score against score. "
+        f"Equivalent: inside {margin(found.settings)} by two one-sided tests. Holm corrects every p, no interval.",
         cost_means(found.settings) if "cost" in text or any(one.chosen for one in found.recommendations) else "",
-        f"Seeds: with {chance(found.settings)}." if "seeds would" in text else "",
+        f"{joined(units).capitalize()}: with {chance(found.settings)}." if units else "",
     ]
     lines = [" ".join(filter(None, parts))]
     if EMULATED in text:
@@ -131,6 +133,8 @@ def key(common: Common, text: str) -> list[Topic]:
 
 
 def _brackets(common: Common) -> str:
+    if not common.seeds:  # bases alone
+        return "same items [95% interval over items: a seed changes nothing]"
     if common.seeds == 1:
-        return ": one seed, so no interval, and nothing is decided"
-    return f" [95% interval; {seeds(common.seeds)}, unless named]"
+        return "same seeds: one seed, so no interval, and nothing is decided"
+    return f"same seeds [95% interval; {seeds(common.seeds)}, unless named]"
