@@ -69,6 +69,8 @@ def run(cfg: DictConfig, wait: bool = False) -> Record | None:
         except InputError as error:
             log.error("%s", error)  # in a sweep, Hydra itself shows the first failure only
             raise CellFailed(str(error)) from None
+        except OSError as error:  # of what the checks read and keep; a cell has its own
+            raise CellFailed(disk_message(error, Path(cfg.runs))) from None
 
 
 def _run(cfg: DictConfig, wait: bool) -> Record | None:
