@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 import sys
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import pandas as pd
@@ -336,6 +336,44 @@ def test_the_one_before_is_there_at_every_moment(tmp_path, monkeypatch):
     assert files.load_checkpoint(files.before) == {"n": 1}
     assert files.load_checkpoint(files.newest) == {"n": 3}
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.safetensors", "checkpoint.before.safetensors"}
+
+
+def save_until(files: CheckpointFiles, n: int, renames: int) -> bool:
+    """Save a checkpoint in a process that dies after so many renames; whether the new one was whole by then."""
+    rename, left = os.replace, iter(range(renames))
+
+    def or_die(source, target):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", or_die)
+        files.save_checkpoint({"n": n}, files.newest)
+    return renames > 0
+
+
+@pytest.mark.parametrize("damaged", [(), ("newest",), ("before",), ("newest", "before")], ids=str)
+@pytest.mark.parametrize("seen", [True, False], ids=["seen by an attempt", "unseen"])
+def test_wherever_a_save_is_cut_off_the_newest_whole_checkpoint_is_found(tmp_path, damaged, seen):
+    """Twice in a row, after any damage to what was there."""
+    for number, renames in enumerate(product(range(4), repeat=2)):
+        files = CheckpointFiles(tmp_path / str(number), "1f")
+        files.newest.parent.mkdir()
+        for n in (1, 2):
+            files.save_checkpoint({"n": n}, files.newest)
+        for name in damaged:
+            path = getattr(files, name)
+            path.write_bytes(path.read_bytes()[:-1])
+        whole = max((n for n, name in ((1, "before"), (2, "newest")) if name not in damaged), default=None)
+        for n, until in zip((3, 4), renames, strict=True):
+            if seen:
+                assert (files.latest() is not None) == (whole is not None)
+            whole = n if save_until(files, n, until) else whole
+            found = files.latest()
+            assert (None if found is None else files.load_checkpoint(found)["n"]) == whole, (renames, n)
+        files.remove()
+        assert not list(files.newest.parent.glob("checkpoint*"))
 
 
 def test_a_full_disk_is_named_whoever_met_it_and_the_cell_goes_on_later(tmp_path, monkeypatch):
