@@ -30,10 +30,11 @@ LOCKS, TABLES = ".locks", "tables"  # folders of a study
 STABILITY = "stability.parquet"
 EXPERIMENTS = "experiments"  # folder of a study with the records of its experiments
 STATUSES = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard", "oom", "interrupted", "failed", "running")
-# outcomes of the cell itself: running it again would say the same
 # of a folder that cannot be flushed: Windows opens none, some file systems have no such call, some may not be read
 KEEPS_NAMES = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP)
+# outcomes of the cell itself: running it again would say the same
 FINAL = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard")
+CUT_OFF = ("running", "interrupted")  # of a cell that nobody is at work on: it had no outcome yet
 KINDS: dict[type, tuple[str, ...]] = {  # of a record's parts, for whoever reads it without asking
     str: ("id", "name", "study", "status", "role", "created"),
     dict: (

@@ -4,13 +4,14 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
 from filelock import SoftFileLock
 
 from lyapft import cell, records
-from lyapft.cell import state
+from lyapft.cell import state, summary
 from tests.campaigns.kills import child, ended
 from tests.test_cell import prepared
 from tests.test_failures import command
@@ -35,19 +36,28 @@ def test_two_sweeps_share_the_cells_of_a_study(tmp_path, monkeypatch):
     assert [record["status"] for _, record in records.load_study(tmp_path / "runs" / "default")] == ["ok"] * 2
 
 
-def killed_holder(one: cell.Cell) -> None:
-    """A process that was killed while it held a cell."""
-    ready = one.study / "ready"
+def awaited(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def holder(one: cell.Cell) -> int:
+    """A process that has begun a cell and does not come to its end."""
 
     def hold() -> None:
         with state.only_one(one):
-            ready.touch()
+            records.save(one.folder, summary.stub(one))
             time.sleep(60)
 
     pid = child(hold)
-    while not ready.exists():
-        time.sleep(0.01)
+    awaited(one.folder / records.RECORD)
     assert state.is_elsewhere(one)
+    return pid
+
+
+def killed_holder(one: cell.Cell) -> None:
+    """A process that was killed while it held a cell."""
+    pid = holder(one)
     os.kill(pid, signal.SIGKILL)
     assert ended(pid, 10) == -signal.SIGKILL
     assert list((one.study / ".locks").glob("*.lease"))  # it had no time to let go
@@ -71,3 +81,21 @@ def test_the_cell_of_a_process_that_died_elsewhere_is_free_when_its_lease_ends(t
     started = time.monotonic()
     with state.only_one(one):
         assert lease_s / 2 < time.monotonic() - started < 20 * lease_s
+
+
+def test_the_survivor_makes_the_reference_that_a_dead_process_had_begun(tmp_path):
+    one = prepared(tmp_path, "task.shots=[0]", "peft=none")
+    reference = next(twin for twin in cell._references(one).values() if twin is not None)
+    pid = holder(reference)
+
+    def dies() -> None:
+        awaited(one.folder / records.ITEMS)
+        os.kill(pid, signal.SIGKILL)
+        ended(pid, 10)
+
+    thread = threading.Thread(target=dies)
+    thread.start()
+    record = cell.ensure(one)  # done itself, it waits for the reference
+    thread.join()
+    assert (record["status"], {entry["status"] for entry in record["divergence"]}) == ("ok", {"ok"})
+    assert records.load(reference.folder)["status"] == "ok"

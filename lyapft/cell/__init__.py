@@ -230,10 +230,17 @@ def _counterparts(cell: Cell, references: dict[str, Cell | None]) -> dict[str, R
 
 
 def _awaited(reference: Cell) -> Record:
-    """The record of a reference that another process makes; an empty one if that process died before it was done."""
+    """The record of a reference that another process makes; made here if that process was cut off before it was done.
+
+    Where it failed by itself, it would here too: its record says why, and the next command tries again.
+    """
     with only_one(reference):
         made = (reference.folder / records.RECORD).exists()
-        return records.load(reference.folder) if made else summary.stub(reference)
+        found = records.load(reference.folder) if made else None
+    if found is not None and found["status"] not in records.CUT_OFF:
+        return found
+    log.info("%s was left unfinished by another process: making it here", reference.folder.name)
+    return ensure(reference)  # which waits for whoever was quicker
 
 
 def _disk_error(error: BaseException) -> OSError | None:
