@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 class Guard(Callback):
     """Skips updates, rolls back, or stops, where a number breaks a rule, or the loss or a gradient is not finite.
 
-    `skip`: this update and the next `skip_steps` (actions `skip_next`) are withheld; the schedule waits. `rollback`: weights, optimizer and
-    schedule go back to the copy of the last `every`th good step, the data go on, so that other rows come. `stop`: the
-    training ends, with the outcome `stopped_by_guard`; so it does after `limit` actions, those that follow from one
-    not counted.
+    `skip`: this update and the next `skip_steps` (`skip_next`) are withheld; the schedule waits. `rollback`: weights,
+    optimizer and schedule go back to the copy of the last `every`th good step, the data go on, so that other rows come.
+    `stop`: the training ends, with the outcome `stopped_by_guard`; so it does after `limit` actions, `skip_next` not
+    counted.
 
     Attributes:
         actions: of this training: step (as in the step series), action, rule, metric, value, limit; of a `skip_next`

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lyapft import holding
 from lyapft.errors import NOT_JSON, InputError
 
 SCHEMA_VERSION = 1
@@ -64,12 +65,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` on a temporary file beside `path`, flush it to disk, then move it into place.
 
     A reader sees the old file or the new one, never half of either.
+
+    Raises:
+        LostLeaseError: the folder is another process's by now.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
         flush(temporary)
+        holding.check(path.parent)
         os.replace(temporary, path)
         flush(path.parent)
     except BaseException:

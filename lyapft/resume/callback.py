@@ -10,7 +10,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lyapft import ranks, sharding
+from lyapft import holding, ranks, sharding
 from lyapft.resume.files import CheckpointFiles
 from lyapft.resume.signals import Signals
 
@@ -109,11 +109,13 @@ class Resume(Callback):
 
         Raises:
             Interrupted: a signal asked to stop, and what there is has been saved.
+            LostLeaseError: another process has taken the cell over; nothing has been saved.
         """
         if trainer.global_step in (self._last_step, trainer.max_steps):  # within a step, or after the last
             return
         self._last_step = trainer.global_step
-        due = time.monotonic() - self._saved >= self.every_s
+        # by a lost lease too: no save without asking for it, and all processes come to a save together
+        due = time.monotonic() - self._saved >= self.every_s or holding.is_lost(self.files.newest.parent)
         asked, due = ranks.any_signal(self.signals.caught), ranks.from_first(due)
         if asked is not None or due:
             self._save(trainer)
