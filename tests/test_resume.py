@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from lyapft import cell, records, tasks
-from lyapft.cell import state
+from lyapft.cell import state, summary
 from lyapft.probes import StepRecorder
 from lyapft.resume import CheckpointFiles, Interrupted, Signals
 from lyapft.resume import signals as signals_module
@@ -131,9 +131,27 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path, monkey
     record = cell.ensure(torn)
     assert record["status"] == "ok", record["error"]
     assert record["resumed"]["at_steps"] == [2, 5]
+    assert record["resumed"]["environments"] == []
     same(whole, torn)
     assert bool(record.get("guard_actions")) == (how in GUARDED)
     assert not list(torn.folder.glob("checkpoint*"))
+
+
+def test_going_on_in_another_environment_is_warned_of_and_recorded(tmp_path, monkeypatch, caplog):
+    one = prepared(tmp_path, *NEVER)
+    describe, places = summary.describe, {}
+    monkeypatch.setattr(summary, "describe", lambda *given: describe(*given) | places)
+    for place, step in (("here", 1), ("here", 2), ("there", 4)):
+        places |= {"cpu": place, "python": str(step)}  # which Python it is can change no number
+        cut(monkeypatch, one, step, signal.SIGTERM)
+    assert caplog.text.count("another environment than before (cpu here is now there)") == 1
+    places |= {"torch": "3.0", "python": "3"}
+    record = cell.ensure(one)
+    assert re.search(r"step 5 in another environment than before \(torch \S+ is now 3.0\)", caplog.text)
+    assert record["resumed"]["at_steps"] == [2, 3, 5]
+    kept = [(one["to_step"], one["cpu"], one["torch"]) for one in record["resumed"]["environments"]]
+    assert kept == [(3, "here", torch.__version__), (5, "there", torch.__version__)]
+    assert record["environment"]["torch"] == "3.0"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

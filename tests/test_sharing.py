@@ -94,7 +94,6 @@ LEASE_S = 0.6
 MOMENTS = {  # of a cell, and how often it saves
     "a step that saves": (StepRecorder, "on_train_batch_end", 0.0),
     "a step that does not": (StepRecorder, "on_train_batch_end", 3600.0),
-    "the end of the training": (records, "save_stability", 3600.0),
     "the evaluation": (tasks, "evaluate", 3600.0),
     "the comparison": (cell, "_divergence", 3600.0),
 }
