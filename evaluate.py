@@ -24,4 +24,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(study.closing(main))
+    sys.exit(study.closing(main, "evaluate"))

@@ -19,4 +19,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(study.closing(main))
+    sys.exit(study.closing(main, "train"))

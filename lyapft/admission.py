@@ -7,15 +7,20 @@ whole only here. Nothing here imports torch.
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from lyapft import config, launch, secrets
+from lyapft import config, containment, launch, secrets
 
 EXTRAS = {"hydra_plugins.hydra_submitit_launcher": "cluster", "hydra_plugins.hydra_ray_launcher": "ray"}
 
@@ -25,11 +30,20 @@ class Admission(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """One cell, or an evaluation."""
-        _admit(lone_faults(config) + faults(config))
+        _admit(_asked(config, lone_faults, faults))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep."""
-        _admit(rank_faults(dict(os.environ), sys.argv) + launcher_faults(config) + faults(config))
+        found = rank_faults(dict(os.environ), sys.argv)
+        _admit(found + _asked(config, launcher_faults, faults))
+
+
+def _asked(config: DictConfig, *checks: Callable[[DictConfig], list[str]]) -> list[str]:
+    """What is wrong; also a config that cannot be asked, for Hydra would only warn of an exception and go on."""
+    try:
+        return [fault for check in checks for fault in check(config)]
+    except Exception as error:  # noqa: BLE001 - whatever broke, what was not checked is not admitted
+        return [f"these settings cannot be checked: {secrets.hidden(str(error))}"]
 
 
 def _admit(found: list[str]) -> None:
@@ -38,34 +52,59 @@ def _admit(found: list[str]) -> None:
         raise SystemExit(1)
 
 
-def check_typed(words: list[str]) -> None:
-    """Refuse credentials on a command line before Hydra reads it, whose own messages repeat what was typed.
+def check_typed(words: list[str], config_name: str) -> None:
+    """Refuse what no callback could stop: Hydra's messages repeat a credential, and it opens the files of its own log
+    before it calls one.
 
     Raises:
-        SystemExit: there is one.
+        SystemExit: there is such.
     """
     _admit(secrets.faults({}, words))
+    if any("hydra_logging" in word or "searchpath" in word or word.startswith(("-c", "--c")) for word in words):
+        _admit(_own_log_faults(words, config_name))
+
+
+def _own_log_faults(words: list[str], config_name: str) -> list[str]:
+    """Files of Hydra's own log, in settings composed as Hydra will compose them; what it cannot, it will say itself."""
+    given = get_args_parser().parse_args(words)
+    search = create_config_search_path(str(config.CONF_DIR.parent / (given.config_path or config.CONF_DIR.name)))
+    if given.config_dir is not None:
+        folder = os.path.abspath(given.config_dir)
+        search.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+    mode = RunMode.MULTIRUN if given.multirun else RunMode.RUN
+    try:
+        found = ConfigLoaderImpl(search).load_configuration(given.config_name or config_name, given.overrides, mode)
+    except (HydraException, OmegaConfBaseException):
+        return []
+    return [
+        f"{key}={path}: Hydra's own log would be opened before the folder of the runs is known. It goes to the "
+        "console: take the file out; each cell has its log beside its record"
+        for key, path in containment.log_files(OmegaConf.to_container(found.hydra, resolve=False))
+        if key.startswith("hydra.hydra_logging.")
+    ]
 
 
 def faults(cfg: DictConfig) -> list[str]:
-    """Credentials among the settings and overrides, and names that would lead out of the folder of the runs.
+    """Credentials among the settings and overrides; else names and paths that lead out of the folder of the runs.
 
     Args:
         cfg: composed, with its `hydra` node; need not be resolvable.
     """
-    typed = list(OmegaConf.select(cfg, "hydra.overrides.task", default=None) or [])
-    typed += list(OmegaConf.select(cfg, "hydra.overrides.hydra", default=None) or [])
-    params = OmegaConf.select(cfg, "hydra.sweeper.params", default=None) or {}
-    typed += [f"{key}={value}" for key, value in params.items()]
     own: Any = OmegaConf.to_container(cfg, resolve=False)
     hydra = own.pop("hydra", None) or {}  # its overrides are in `typed`, and the rest holds this machine's paths
+    typed = [text for kind in ("task", "hydra") for text in (hydra.get("overrides") or {}).get(kind) or []]
+    params = (hydra.get("sweeper") or {}).get("params") or {}
+    typed += [f"{key}={value}" for key, value in params.items()]
     own |= {"hydra": {"job": {"env_set": (hydra.get("job") or {}).get("env_set")}, "launcher": hydra.get("launcher")}}
     names = {key: [OmegaConf.select(cfg, key)] for key in config.FOLDER_PARTS if OmegaConf.select(cfg, key)}
     for key, value in _swept(typed):
         if key in config.FOLDER_PARTS:
             names.setdefault(key, []).append(value)
     found = secrets.faults(own, typed) or secrets.faults(names)  # as they were typed, and names as they will be
-    return found or [fault for key, values in names.items() for fault in config.name_faults(key, values)]
+    if found:
+        return found  # the others would repeat what was given
+    found = containment.hydra_faults(cfg) if hydra else []
+    return found + [fault for key, values in names.items() for fault in config.name_faults(key, values)]
 
 
 def _swept(overrides: list[str]) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,11 +61,11 @@ def _folder(config: DictConfig) -> Path | None:
         return None
     folder = Path(runs) / name
     try:
-        containment.check(Path(runs), [folder, *records.folders(folder), *_folders_of_hydra(config)])
+        containment.check(Path(runs), [folder, *records.folders(folder)])
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):  # asks also whether its file system is read-only
             raise OSError(errno.EACCES, "no right to write, or a read-only file system")
-        if config.hydra.mode == RunMode.MULTIRUN and (jobs := _jobs_of_submitit(config)):
+        if config.hydra.mode == RunMode.MULTIRUN and (jobs := containment.jobs_of_submitit(config)):
             containment.own(jobs)
     except InputError as error:
         print(error, file=sys.stderr)
@@ -80,20 +79,6 @@ def _folder(config: DictConfig) -> Path | None:
     return folder
 
 
-def _folders_of_hydra(config: DictConfig) -> list[Path]:
-    """Where Hydra and its launchers write, which a config may set."""
-    run, sweep = Path(config.hydra.run.dir), Path(config.hydra.sweep.dir)
-    typed: Any = OmegaConf.to_container(config.hydra.sweep)  # `subdir` may hold a job number, unknown yet
-    jobs = _jobs_of_submitit(config)
-    return [run, sweep, sweep / typed["subdir"], *([jobs] if jobs else [])]
-
-
-def _jobs_of_submitit(config: DictConfig) -> Path | None:
-    """The folder in which submitit has a folder for each job; None for another launcher."""
-    folder = OmegaConf.select(config, "hydra.launcher.submitit_folder")
-    return None if folder is None else Path(*takewhile(lambda part: "%" not in part, Path(folder).parts))
-
-
 def _write_plan(config: DictConfig) -> None:
     """Keep what this command will run beside its records; what is wrong with a cell, the cell itself will say."""
     from lyapft.plan import cells, file  # here, so that --help needs no pandas
@@ -104,15 +89,17 @@ def _write_plan(config: DictConfig) -> None:
         log.debug("no plan of this command: %s", error)
 
 
-def closing(command: Callable[[], None]) -> int:
+def closing(command: Callable[[], None], name: str) -> int:
     """Run a Hydra command, then show the table of its study and write the report, also when a cell failed.
 
+    Args:
+        name: of its config in `conf/`.
     Returns:
         The exit code: 0 all well, 1 something failed, 130 interrupted.
     """
     code = 0
     try:
-        admission.check_typed(sys.argv[1:])
+        admission.check_typed(sys.argv[1:], name)
         code = max(_exit_code(command), _come_back())
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues the study", file=sys.stderr)

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra import compose as compose_config
 from hydra import initialize_config_dir
@@ -67,6 +68,17 @@ def test_cuda_kernels_have_the_versions_of_the_kernel_lock():
     assert {"mamba_ssm", "causal_conv1d"} <= cuda.keys()
     (line,) = [rest for _, rest in instructions() if "install" in rest and "requirements-cuda.lock" in rest]
     assert "test ! -x /usr/local/cuda/bin/nvcc ||" in line
+    assert {"MAMBA_FORCE_BUILD=TRUE", "CAUSAL_CONV1D_FORCE_BUILD=TRUE"} <= set(line.split())  # else a ready wheel
+
+
+def test_the_cuda_base_is_one_and_of_the_cuda_of_torch():
+    """Extensions are refused by a torch of another major version of CUDA."""
+    texts = [path.read_text() for path in DOCKER.iterdir() if path.is_file()]
+    (base,) = {name for text in texts for name in re.findall(r"nvidia/cuda:[\w.-]+", text)}
+    assert base.endswith("-devel-ubuntu24.04")  # with nvcc, and a python3 that is new enough
+    if torch.version.cuda is None:
+        pytest.skip("this torch has no CUDA")
+    assert base.split(":")[1].split(".")[0] == torch.version.cuda.split(".")[0]
 
 
 def test_the_user_is_not_root_at_the_end_of_a_stage_that_runs():
@@ -142,7 +154,7 @@ def test_everybody_leaves_a_cell_two_minutes_to_stop():
     script = (DOCKER / "slurm.sh").read_text()
     assert "#SBATCH --requeue\n" in script
     assert "#SBATCH --signal=TERM@120\n" in script
-    launcher = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
+    launcher = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "submitit_slurm.yaml").read_text())
     assert launcher["signal_delay_s"] == 120
     (job,) = (one for one in yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text()) if one["kind"] == "Job")
     assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 120

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from lyapft import admission, backbone, cell, config, containment, evaluation, records, report
 from lyapft.config import ModelConfig
@@ -81,20 +83,100 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(typed, tmp_path, cell_na
     assert content_of(outside) == {"kept/file": b"as it was"}
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "hydra.run.dir={outside}",
-        "hydra.sweep.dir={outside}",
-        "hydra.sweep.subdir=../../outside",
-        "+hydra.launcher.submitit_folder={outside}/%j",
-    ],
-)
+LOG = "+hydra.job_logging={root: {handlers: [file]}, handlers: {file: {class: logging.FileHandler, %s}}}"
+OF_HYDRA = {
+    "a run": "hydra.run.dir={outside}",
+    "a sweep": "hydra.sweep.dir={outside}",
+    "a job": "hydra.sweep.subdir=../../outside",
+    "settings": "hydra.output_subdir=../../outside",
+    "settings of any path": "hydra.output_subdir={outside}",
+    "jobs of submitit": "+hydra.launcher.submitit_folder={outside}/%j",
+    "a log": LOG % "filename: {outside}",
+    "a log's other name": LOG % "filename: runs/a.log, delay: true, .: {baseFilename: {outside}}",
+    "a log in the present folder": LOG % "filename: outside",
+    "a job's name": LOG % "filename: '${hydra.runtime.output_dir}/../${hydra.job.name}'",
+}
+
+
+@pytest.mark.parametrize("case", OF_HYDRA)
 @pytest.mark.parametrize("sweep", [(), ("-m",)])
-def test_a_folder_of_hydra_is_one_of_the_runs(typed, tmp_path, override, sweep):  # noqa: F811
-    code, printed = typed(*sweep, *SMALL, override.format(outside=tmp_path / "outside"))
+def test_a_folder_of_hydra_is_one_of_the_runs(typed, tmp_path, case, sweep):  # noqa: F811
+    override = OF_HYDRA[case].replace("{outside}", str(tmp_path / "outside"))
+    code, printed = typed(*sweep, *SMALL, override, "hydra.job.name=../x")
     assert code == 1
     assert f"leads out of {Path('runs')}" in printed
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", ["hydra.run.dir", "hydra.sweep.subdir", "hydra.output_subdir", "study.name"])
+def test_a_folder_of_hydra_depends_on_nothing_that_a_job_may_change(typed, tmp_path, case):  # noqa: F811
+    code, printed = typed("-m", *SMALL, "device=../../outside,../../other", f"{case}=${{device}}")
+    assert code == 1
+    assert f"{case} may not depend on device" in printed
+    assert not any(tmp_path.iterdir())
+
+
+OWN_LOG = "hydra_logging: {root: {handlers: [file]}, handlers: {file: {class: logging.FileHandler, filename: %s}}}"
+
+
+@pytest.mark.parametrize("how", ["typed", "a preset", "another choice", "another root", "a search path"])
+def test_hydras_own_log_opens_no_file(typed, tmp_path, how):  # noqa: F811
+    """It does so before any callback, so that one would come too late."""
+    log, mine = OWN_LOG % (tmp_path / "evil.log"), tmp_path / "mine"
+    files = {
+        "a preset": ("study/mine.yaml", f"# @package _global_\nhydra: {{{log}}}"),
+        "another choice": ("hydra/hydra_logging/mine.yaml", log.partition(":")[2]),
+        "another root": ("mine.yaml", f"defaults: [train, _self_]\nhydra: {{{log}}}"),
+        "a search path": ("hydra/hydra_logging/mine.yaml", log.partition(":")[2]),
+    }
+    words = {
+        "typed": [f"+hydra={{{log}}}"],
+        "a preset": ["--config-dir", str(mine), "study=mine"],
+        "another choice": [f"-cd={mine}", "hydra/hydra_logging=mine"],
+        "another root": [f"-cd={mine}", "-cn", "mine"],
+        "a search path": [f"hydra.searchpath=[file://{mine}]", "hydra/hydra_logging=mine"],
+    }
+    if how in files:
+        name, text = files[how]
+        (mine / name).parent.mkdir(parents=True)
+        (mine / name).write_text(text)
+    code, printed = typed(*words[how], *SMALL)
+    assert code == 1
+    assert "Hydra's own log would be opened before the folder of the runs is known" in printed
+    assert {path.name for path in tmp_path.iterdir()} <= {"mine"}
+
+
+def test_a_log_of_hydra_below_the_runs_is_allowed():
+    """Its own choice of Hydra's."""
+    with initialize_config_dir(version_base=None, config_dir=str(config.CONF_DIR)):
+        words = ["hydra/job_logging=default", "hydra.output_subdir=hydra", "hydra.sweep.subdir=${hydra.job.num}"]
+        cfg = compose("train", overrides=words, return_hydra_config=True)
+    assert len(list(containment.log_files(OmegaConf.to_container(cfg.hydra)))) == 1
+    assert containment.hydra_faults(cfg) == []
+
+
+def test_settings_that_cannot_be_checked_are_not_admitted(typed, tmp_path):  # noqa: F811
+    code, printed = typed(*SMALL, "hydra.run.dir=${runs}/${study.name}/${hydra.job.num}", "runs=${oc.env:NO_SUCH}")
+    assert code == 1
+    assert "these settings cannot be checked" in printed
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["hydra.run.dir={outside}"],
+        ["hydra.run.dir={outside}", "hydra.output_subdir=sub"],
+        ["hydra.output_subdir=sub"],
+        ["-m", "hydra.sweep.dir={outside}"],
+        ["-m", "hydra.sweep.subdir=${{run}}"],
+    ],
+)
+def test_an_evaluation_makes_no_folder_but_in_its_run(typed, tmp_path, words):  # noqa: F811
+    given = [word.format(outside=tmp_path / "outside") for word in words]
+    code, printed = typed(*given, "run=none", name="evaluate")
+    assert code == 1
+    assert "leads out of none" in printed or "may not depend on run" in printed
     assert not any(tmp_path.iterdir())
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
-from lyapft import config, containment, dashboard, divergence, rates, records, secrets, study
+from lyapft import config, containment, dashboard, divergence, holding, ranks, rates, records, secrets, study
 from lyapft.cell import answers, summary
 from lyapft.cell.crew import crew, follow
 from lyapft.cell.execution import execute
@@ -28,6 +28,7 @@ from lyapft.cell.preparation import Cell, prepare
 from lyapft.cell.state import is_elsewhere, log_file, only_one
 from lyapft.errors import InputError
 from lyapft.halving import Halvings, OutOfMemory, until_it_fits
+from lyapft.holding import LostLeaseError
 from lyapft.module import TrainingStopped
 from lyapft.peft import LivenessError
 from lyapft.records import Record
@@ -108,22 +109,31 @@ def ensure(cell: Cell) -> Record:
     containment.check(Path(cell.config.runs), [*records.folders(cell.study), cell.folder, *entries])
     try:
         with only_one(cell):
-            found = None
-            if (cell.folder / records.RECORD).exists():
-                found = records.load(cell.folder)
-                if found["id"] != cell.id:
-                    raise InputError(f"{cell.folder} holds the record of another cell ({found['id']}): move it away")
-                if records.is_final(found):
-                    CheckpointFiles(cell.folder, cell.id).remove()  # of a process that died between the two
-                    log.info("%s is done already: %s", cell.folder.name, found["status"])
-                    return _compared(cell, found)
-            records.remove_leftovers(cell.folder)
-            record = _run_and_record(cell, (found or {}).get("oom", []))
-            if cell.role == "reference" and record["status"] != "ok":
-                _failed_references[cell.id] = record
-            return record
+            return _found_or_made(cell)
+    except LostLeaseError as error:
+        if ranks.many():  # the others cannot be met again
+            raise CellFailed(f"{cell.folder.name}: {error}; the same command continues the study") from None
+        log.error("%s: %s", cell.folder.name, error)
+        return ensure(cell)  # as whoever finds that another process is at work on it
     except OSError as error:
         raise CellFailed(disk_message(error, cell.study)) from None
+
+
+def _found_or_made(cell: Cell) -> Record:
+    found = None
+    if (cell.folder / records.RECORD).exists():
+        found = records.load(cell.folder)
+        if found["id"] != cell.id:
+            raise InputError(f"{cell.folder} holds the record of another cell ({found['id']}): move it away")
+        if records.is_final(found):
+            CheckpointFiles(cell.folder, cell.id).remove()  # of a process that died between the two
+            log.info("%s is done already: %s", cell.folder.name, found["status"])
+            return _compared(cell, found)
+    records.remove_leftovers(cell.folder)
+    record = _run_and_record(cell, (found or {}).get("oom", []))
+    if cell.role == "reference" and record["status"] != "ok":
+        _failed_references[cell.id] = record
+    return record
 
 
 def _compared(cell: Cell, record: Record) -> Record:
@@ -176,19 +186,31 @@ def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
         except Interrupted as error:
             _failed(record, "interrupted", error)
             raise error.leave() from None
+        except LostLeaseError:
+            record["status"] = "interrupted"
+            raise
         except OutOfMemory as error:
             _failed(record, "oom", error)
         except Exception as error:  # noqa: BLE001 - whatever broke, its record and its log say so
             _failed(record, "failed", error)
         finally:
-            record["finished"] = records.now()
-            records.save(cell.folder, record)
-            if records.is_final(record):
-                CheckpointFiles(cell.folder, cell.id).remove()
-            if lost := dashboard.finish(loggers, record):
-                record["dashboard"] = lost
-                records.save_dashboard(cell.folder, lost)
+            _close(cell, record, loggers)
     return record
+
+
+def _close(cell: Cell, record: Record, loggers: list[Logger]) -> None:
+    """Write the record, however the cell ended, then close its dashboards; once its lease is lost only these."""
+    record["finished"] = records.now()
+    try:
+        holding.check(cell.folder)  # before the record that may be there already, and final, is taken for a fault
+        records.save(cell.folder, record)
+        if records.is_final(record):
+            CheckpointFiles(cell.folder, cell.id).remove()
+    finally:
+        lost = dashboard.finish(loggers, record)
+    if lost:
+        record["dashboard"] = lost
+        records.save_dashboard(cell.folder, lost)
 
 
 def _halvings(cell: Cell, entries: list[dict[str, Any]]) -> Halvings:
@@ -199,7 +221,7 @@ def _halvings(cell: Cell, entries: list[dict[str, Any]]) -> Halvings:
         trainer.accumulate,
         cfg.task.batch_tokens,
         longest=cfg.data.max_length,
-        allowed=trainer.oom == "halve",
+        allowed=trainer.oom == "halve" or (trainer.oom == "auto" and ranks.count() == 1),
     )
 
 
@@ -232,10 +254,17 @@ def _counterparts(cell: Cell, references: dict[str, Cell | None]) -> dict[str, R
 
 
 def _awaited(reference: Cell) -> Record:
-    """The record of a reference that another process makes; an empty one if that process died before it was done."""
+    """The record of a reference that another process makes; made here if that process was cut off before it was done.
+
+    Where it failed by itself, it would here too: its record says why, and the next command tries again.
+    """
     with only_one(reference):
         made = (reference.folder / records.RECORD).exists()
-        return records.load(reference.folder) if made else summary.stub(reference)
+        found = records.load(reference.folder) if made else None
+    if found is not None and found["status"] not in records.CUT_OFF:
+        return found
+    log.info("%s was left unfinished by another process: making it here", reference.folder.name)
+    return ensure(reference)  # which waits for whoever was quicker
 
 
 def _disk_error(error: BaseException) -> OSError | None:

@@ -1,5 +1,6 @@
 """Score a model on tasks, and say beforehand what would not fit."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
@@ -194,6 +195,7 @@ def _score(
         value=float(found.value),
         n=int(found.n),
         stderr=float(found.stderr) if found.n > 1 else None,
+        chance=math.fsum(1 / len(row["logprobs"]) for row in items) / len(items),
         truncated=sum(cut is not None and row["tokens"] - 1 > cut for row in items),
         nonfinite=sum(row[choice] == -1 for row in items),
         beyond_trained_length=sum(trained_length is not None and row["tokens"] > trained_length for row in items),
