@@ -13,7 +13,7 @@ from hydra import compose as compose_config
 from hydra import initialize_config_dir
 from hydra.types import RunMode
 
-from lyapft import config
+from lyapft import config, study
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
@@ -181,6 +181,12 @@ def test_compose_and_kubernetes_files_are_well_formed():
     secret = {entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in container["env"] if "valueFrom" in entry}
     assert secret.keys() == {"WANDB_API_KEY", "HF_TOKEN"}
     assert all(reference["optional"] for reference in secret.values())
+    assert pod["restartPolicy"] == "Never"  # else the API server refuses the policy
+    assert job["spec"]["completionMode"] == "Indexed"  # and backoffLimitPerIndex
+    (rule,) = (rule for rule in job["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in rule)
+    assert rule["action"] == "FailIndex"
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [study.BROKE_DOWN]}
+    assert job["spec"]["backoffLimitPerIndex"] > 0
     python, script, *overrides = container["command"]
     assert (python, script) == ("python", "train.py")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

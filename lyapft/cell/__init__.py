@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from safetensors import SafetensorError
@@ -33,15 +32,12 @@ from lyapft.module import TrainingStopped
 from lyapft.peft import LivenessError
 from lyapft.records import Record
 from lyapft.resume import CheckpointFiles, Interrupted, Signals
+from lyapft.study import CellBrokeDown, CellFailed
 
 __all__ = ["Cell", "CellFailed", "disk_message", "ensure", "prepare", "run"]
 
 log = logging.getLogger(__name__)
 _failed_references: dict[str, Record] = {}  # of this process: a sweep tries each of them once
-
-
-class CellFailed(CompactHydraException):
-    """A cell did not finish; the message says why, its record and log keep the details."""
 
 
 def run(cfg: DictConfig, wait: bool = False) -> Record | None:
@@ -54,7 +50,7 @@ def run(cfg: DictConfig, wait: bool = False) -> Record | None:
         wait: for another process that runs it, also in a sweep.
 
     Raises:
-        CellFailed: it did not finish; its record says why.
+        CellFailed: it did not finish; its record says why. CellBrokeDown: nor would it the next time.
     """
     if threading.current_thread() is not threading.main_thread():
         raise CellFailed(
@@ -88,12 +84,16 @@ def _run(cfg: DictConfig, wait: bool) -> Record | None:
         return None
     record = ensure(cell)
     if record["status"] != "ok":
-        raise CellFailed(
+        raise (CellBrokeDown if records.is_final(record) else CellFailed)(
             f"{cell.folder.name}: {record['status']}: {record['error']['message']} (see {cell.folder / records.LOG})"
         )
     missing = [entry["counterpart"] for entry in record["divergence"] if entry["status"] == "missing"]
     if missing and cfg.reference == "auto":
-        raise CellFailed(f"{cell.folder.name} is done, but not its reference: {', '.join(missing)}")
+        references = _references(cell)
+        settled = all(twin is None or _has_outcome(twin) for twin in map(references.get, missing))
+        raise (CellBrokeDown if settled else CellFailed)(
+            f"{cell.folder.name} is done, but not its reference: {', '.join(missing)}"
+        )
     for kind, twin in config.noise_floor_configs(cfg, cell.threads).items():
         rerun = prepare(twin, role="rerun", like=cell)
         log.info("%s for the noise floor: %s", rerun.folder.name, kind)
@@ -241,6 +241,10 @@ def _references(cell: Cell) -> dict[str, Cell | None]:
         reference = prepare(twin, role="reference", like=cell)
         found[name] = None if reference.id == cell.id else reference
     return found
+
+
+def _has_outcome(cell: Cell) -> bool:
+    return (cell.folder / records.RECORD).exists() and records.is_final(records.load(cell.folder))
 
 
 def _counterparts(cell: Cell, references: dict[str, Cell | None]) -> dict[str, Record | None]:

@@ -137,8 +137,6 @@ def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None, device: str, tok
     skeleton = Checked(lambda: backbone.skeleton(cfg.model))
     if skeleton.faults:
         return found + skeleton.faults
-    if task is not None:
-        found += tasks.context_faults(task, skeleton.value.tokenizer, positions, tokens)
     if cfg.trainer.strategy == "tensor":
         size = cfg.trainer.tensor_parallel_size
         wrong = sharding.tensor_faults(skeleton.value.model, size)
@@ -155,4 +153,7 @@ def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None, device: str, tok
         found += packing_faults(kind, seam.value.unknown, tuned)
     if not seam.faults and not peft_faults(cfg.peft):
         found += Checked(lambda: instantiate(cfg.peft).attach(skeleton.value, seam.value)).faults
+    if task is not None:  # last: what is refused already leaves nothing behind
+        kept = None if found else tokens
+        found += tasks.context_faults(task, skeleton.value.tokenizer, positions, kept)
     return found
