@@ -107,7 +107,8 @@ def steadier(page: Page) -> Iterator[Claim]:
 def cheaper(page: Page) -> Iterator[Claim]:
     """The recommended recipe costs less than its counterpart."""
     for one in recommend(page.rows[PAPER], page.settings):
-        yield one.chosen is not None or bool(one.better), page.truth.ln_cost >= 0
+        saves = any(row.cost.saves(page.settings.alpha) for row in one.better)
+        yield one.chosen is not None or saves, page.truth.ln_cost >= 0
 
 
 def cheapest(page: Page) -> Iterator[Claim]:

@@ -102,7 +102,7 @@ class Ours:
         with warnings.catch_warnings(), precision.build(PrecisionConfig(name="fp32"), "cpu") as strategy:
             warnings.simplefilter("ignore")  # as a cell does
             parts = Assembly(self.backbone, self.seam, self.peft, strategy)
-            training = Training(self.cell, parts, Signals(), Halvings([]))
+            training = Training(self.cell, parts, Signals(), Halvings([]), {})
             training.fit(self.data, [])
             CheckpointFiles(self.cell.folder, self.cell.id).remove()
         return float(training.series.table()["loss"].mean())

@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("overrides", nargs="*", default=CELLS)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     work, cpu, alone = seconds([*ALWAYS, *given.overrides])
     print(json.dumps({"work_s": work, "cpu_s": cpu, "cells_s": alone}), flush=True)
     launcher = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={given.jobs}"]

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets", "numba", "numpy", "lyapft")
+DECIDING = (  # of a description: what can change the last bits of a number
+    "torch", "transformers", "peft", "lightning", "numba", "numpy", "lyapft", "platform", "cpu", "device", "git_commit",
+)  # fmt: skip
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
@@ -150,6 +153,16 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "threads": threads,
         "git_commit": _git_commit(),
     }
+
+
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What can change the last bits of a number and is not the same in two descriptions; empty if nothing is.
+
+    >>> differences({"torch": "2.12.0", "python": "3.12"}, {"torch": "2.13.0", "python": "3.13"})
+    'torch 2.12.0 is now 2.13.0'
+    """
+    pairs = ((name, earlier.get(name), now.get(name)) for name in DECIDING)
+    return ", ".join(f"{name} {before} is now {after}" for name, before, after in pairs if before != after)
 
 
 def cpu_name() -> str:

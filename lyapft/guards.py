@@ -21,6 +21,7 @@ from lyapft import watch
 from lyapft.module import TrainingStopped
 
 log = logging.getLogger(__name__)
+SKIP_NEXT = "skip_next"  # what a skip brings about
 
 if TYPE_CHECKING:
     from lyapft.module import FineTuner
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
 class Guard(Callback):
     """Skips updates, rolls back, or stops, where a number breaks a rule, or the loss or a gradient is not finite.
 
-    `skip`: this update and the next `skip_steps` are withheld; the schedule waits. `rollback`: weights, optimizer and
-    schedule go back to the copy of the last `every`th good step, the data go on, so that other rows come. `stop`: the
-    training ends, with the outcome `stopped_by_guard`; so it does after `limit` actions.
+    `skip`: this update and the next `skip_steps` (`skip_next`) are withheld; the schedule waits. `rollback`: weights,
+    optimizer and schedule go back to the copy of the last `every`th good step, the data go on, so that other rows come.
+    `stop`: the training ends, with the outcome `stopped_by_guard`; so it does after `limit` actions, `skip_next` not
+    counted.
 
     Attributes:
-        actions: of this training: step (as in the step series), action, rule, metric, value, limit.
+        actions: of this training: step (as in the step series), action, rule, metric, value, limit; of a `skip_next`
+            the rule and numbers of its `skip`.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class Guard(Callback):
             return True
         if self._left_to_skip:
             self._left_to_skip -= 1
+            self.actions.append(self.actions[-1] | {"step": step, "action": SKIP_NEXT})
+            log.warning("guard at step %d: %s (%d left)", step, SKIP_NEXT, self._left_to_skip)
             return True
         return False
 
@@ -118,7 +123,7 @@ class Guard(Callback):
         log.warning("guard at step %d: %s (%s)", step, self.action, event)
         if self.action == "stop":
             raise TrainingStopped(f"step {step}: guard={self.name} stopped the training: {event}", "stopped_by_guard")
-        if len(self.actions) > self.limit:
+        if sum(one["action"] == self.action for one in self.actions) > self.limit:
             raise TrainingStopped(
                 f"step {step}: guard={self.name} acted more than guard.limit={self.limit} times, the last for {event}",
                 "stopped_by_guard",

@@ -1,9 +1,9 @@
 """Where memory runs out: half the rows at once, twice as often, from the last checkpoint on.
 
-A cell with `trainer.oom=halve` that runs out of memory is taken up as one that was killed: from its last checkpoint, on
-the same rows and random numbers, so that nothing of the broken step is left. The step at which memory ran out, and all
-after it, send half as many rows through the model at once. Where that was is kept in the cell's record, so that a later
-attempt does the same; the result depends on it, and on no clock.
+A cell that runs out of memory, if `trainer.oom` allows it, is taken up as one that was killed: from its last
+checkpoint, on the same rows and random numbers, so that nothing of the broken step is left. The step at which memory
+ran out, and all after it, send half as many rows through the model at once. Where that was is kept in the cell's
+record, so that a later attempt does the same; the result depends on it, and on no clock.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def _advice(text: str, halvings: Halvings) -> str:
     first = text.splitlines()[0] if text else "no more was said"
     if not halvings.allowed:
         return (
-            f"out of memory ({first}): set trainer.oom=halve to go on with half the rows at once, or a smaller "
-            "trainer.batch_size or task.batch_tokens"
+            f"out of memory ({first}): set trainer.oom=halve, and one process, to go on with half the rows at once, or "
+            "a smaller trainer.batch_size or task.batch_tokens"
         )
     least = dict.fromkeys((SELECTION, TRAINING, VALIDATION), "with one row at once")
     least[EVALUATION] = f"with {halvings.batch_tokens} tokens at once"

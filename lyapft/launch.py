@@ -57,7 +57,7 @@ def together(trainer: Any) -> int:
 
 
 def faults(
-    launch: Launch, accumulate: int, batch_size: int, precision: str, oom: str = "stop", together: int = 1
+    launch: Launch, accumulate: int, batch_size: int, precision: str, oom: str = "auto", together: int = 1
 ) -> list[str]:
     """Why these processes cannot share the micro-batches of a step.
 

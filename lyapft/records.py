@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lyapft import holding
 from lyapft.errors import NOT_JSON, InputError
 
 SCHEMA_VERSION = 1
@@ -30,10 +31,11 @@ LOCKS, TABLES = ".locks", "tables"  # folders of a study
 STABILITY = "stability.parquet"
 EXPERIMENTS = "experiments"  # folder of a study with the records of its experiments
 STATUSES = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard", "oom", "interrupted", "failed", "running")
-# outcomes of the cell itself: running it again would say the same
 # of a folder that cannot be flushed: Windows opens none, some file systems have no such call, some may not be read
 KEEPS_NAMES = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP)
+# outcomes of the cell itself: running it again would say the same
 FINAL = ("ok", "nonfinite", "loss_scale_underflow", "stopped_by_guard")
+CUT_OFF = ("running", "interrupted")  # of a cell that nobody is at work on: it had no outcome yet
 KINDS: dict[type, tuple[str, ...]] = {  # of a record's parts, for whoever reads it without asking
     str: ("id", "name", "study", "status", "role", "created"),
     dict: (
@@ -63,12 +65,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` on a temporary file beside `path`, flush it to disk, then move it into place.
 
     A reader sees the old file or the new one, never half of either.
+
+    Raises:
+        LostLeaseError: the folder is another process's by now.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
         flush(temporary)
+        holding.check(path.parent)
         os.replace(temporary, path)
         flush(path.parent)
     except BaseException:
@@ -221,6 +227,13 @@ def costs(record: Record) -> dict[str, Any]:
     {}
     """
     return {} if record.get("oom") else record.get("cost") or {}
+
+
+def is_seedless(record: Record) -> bool:
+    """Whether its seed changes nothing: a pretrained model that is not trained is one cell for all seeds."""
+    config = record.get("config") or {}
+    steps, init = ((config.get(part) or {}).get(name) for part, name in (("trainer", "steps"), ("model", "init")))
+    return bool(steps == 0 and init == "pretrained")
 
 
 def divergence_entry(record: Record, counterpart: str) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -19,7 +20,16 @@ from lyapft.config import register
 from lyapft.errors import InputError
 
 log = logging.getLogger(__name__)
-INTERRUPTED = 130  # exit code of a process that Ctrl-C ended, as shells have it
+# exit codes: of a process that Ctrl-C ended, as shells have it; and where the same command would change nothing
+INTERRUPTED, BROKE_DOWN = 130, 3
+
+
+class CellFailed(CompactHydraException):
+    """A cell did not finish; the message says why, its record and log keep the details."""
+
+
+class CellBrokeDown(CellFailed):
+    """A cell, or the reference of one, has an outcome that is not `ok`: running it again would say the same."""
 
 
 class StudyFolder(Callback):
@@ -30,6 +40,7 @@ class StudyFolder(Callback):
 
     planned: Path | None = None  # by the command as a whole
     touched: ClassVar[list[Path]] = []  # by its jobs, which may sweep over study.name
+    failures: ClassVar[list[Any]] = []  # exceptions of its jobs, where they run in this process
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """One cell."""
@@ -53,6 +64,11 @@ class StudyFolder(Callback):
         folder = _folder(config) if launch.found().leads else None
         if folder is not None and folder not in self.touched:
             self.touched.append(folder)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """One cell of either has ended; what Hydra reports of a sweep is the first failure alone."""
+        if job_return.status == JobStatus.FAILED:
+            self.failures.append(job_return._return_value)  # the property would raise it
 
 
 def _folder(config: DictConfig) -> Path | None:
@@ -95,12 +111,14 @@ def closing(command: Callable[[], None], name: str) -> int:
     Args:
         name: of its config in `conf/`.
     Returns:
-        The exit code: 0 all well, 1 something failed, 130 interrupted.
+        The exit code: 0 all well; 1 something failed; 3 all is done that can be, and some of it broke down (a result;
+        of cells in other processes, as launchers have them, that counts as a failure); 130 interrupted.
     """
     code = 0
+    StudyFolder.failures.clear()
     try:
         admission.check_typed(sys.argv[1:], name)
-        code = max(_exit_code(command), _come_back())
+        code = _worst(_exit_code(command), _come_back())
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues the study", file=sys.stderr)
         code = INTERRUPTED
@@ -109,8 +127,17 @@ def closing(command: Callable[[], None], name: str) -> int:
     planned = [] if StudyFolder.planned is None else [StudyFolder.planned]
     for folder in StudyFolder.touched or planned:
         if any(folder.glob("*/record.json")):
-            code = max(code, _show(folder))
+            code = _worst(code, _show(folder))
     return code
+
+
+def _worst(*codes: int) -> int:
+    """The exit code of several parts of a command: a breakdown is less than a failure.
+
+    >>> _worst(0, BROKE_DOWN), _worst(BROKE_DOWN, 1), _worst(1, INTERRUPTED)
+    (3, 1, 130)
+    """
+    return max(codes, key=lambda code: (code != 0, code != BROKE_DOWN, code))
 
 
 _postponed: list[tuple[Any, Callable[[], Any]]] = []  # Hydra's state of a job, and the job
@@ -136,12 +163,15 @@ def _exit_code(command: Callable[[], None]) -> int:
     except SystemExit as stop:  # how Hydra ends after it has printed an error
         if isinstance(stop.code, int) and stop.code > 128:
             raise
+        known = any(stop.__context__ is failure for failure in StudyFolder.failures)  # else Hydra itself failed
+        if known and all(isinstance(failure, CellBrokeDown) for failure in StudyFolder.failures):
+            return BROKE_DOWN
         return stop.code if isinstance(stop.code, int) else 1
     return 0
 
 
 def _come_back() -> int:
-    """Run what was postponed, now waiting for whoever runs it; 1 if one of them failed."""
+    """Run what was postponed, now waiting for whoever runs it; the exit code of the worst of them."""
     code = 0
     while _postponed:
         HydraConfig.instance().cfg, job = _postponed.pop(0)
@@ -149,7 +179,7 @@ def _come_back() -> int:
             job()
         except CompactHydraException as error:
             print(error, file=sys.stderr)
-            code = 1
+            code = _worst(code, BROKE_DOWN if isinstance(error, CellBrokeDown) else 1)
     return code
 
 

@@ -180,7 +180,7 @@ def items(source: dict[str, Any], n: int = 64) -> pd.DataFrame:
                         "gold": 0,
                         "choice": 0 if correct else 1,
                         "correct": correct,
-                        "logprobs": [-1.0, -2.0],
+                        "logprobs": [-1.0, -2.0, -3.0, -4.0],
                         "nll_gold": 1.0,
                     }
                 )
@@ -193,7 +193,9 @@ def scores(table: pd.DataFrame) -> list[dict[str, Any]]:
     for (task, shots), group in table.groupby(["task", "shots"], sort=False):
         p, n = float(group["correct"].mean()), len(group)
         stderr = float(np.sqrt(p * (1 - p) / n))
-        result.append({"task": task, "shots": int(shots), "metric": "acc", "value": p, "n": n, "stderr": stderr})
+        chance = float((1 / group["logprobs"].map(len)).mean())
+        score = {"task": task, "shots": int(shots), "metric": "acc", "value": p, "n": n, "stderr": stderr}
+        result.append(score | {"chance": chance})
     return result
 
 

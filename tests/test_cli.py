@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra._internal.core_plugins import basic_launcher
 
 from lyapft import cell, records, study
 from tests import commands
@@ -191,6 +192,29 @@ def test_a_sweep_over_studies_reports_on_each(typed):
     assert code == 0
     assert Path("runs/one/report.html").is_file()
     assert Path("runs/two/report.html").is_file()
+
+
+HIGH = ["guard=stop", "+guard.rules.high={metric: loss, above: 0}"]
+
+
+def test_a_cell_that_broke_down_is_no_failure_that_another_attempt_could_mend(typed, monkeypatch):
+    sweep = ("-m", *SMALL, "reference=off")
+    code, printed = typed(*sweep, "seed=0,1", *HIGH)
+    assert code == study.BROKE_DOWN == 3
+    assert "stopped_by_guard: " in printed
+    assert "report.html" in printed
+    assert typed(*SMALL, *HIGH, "reference=off")[0] == study.BROKE_DOWN  # found
+    # a cell that failed, and one that could not begin, are another matter
+    assert typed(*sweep, "precision=bf16,fp8", *HIGH)[0] == 1
+    jobs = iter([basic_launcher.run_job])
+
+    def no_space(*job, **settings):
+        if (run_job := next(jobs, None)) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return run_job(*job, **settings)
+
+    monkeypatch.setattr(basic_launcher, "run_job", no_space)  # where Hydra itself cannot begin the second one
+    assert typed(*sweep, "seed=0,1", *HIGH)[0] == 1
 
 
 def test_references_are_made_up_for_when_they_were_off_or_failed(typed, monkeypatch):

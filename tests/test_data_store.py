@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from lyapft import cache
 from lyapft.data import Example, Segment, store, tokenised
 from lyapft.data.batches import build
 from tests.test_data import Made, example, tokenizer
@@ -63,14 +64,16 @@ def test_other_settings_tokenizers_and_lengths_are_other_rows(tmp_path, tokenize
     assert len(list(tmp_path.glob("*.safetensors"))) == 5
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other"])
 def test_a_damaged_file_is_made_anew(tmp_path, tokenizer, caplog, damage):
     source = Made([Example("x", (Segment("ab", target=False), Segment("cd", target=True)))])
     rows = tokenised(source, tokenizer, 20, SETTINGS, tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
     if damage == "other":
         rows.starts = np.array([0, 1])
-        store._write(path, rows)
+        cache._write(path, store._packed(rows))
+    elif damage == "flipped":
+        path.write_bytes(path.read_bytes()[:-1] + b"\x07")
     else:
         path.write_bytes(path.read_bytes()[: 40 * (damage == "cut")])
     same(tokenised(source, tokenizer, 20, SETTINGS, tmp_path), build(source, tokenizer, 20, "1f"))

@@ -7,12 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra import compose as compose_config
 from hydra import initialize_config_dir
 from hydra.types import RunMode
 
-from lyapft import config
+from lyapft import config, study
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
@@ -67,6 +68,17 @@ def test_cuda_kernels_have_the_versions_of_the_kernel_lock():
     assert {"mamba_ssm", "causal_conv1d"} <= cuda.keys()
     (line,) = [rest for _, rest in instructions() if "install" in rest and "requirements-cuda.lock" in rest]
     assert "test ! -x /usr/local/cuda/bin/nvcc ||" in line
+    assert {"MAMBA_FORCE_BUILD=TRUE", "CAUSAL_CONV1D_FORCE_BUILD=TRUE"} <= set(line.split())  # else a ready wheel
+
+
+def test_the_cuda_base_is_one_and_of_the_cuda_of_torch():
+    """Extensions are refused by a torch of another major version of CUDA."""
+    texts = [path.read_text() for path in DOCKER.iterdir() if path.is_file()]
+    (base,) = {name for text in texts for name in re.findall(r"nvidia/cuda:[\w.-]+", text)}
+    assert base.endswith("-devel-ubuntu24.04")  # with nvcc, and a python3 that is new enough
+    if torch.version.cuda is None:
+        pytest.skip("this torch has no CUDA")
+    assert base.split(":")[1].split(".")[0] == torch.version.cuda.split(".")[0]
 
 
 def test_the_user_is_not_root_at_the_end_of_a_stage_that_runs():
@@ -142,7 +154,7 @@ def test_everybody_leaves_a_cell_two_minutes_to_stop():
     script = (DOCKER / "slurm.sh").read_text()
     assert "#SBATCH --requeue\n" in script
     assert "#SBATCH --signal=TERM@120\n" in script
-    launcher = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
+    launcher = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "submitit_slurm.yaml").read_text())
     assert launcher["signal_delay_s"] == 120
     (job,) = (one for one in yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text()) if one["kind"] == "Job")
     assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 120
@@ -169,6 +181,12 @@ def test_compose_and_kubernetes_files_are_well_formed():
     secret = {entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in container["env"] if "valueFrom" in entry}
     assert secret.keys() == {"WANDB_API_KEY", "HF_TOKEN"}
     assert all(reference["optional"] for reference in secret.values())
+    assert pod["restartPolicy"] == "Never"  # else the API server refuses the policy
+    assert job["spec"]["completionMode"] == "Indexed"  # and backoffLimitPerIndex
+    (rule,) = (rule for rule in job["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in rule)
+    assert rule["action"] == "FailIndex"
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [study.BROKE_DOWN]}
+    assert job["spec"]["backoffLimitPerIndex"] > 0
     python, script, *overrides = container["command"]
     assert (python, script) == ("python", "train.py")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from lyapft import cell
 from lyapft.plan import cells
 from tests import commands, synthetic
 
@@ -41,10 +42,12 @@ SMALLER = {
         "benchmarks/streaming.py": "benchmarks/streaming.py --help",
         "benchmarks/report_scale.py": "benchmarks/report_scale.py --cells 40 --seeds 2",
     },
-    "results/README": {  # two hours; and real data, which not every machine has: planned instead
+    "results/README": {  # two hours; and real data, which not every machine has: planned instead (its files: below)
         "train.py study=lr": f"train.py study=lr {SHORT} {RATES}",
         "train.py study=matrix": f"train.py study=matrix {SHORT} precision=bf16 peft=lora 'study.noise_floor=[]'",
         "python train.py -m model": "python -m lyapft.plan --gpu model",
+        # a single cell; and who forked a command waits for the workers of its launcher (test_launchers has it)
+        " hydra/launcher=joblib hydra.launcher.n_jobs=2": "",
     },
 }
 # a command of lyapft's own that means the same without a shell
@@ -151,6 +154,20 @@ def test_the_pages_and_their_links_are_there(root: Path) -> None:
         assert f"docs/{name}.md" in readme
         for target in re.findall(r"\]\(([^)#]+)\)", BLOCK.sub("", page.read_text(encoding="utf-8"))):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_real_data_lie_where_the_page_says_and_can_be_read(root: Path, shared_data: Path) -> None:
+    """The command that is only planned above, up to what checks a cell before its model is loaded."""
+    code = "".join(code for _, code in blocks(root / "docs/results/README.md"))
+    paths = re.findall(r"\.path=\$DATA/([\w./-]+)", code)
+    assert len(paths) == 5
+    assert [path for path in paths if not (shared_data / path).exists()] == []
+    (line,) = (line for line in code.splitlines() if "$DATA" in line)
+    with cells.composing():
+        words = shlex.split(line.replace("$DATA", str(shared_data)))[3:]
+        first = [word if "[" in word else word.split(",")[0] for word in words]  # of each choice
+        prepared = cell.prepare(cells.cells(cells.composed(first))[0].config)
+    assert sum(len(prepared.task.queries(shots)) for shots in prepared.task.shots) == 2 * 5528  # as the page has it
 
 
 def test_commands_between_backticks_are_typed_too(tmp_path: Path) -> None:

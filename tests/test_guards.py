@@ -66,10 +66,19 @@ def test_skip_withholds_the_update_and_the_next_and_the_schedule_waits():
     assert seen.rates[3] == seen.rates[4] == seen.rates[5] > seen.rates[6]
     assert module.skipped_steps == 2
     assert module.nonfinite == []
-    (action,) = skip.actions
+    action, following = skip.actions
     assert action["step"] == 5  # as in the step series, which counts from 1
     assert (action["action"], action["rule"], action["metric"]) == ("skip", "high", "loss")
     assert action["value"] > 100 == action["limit"]
+    assert following == action | {"step": 6, "action": "skip_next"}
+
+
+def test_what_follows_from_a_skip_is_no_action_that_the_limit_counts():
+    skip = guard("skip", skip_steps=3, limit=1)
+    _, module = run(skip, steps=7, high=(2,))
+    assert [entry["action"] for entry in skip.actions] == ["skip", *["skip_next"] * 3]
+    assert [entry["step"] for entry in skip.actions] == [3, 4, 5, 6]
+    assert module.skipped_steps == 4
 
 
 def test_rollback_restores_weights_moments_and_rate_of_the_last_copy_and_goes_on():
@@ -117,7 +126,8 @@ def test_guards_act_on_what_is_not_finite(action, factor):
         assert torch.equal(seen.weights[3], seen.weights[4])
         assert torch.equal(seen.weights[4], seen.weights[5]) == (action == "skip")  # the next one too
         assert all(weight.isfinite().all() for weight in seen.weights)
-    (entry,) = nan.actions
+    entry, *following = nan.actions
+    assert [one["step"] for one in following] == ([6] if action == "skip" else [])
     assert {"step": 5, "action": action, "rule": "nonfinite", "metric": "loss"}.items() <= entry.items()
     assert not math.isfinite(entry["value"])
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MambaForCausalLM
 
-from lyapft import cell, dashboard, records
+from lyapft import cell, dashboard, ranks, records
 from lyapft.halving import Halvings, OutOfMemory, out_of_memory, until_it_fits
 from lyapft.module import IGNORED, response_loss
 from lyapft.probes import StepRecorder
@@ -196,9 +196,16 @@ def test_what_is_no_lack_of_memory_is_tried_once():
         until_it_fits(lambda: bytearray(2**62), Halvings([], 8), save=lambda: None)
 
 
-def test_while_it_may_only_stop_a_cell_keeps_its_identity(tmp_path):
+def test_what_to_do_where_memory_runs_out_is_no_part_of_a_cells_identity(tmp_path):
     plain, told, other = (prepared(tmp_path, *o) for o in ([], ["trainer.oom=stop"], ["trainer.oom=halve"]))
-    assert plain.id == told.id != other.id
+    assert plain.id == told.id == other.id
+
+
+@pytest.mark.parametrize(("oom", "processes", "may"), [("auto", 1, True), ("auto", 2, False), ("stop", 1, False)])
+def test_several_processes_stop_unless_told_otherwise(tmp_path, monkeypatch, oom, processes, may):
+    one = prepared(tmp_path, f"trainer.oom={oom}")
+    monkeypatch.setattr(ranks, "count", lambda: processes)
+    assert cell._halvings(one, []).allowed == may
 
 
 def test_its_cost_is_compared_with_no_other(tmp_path):

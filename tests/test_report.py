@@ -206,6 +206,24 @@ def test_seeds_become_one_bar_and_one_line(tmp_path: Path) -> None:
     assert lines[0].error_y.array[0] == pytest.approx(max(values) - np.mean(values))
 
 
+def test_scores_stand_beside_a_blind_guess_where_records_know_it(tmp_path: Path) -> None:
+    synthetic.study(tmp_path, synthetic.matrix(), n_steps=10, n_items=20)
+    scores = figures.scores_against_shots(cells.load_study(tmp_path))
+    assert scores is not None
+    drawn = [shape for shape in scores.drawing.layout.shapes if shape.line.dash == "dot"]
+    assert [(shape.y0, shape.y1) for shape in drawn] == [(0.25, 0.25)] * 2  # a panel for each task
+    assert "dotted: a blind guess" in scores.reading
+    for path in tmp_path.glob("*/record.json"):
+        record = json.loads(path.read_text())
+        for score in record["scores"]:
+            del score["chance"]
+        path.write_text(json.dumps(record))
+    scores = figures.scores_against_shots(cells.load_study(tmp_path))
+    assert scores is not None
+    assert not scores.drawing.layout.shapes
+    assert "guess" not in scores.reading
+
+
 def test_scores_beyond_the_trained_length_are_hollow_and_their_bars_are_marked(tmp_path: Path) -> None:
     made = [synthetic.record(precision=precision) for precision in ("fp32", "bf16")]
     synthetic.study(tmp_path, [*made, synthetic.record(precision="fp32", peft="none")], n_steps=10, n_items=20)
@@ -365,7 +383,8 @@ def test_thinning_keeps_means_and_leaves_gaps() -> None:
 def test_labels_are_unique_and_name_what_differs() -> None:
     base = synthetic.record()
     rerun = synthetic.record(replicate=1)
-    other = synthetic.record(overrides=("trainer.learning_rate=1e-3",))
+    # reruns are asked for beside a cell, they do not change it
+    other = synthetic.record(overrides=("trainer.learning_rate=1e-3", "study.noise_floor=[replicate]"))
     twin = json.loads(json.dumps(base)) | {"id": "f" * 12}
     names = cells.labels([base, rerun, other])
     assert names == [

@@ -1,6 +1,7 @@
 """The verdict's files: numbers survive the way to disk, text cannot break a table."""
 
 import html
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,20 @@ def test_costs_of_emulated_half_precision_are_marked_wherever_they_stand(verdict
     for title in ("× tokens/s", "× both"):
         assert [cell.endswith("] (emulated)") for cell in columns["cost", title]] == emulated
     assert "(emulated): half precision ran in software" in verdict_tables.caption(verdict, "recipes")
+
+
+def test_every_p_on_which_an_outcome_rests_stands_beside_it(verdict: Verdict) -> None:
+    for name in ("recipes", "formats", "scores", "format_scores"):
+        columns = {(c.group, c.title): c.cells for c in text_columns(verdict, name)}
+        table, alpha = verdict.tables[name], verdict.settings.alpha
+        for title, column in (("equivalent", "p_equivalent"), ("outside", "p_outside"), ("not 0", "p_different")):
+            expected = ["–" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}" for p in table[column]]
+            assert columns["p, Holm", title] == expected
+        outside = table.outcome.isin(["better", "worse"]).tolist()
+        assert outside == ((table.p_outside <= alpha) & ~(table.p_equivalent <= alpha)).tolist()
+    columns = {(c.group, c.title) for c in text_columns(verdict, "recipes")}
+    assert {("cost", "p, Holm"), ("ranks, uncorrected", "p"), ("ranks, uncorrected", "least p")} <= columns
+    assert "not those of ranks" in verdict_tables.caption(verdict, "recipes")
 
 
 def test_markdown_holds_every_sentence_and_every_row(folder: Path, verdict: Verdict) -> None:

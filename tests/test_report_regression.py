@@ -83,8 +83,25 @@ def test_p_is_that_of_a_paired_t_test(old: tuple[Path, Records], tmp_path: Path)
 def test_one_seed_is_never_called_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = synthetic.study(tmp_path / "old", synthetic.matrix(seeds=1))
     changed(tmp_path / "new", records, score=-20.0)
-    assert main(["compare", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
-    assert "1 changed on their only common seed" in capsys.readouterr().out
+    command = ["compare", str(tmp_path / "old"), str(tmp_path / "new")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "1 changed on their only common seed" in printed
+    assert "numbers got worse, 1 undecided." in printed
+    assert main([*command, "--fail-on-undecided"]) == 1  # unless nobody wants to take that for no change
+    assert main([*command, "--fail-on=loss", "--fail-on-undecided"]) == 0  # that one is the same
+
+
+def test_undecided_fails_on_demand_only(old: tuple[Path, Records], tmp_path: Path) -> None:
+    for name, (score, noise, plain, strict) in {
+        "same": (0.0, 0.0, 0, 0),
+        "noise": (-0.3, 2.0, 0, 1),
+        "better": (3.0, 0.5, 0, 0),
+        "worse": (-3.0, 0.5, 1, 1),
+    }.items():
+        changed(tmp_path / name, old[1], score=score, noise=noise)
+        command = ["compare", str(old[0]), str(tmp_path / name)]
+        assert (main(command), main([*command, "--fail-on-undecided"])) == (plain, strict), name
 
 
 def test_every_number_can_be_chosen(old: tuple[Path, Records], capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 import sys
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from lyapft import cell, records, tasks
-from lyapft.cell import state
+from lyapft.cell import state, summary
 from lyapft.probes import StepRecorder
 from lyapft.resume import CheckpointFiles, Interrupted, Signals
 from lyapft.resume import signals as signals_module
@@ -131,9 +131,27 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path, monkey
     record = cell.ensure(torn)
     assert record["status"] == "ok", record["error"]
     assert record["resumed"]["at_steps"] == [2, 5]
+    assert record["resumed"]["environments"] == []
     same(whole, torn)
     assert bool(record.get("guard_actions")) == (how in GUARDED)
     assert not list(torn.folder.glob("checkpoint*"))
+
+
+def test_going_on_in_another_environment_is_warned_of_and_recorded(tmp_path, monkeypatch, caplog):
+    one = prepared(tmp_path, *NEVER)
+    describe, places = summary.describe, {}
+    monkeypatch.setattr(summary, "describe", lambda *given: describe(*given) | places)
+    for place, step in (("here", 1), ("here", 2), ("there", 4)):
+        places |= {"cpu": place, "python": str(step)}  # which Python it is can change no number
+        cut(monkeypatch, one, step, signal.SIGTERM)
+    assert caplog.text.count("another environment than before (cpu here is now there)") == 1
+    places |= {"torch": "3.0", "python": "3"}
+    record = cell.ensure(one)
+    assert re.search(r"step 5 in another environment than before \(torch \S+ is now 3.0\)", caplog.text)
+    assert record["resumed"]["at_steps"] == [2, 3, 5]
+    kept = [(one["to_step"], one["cpu"], one["torch"]) for one in record["resumed"]["environments"]]
+    assert kept == [(3, "here", torch.__version__), (5, "there", torch.__version__)]
+    assert record["environment"]["torch"] == "3.0"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -336,6 +354,44 @@ def test_the_one_before_is_there_at_every_moment(tmp_path, monkeypatch):
     assert files.load_checkpoint(files.before) == {"n": 1}
     assert files.load_checkpoint(files.newest) == {"n": 3}
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.safetensors", "checkpoint.before.safetensors"}
+
+
+def save_until(files: CheckpointFiles, n: int, renames: int) -> bool:
+    """Save a checkpoint in a process that dies after so many renames; whether the new one was whole by then."""
+    rename, left = os.replace, iter(range(renames))
+
+    def or_die(source, target):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", or_die)
+        files.save_checkpoint({"n": n}, files.newest)
+    return renames > 0
+
+
+@pytest.mark.parametrize("damaged", [(), ("newest",), ("before",), ("newest", "before")], ids=str)
+@pytest.mark.parametrize("seen", [True, False], ids=["seen by an attempt", "unseen"])
+def test_wherever_a_save_is_cut_off_the_newest_whole_checkpoint_is_found(tmp_path, damaged, seen):
+    """Twice in a row, after any damage to what was there."""
+    for number, renames in enumerate(product(range(4), repeat=2)):
+        files = CheckpointFiles(tmp_path / str(number), "1f")
+        files.newest.parent.mkdir()
+        for n in (1, 2):
+            files.save_checkpoint({"n": n}, files.newest)
+        for name in damaged:
+            path = getattr(files, name)
+            path.write_bytes(path.read_bytes()[:-1])
+        whole = max((n for n, name in ((1, "before"), (2, "newest")) if name not in damaged), default=None)
+        for n, until in zip((3, 4), renames, strict=True):
+            if seen:
+                assert (files.latest() is not None) == (whole is not None)
+            whole = n if save_until(files, n, until) else whole
+            found = files.latest()
+            assert (None if found is None else files.load_checkpoint(found)["n"]) == whole, (renames, n)
+        files.remove()
+        assert not list(files.newest.parent.glob("checkpoint*"))
 
 
 def test_a_full_disk_is_named_whoever_met_it_and_the_cell_goes_on_later(tmp_path, monkeypatch):

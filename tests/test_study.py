@@ -78,9 +78,15 @@ def test_a_cell_goes_on_while_another_process_makes_its_reference(tmp_path, monk
     assert {entry["status"] for entry in record["divergence"]} == {"ok"}
 
 
-def test_a_reference_whose_maker_died_is_missing_and_made_by_the_same_command(tmp_path):
+def test_a_reference_whose_maker_was_cut_off_is_made_by_who_waited_and_one_that_failed_is_not(tmp_path, monkeypatch):
     one = prepared(tmp_path, "task.shots=[0]", "peft=none")
     reference = next(twin for twin in cell._references(one).values() if twin is not None)
-    assert cell._awaited(reference)["status"] == "running"  # no record, and nobody at work on it
-    assert cell.ensure(one)["status"] == "ok"
-    assert cell._awaited(reference)["status"] == "ok"
+    made = []
+    monkeypatch.setattr(cell, "ensure", lambda twin: made.append(twin) or {})
+    cell._awaited(reference)  # no record, and nobody at work on it
+    assert made == [reference]
+    for status in records.STATUSES:
+        records.save(reference.folder, cell.summary.stub(reference) | {"status": status})
+        cell._awaited(reference)
+        (reference.folder / records.RECORD).unlink()
+    assert len(made) == 1 + len(records.CUT_OFF)

@@ -1,6 +1,7 @@
 """Presets of studies: what they span, suites of tasks, bases as they are, noise floors, rates by validation loss."""
 
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from lyapft import backbone, cell, config, data, rates, records, tasks, verdict
 from lyapft.cell.validation import validation
 from lyapft.errors import InputError
+from lyapft.plan import cells as plan
 from tests.test_cell import SMALL, prepared
 from tests.test_config import CONF, composed, identity
 from tests.tiny import ARC, HELLASWAG, MMLU, PIQA, WINOGRANDE
@@ -49,6 +51,25 @@ def test_a_preset_spans_its_matrix_and_every_cell_is_sound(preset, count):
         assert cfg.study.name == preset
         ids.add(identity(f"study={preset}", *(f"{key}={value}" for key, value in overrides.items())))
     assert len(ids) == len(cells[:: max(1, count // 12)])
+
+
+def test_what_the_paper_preset_leaves_out_is_added_as_its_comment_says():
+    text = (CONF / "study" / "paper.yaml").read_text(encoding="utf-8")
+    whole, openhermes, openelm = (line.split()[2:] for line in re.findall(r"^#   python (.+)$", text, re.MULTILINE))
+    assert whole == []
+    assert not [cell for cell in spanned("paper") if "openelm" in cell["model"]]
+    with plan.composing():
+        some = plan.cells(plan.composed(["study=paper", *openhermes, "seed=0", "model=mamba_130m", "precision=bf16"]))
+        added = plan.cells(plan.composed(["study=paper", *openelm, "seed=0"]))
+    assert {(one.config.data.path, one.config.study.name) for one in some} == {
+        ("teknium/OpenHermes-2.5", "paper_openhermes")
+    }
+    assert {one.choices["data"] for one in some} == {"sharegpt"}
+    assert {(one.choices["model"], one.choices["peft"]) for one in added} == {
+        ("openelm_270m", "none"),
+        ("openelm_270m", "lora_all"),
+    }
+    assert all(one.config.model.trust_remote_code and not config.faults(one.config) for one in added)
 
 
 def test_the_matrix_names_its_references_so_none_is_made_beside_it():

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -155,7 +156,41 @@ def test_few_seeds_are_labelled() -> None:
 def test_what_costs_no_less_is_not_recommended() -> None:
     found = judge(study({("bf16", "none"): STEADY}, costs={("bf16", "none"): (0.5, 1.0)}))
     assert "stay with full-precision" in text(found, "Recommendation")
-    assert "not shown to cost less: bf16 · none" in text(found, "Recommendation")
+    said = text(found, "Recommendation")
+    assert (
+        "No recipe that is equivalent to full-precision fine-tuning of all weights within ±1 point costs less." in said
+    )
+    dear = "Equivalent, but shown to cost more: mamba_tiny · bf16 · none, at 1.41 × the cost [1.41, 1.41] (emulated)"
+    assert f"{dear}, p < 0.001; " in said
+
+
+def test_what_no_number_of_seeds_would_decide_is_said_so_for_the_spread_as_for_the_mean() -> None:
+    near = [x + 0.085 for x in STEADY]  # 0.0975 points on average
+    records = study({("bf16", "lora"): near, ("fp16", "lora"): WILD})
+    said = text(judge(records, settings=Settings(margin=0.1)), "Recommendation")
+    assert said.count("over 10,000 seeds would be needed to show that it is ") == 2
+    for points in (near, WILD):
+        assert seeds_to_decide(float(np.mean(points)), float(np.std(points, ddof=1)), 0.1, 0.05 / 2) is None
+
+
+def test_the_cheapest_undecided_ones_are_listed_and_that_with_the_fewest_seeds() -> None:
+    names = ("none", "lora", "ia3", "dora", "vera")
+    cells = {("bf16", name): [x * (0.4 if name == "dora" else 1) + (name == "vera") for x in WILD] for name in names}
+    costs = {("bf16", name): (1.0, 0.5 + 0.1 * place) for place, name in enumerate(names)}
+    found = judge(study(cells, costs=costs))
+    (advice,) = found.recommendations
+    assert [row.recipe.peft for row in advice.open] == list(names)
+    soonest = advice.soonest(found.settings)
+    assert soonest is not None
+    assert soonest[0].recipe.peft == "dora"
+    assert soonest[1] == min(
+        count
+        for row in advice.open
+        if (count := row.comparison.seeds_needed()) and abs(row.comparison.estimate.mean) < 1
+    )
+    listed = re.findall(r"Undecided: mamba_tiny · bf16 · (\w+), ", text(found, "Recommendation"))
+    assert listed == ["none", "lora", "ia3", "dora"]
+    assert "Undecided too: mamba_tiny · bf16 · vera." in text(found, "Recommendation")
 
 
 def test_a_recipe_that_broke_down_on_a_seed_is_not_recommended() -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.power import TTestPower
 
+from lyapft.report.verdict_tables import caption
 from lyapft.verdict import Settings, Verdict, judge
-from tests.test_verdict import STEADY, study, text
+from tests.test_verdict import STEADY, WILD, WORSE, study, text
 
 CHEAP = [0.50, 0.52, 0.49, 0.51, 0.50, 0.53, 0.48, 0.50]  # cost by seed, as a ratio to the counterpart
 
@@ -59,12 +61,119 @@ def test_the_cost_of_one_seed_shows_no_saving() -> None:
     found = memory_only(costing({("bf16", "lora"): [0.1, *[None] * 7]}))
     (advice,) = found.recommendations
     assert advice.chosen is None
-    assert [row.recipe.label for row in advice.dear] == ["bf16 · lora"]
+    assert [row.recipe.label for row in advice.cost_open] == ["bf16 · lora"]
     said = text(found, "Recommendation")
-    assert "stay with full-precision fine-tuning" in said
-    assert "not shown to cost less: bf16 · lora (at 0.1 × the cost (one seed)" in said
+    assert "stay with" not in said
+    assert (
+        "whether it costs less is undecided: mamba_tiny · bf16 · lora, at 0.1 × the cost (one seed) (emulated);" in said
+    )
+    assert "one seed has no spread, so run at least three" in said
+    never = memory_only(costing({("bf16", "lora"): [None] * 8}))
+    assert never.recommendations[0].advice == "cost_open"
+    assert "its cost not measured; " in text(never, "Recommendation")
+    assert "whether it costs less is open (its cost was not measured)" in never.page[0].lines[0]
     two = memory_only(costing({("bf16", "lora"): [0.1, 0.11, *[None] * 6]}))
     assert two.recommendations[0].chosen is not None
+
+
+SLIGHT = [0.93, 1.06, 0.88, 1.02, 0.90, 0.97, 1.03, 0.91]  # costs less on average; the seeds do not tell
+
+
+def test_a_cost_that_the_seeds_do_not_decide_is_undecided_with_its_interval_and_the_seeds_that_would() -> None:
+    logs = np.log(SLIGHT)
+    mean, sd = logs.mean(), logs.std(ddof=1)
+    p = stats.ttest_1samp(logs, 0.0).pvalue
+    assert 0.05 < p < 0.2
+    low, high = np.exp(stats.t.interval(0.95, 7, mean, sd / math.sqrt(8)))
+    needed = math.ceil(TTestPower().solve_power(abs(mean) / sd, alpha=0.05, power=0.8))
+    found = memory_only(costing({("bf16", "lora"): SLIGHT}))
+    (advice,) = found.recommendations
+    assert (advice.advice, advice.cost_open[0].cost.seeds_needed(0.05, 0.8)) == ("cost_open", needed)
+    cost = f"{math.exp(mean):.3g} × the cost [{low:.3g}, {high:.3g}] (emulated), p = {p:.3f}"
+    said = text(found, "Recommendation")
+    assert (
+        "undecided. No recipe that is equivalent to full-precision fine-tuning of all weights within ±1 point is"
+        in said
+    )
+    assert f"whether it costs less is undecided: mamba_tiny · bf16 · lora, at {cost}; " in said
+    assert f"about {needed} seeds would show that it costs less, with 80% chance, if mean and spread stay." in said
+    (line, *_) = found.page[0].lines
+    assert line.startswith("mamba_tiny: undecided. bf16 · lora is equivalent (")
+    assert line.endswith(
+        f"whether it costs less is open ({cost.replace(' the cost', '')}; about {needed} seeds would show it)."
+    )
+    table = found.tables["recipes"]
+    assert table[["p_cost", "cost_seeds_to_decide"]].iloc[0].tolist() == pytest.approx([p, needed])
+    dearer = memory_only(costing({("bf16", "lora"): [1 / c for c in SLIGHT]}))
+    assert f"about {needed} seeds would show that it costs more, with" in text(dearer, "Recommendation")
+    assert f"about {needed} seeds would show that it costs more)" in dearer.page[0].lines[0]
+
+
+def test_p_and_seeds_of_a_cost_are_those_of_the_whole_table() -> None:
+    costs = {("bf16", "lora"): SLIGHT, ("fp16", "lora"): CHEAP, ("fp16", "none"): [1 / c for c in SLIGHT]}
+    found = memory_only(costing(costs))
+    raw = [stats.ttest_1samp(np.log(own), 0.0).pvalue for own in costs.values()]
+    assert found.tables["recipes"].p_cost.tolist() == pytest.approx([2 * raw[0], 3 * raw[1], 2 * raw[2]])
+    logs = np.log(SLIGHT)
+    needed = TTestPower().solve_power(abs(logs.mean()) / logs.std(ddof=1), alpha=0.05 / 3, power=0.8)
+    seeds = found.tables["recipes"].cost_seeds_to_decide
+    assert seeds.iloc[[0, 2]].tolist() == [math.ceil(needed)] * 2
+    assert math.isnan(seeds.iloc[1])  # is decided
+    repeated = judge(two_names()).tables["recipes"]
+    assert repeated.p_cost.isna().tolist() == [False, True, False, True]
+
+
+def test_to_stay_with_the_reference_is_said_only_where_nothing_is_left() -> None:
+    dear, higher = [2.6 * c for c in CHEAP], [x + 4.0 for x in STEADY]
+    only = memory_only(costing({("bf16", "lora"): dear})).recommendations[0]
+    assert (only.advice, [row.recipe.label for row in only.dear]) == ("dear", ["bf16 · lora"])
+    costs = {("bf16", "lora"): dear, ("fp16", "lora"): CHEAP}
+    for other, advice in ((higher, "better"), (WORSE, "dear"), (WILD, "open")):
+        found = memory_only(costing(costs, fp16_lora=other))
+        assert found.recommendations[0].advice == advice
+        said = text(found, "Recommendation")
+        assert ("stay with" in said) == (advice == "dear")
+        assert "Equivalent, but shown to cost more: mamba_tiny · bf16 · lora, at 1.31 × the cost [" in said
+        assert ("that may cost less is" in said) == (advice in ("better", "open"))
+        (line, *_) = found.page[0].lines
+        assert ("stay with the reference. bf16 · lora is equivalent (" in line) == (advice == "dear")
+    assert "undecided. Left: fp16 · lora (" in line
+    assert line.endswith("; bf16 · lora is equivalent, but is shown to cost more (p < 0.001).")
+
+
+def test_what_costs_the_same_to_the_byte_is_not_open() -> None:
+    found = memory_only(costing({("bf16", "lora"): [1.0] * 8}))
+    assert found.recommendations[0].advice == "dear"
+    assert (
+        "Equivalent, but its cost is the same on every seed: mamba_tiny · bf16 · lora, at 1 × the cost [1, 1]"
+        in text(found, "Recommendation")
+    )
+    assert "but costs as much on every seed: " in found.page[0].lines[0]
+
+
+def test_what_scores_higher_at_a_cost_that_is_open_is_named_with_it() -> None:
+    found = memory_only(costing({("bf16", "lora"): SLIGHT}, bf16_lora=[x + 4.0 for x in STEADY]))
+    assert found.recommendations[0].advice == "better"
+    low, high = found.rows[0].cost.index.low, found.rows[0].cost.index.high
+    assert low < 1 < high
+    assert f"× the cost [{low:.3g}, {high:.3g}] (emulated), +4.01 points" in text(found, "Recommendation")
+
+
+def test_what_a_cost_is_stands_on_the_page_in_the_details_and_above_the_tables() -> None:
+    records = study({("fp32", "lora"): STEADY, ("bf16", "lora"): STEADY})
+    for settings, said in (
+        (Settings(), "Cost: geometric mean of time and memory per token, weighted 1:1."),
+        (
+            Settings(speed_weight=0.5, memory_weight=2),
+            "Cost: geometric mean of time and memory per token, weighted 0.5:2.",
+        ),
+        (Settings(memory_weight=0), "Cost: time per token alone."),
+    ):
+        found = judge(records, settings=settings)
+        assert said in found.page[-1].lines[0]
+        assert f"{said} It is a ratio to the counterpart's" in text(found, "Recommendation")
+        assert all(said in caption(found, name) for name in ("recipes", "formats"))
+        assert said not in caption(found, "scores")
 
 
 def lost(records: list[dict[str, Any]], at: int, status: str) -> list[dict[str, Any]]:
@@ -169,6 +278,20 @@ def test_two_names_that_came_out_differently_are_two_tests() -> None:
         if record["choices"]["peft"] == "lora_all":
             record["config"]["peft"]["r"] = 16
     assert {row.comparison.family for row in judge(records).rows} == {4}
+
+
+def test_a_failing_recipe_is_told_though_the_first_of_its_names_finished_no_run() -> None:
+    records = two_names(apart=-5.0)
+    assert {one.row.recipe.peft for one in judge(records).failures.whole} == {"lora_all"}  # they came out differently
+    for record in records:
+        if record["choices"]["peft"] == "lora":
+            record |= {"status": "nonfinite", "scores": [], "divergence": [], "error": {"type": "E", "message": "nan"}}
+    found = judge(records)
+    assert {(one.row.recipe.peft, one.row.recipe.precision) for one in found.failures.whole} == {
+        ("lora_all", "bf16"),
+        ("lora_all", "fp16"),
+    }
+    assert sum(one.scores for one in found.spikes) == 2 * 2 * len(STEADY)
 
 
 # --- the cost of the same cell again ---------------------------------------------------------------------------------

@@ -28,6 +28,10 @@ def adapting(records: list[dict[str, Any]], layers: dict[str, dict[str, int]]) -
     return records
 
 
+def one_page(found: Verdict) -> str:
+    return "\n".join(line for section in found.page for line in section.lines)
+
+
 # --- once ------------------------------------------------------------------------------------------------------------
 
 
@@ -45,7 +49,8 @@ def test_a_recipe_under_two_names_weighs_once_in_the_comparison_of_models() -> N
     assert pooled.comparison.estimate.mean == pytest.approx(apart.mean())
     assert pooled.size.mean == pytest.approx((sizes["a"] + sizes["b"]).mean() / 2)
     said = text(found, "Mamba against Transformer")
-    assert "mean over the 2 recipes that both have, without bf16 · lora_all, which one of them repeats" in said
+    why = "because mamba_tiny's lora_all is its lora; llama_tiny's differs"
+    assert f"mean over 2 recipes that both have, without bf16 · lora_all, {why})" in said
     assert len([one for one in found.contrasts if one.counterpart == "paper"]) == 4  # its own row stays
 
 
@@ -73,7 +78,7 @@ def test_savings_share_an_error_rate_over_the_recipes_of_a_setting() -> None:
     found = judge(priced({"lora": slight, "none": none, "ia3": none[::-1]}), settings=memory)
     (among,) = found.recommendations
     assert among.chosen is None
-    assert next(row for row in among.dear if row.recipe.peft == "lora").cost.p == pytest.approx(3 * raw)
+    assert next(row for row in among.cost_open if row.recipe.peft == "lora").cost.p == pytest.approx(3 * raw)
     clear = [x - 0.2 for x in slight]
     said = text(judge(priced({"lora": clear, "none": none, "ia3": none[::-1]}), settings=memory), "Recommendation")
     assert "It is cheaper at p < 0.001, adjusted for 3 recipes." in said
@@ -253,9 +258,9 @@ def test_the_remedy_of_single_scores_is_measured_on_these_scores() -> None:
     (line,) = single_scores(judge(off_by(cells)))
     theirs, base = stats.ttest_1samp(LITTLE, 0.0).confidence_interval(0.95), np.mean(BASE)
     assert (
-        f"Remedy tried: peft=lora_all instead, −{abs(np.mean(LITTLE)):.2f} points (95% −{abs(theirs.low):.2f} to "
-        f"+{theirs.high:.2f}, n = 8 seeds), score {base + np.mean(LITTLE) / 100:.3f} against {base:.3f}, which brings "
-        "it inside the margin." in line
+        f"Remedy tried in fp32: peft=lora_all instead, −{abs(np.mean(LITTLE)):.2f} points (95% −{abs(theirs.low):.2f} "
+        f"to +{theirs.high:.2f}, n = 8 seeds), score {base + np.mean(LITTLE) / 100:.3f} against {base:.3f}, which "
+        "brings it inside the margin. No remedy was tried in bf16: add another peft=… to the study." in line
     )
     (line,) = single_scores(judge(off_by({("fp32", "lora"): (wild, WORSE)})))
     assert "No remedy was tried: add another peft=… to the study." in line
@@ -275,3 +280,62 @@ def test_in_context_learning_of_a_model_is_one_sentence() -> None:
     assert line.count("100% of llama_tiny's") == 2
     assert "as gain of the 0-shot score: t +1.00 (" in line
     assert "; u +1.00 (" in line
+
+
+def pooled_twice(ours: list[float], twins: dict[str, list[float]]) -> Verdict:
+    """A Mamba whose lora_all is its lora, beside a Transformer of which they are two recipes."""
+    same = {"lora": {"in_proj": 2}, "lora_all": {"in_proj": 2}}
+    own = adapting(study({("bf16", peft): ours for peft in twins}), same)
+    cells = {("bf16", peft): points for peft, points in twins.items()}
+    twin = adapting(study(cells, model="llama_tiny"), same | {"lora_all": {"in_proj": 2, "out_proj": 2}})
+    return judge(own + twin)
+
+
+def test_what_only_one_pooling_of_recipes_shows_is_not_said() -> None:
+    found = pooled_twice(STEADY, {"none": WORSE, "lora": WORSE, "lora_all": LITTLE})
+    (one,) = [one for one in found.contrasts if one.overall and one.counterpart == "paper"]
+    sizes = {name: np.abs(points) for name, points in (("s", STEADY), ("w", WORSE), ("l", LITTLE))}
+    apart = {
+        2: sizes["s"] - sizes["w"],  # none and lora
+        3: sizes["s"] - (2 * sizes["w"] + sizes["l"]) / 3,  # and lora_all
+    }
+    means = {len(other.recipes): other.comparison.estimate.mean for other in one.others}
+    assert one.comparison.estimate.mean == pytest.approx(apart[2].mean())
+    assert {len(other.recipes) for other in one.others} == {2, 3}
+    assert next(other for other in one.others if len(other.recipes) == 3).comparison.p_different == pytest.approx(
+        stats.ttest_1samp(apart[3], 0.0).pvalue
+    )
+    assert means[3] == pytest.approx(apart[3].mean())
+    instead = next(other for other in one.others if len(other.recipes) == 2)
+    assert instead.recipes == ("bf16 · none", "bf16 · lora_all")
+    assert one.steadier(found.settings) == "mamba_tiny"  # shown in all three
+    assert "mamba_tiny is steadier over 2 recipes" in one_page(found)
+
+    found = pooled_twice(STEADY, {"none": LITTLE, "lora": WORSE, "lora_all": [0.0] * 7 + [0.1]})
+    (one,) = [one for one in found.contrasts if one.overall and one.counterpart == "paper"]
+    assert one.steadier_in(one.comparison, found.settings) == "mamba_tiny"
+    assert one.steadier(found.settings) is None
+    said = text(found, "Mamba against Transformer")
+    assert "neither is shown to be steadier, as it hangs on which recipes are pooled; " in said
+    assert "Pooled otherwise: over all 3 " in said
+    assert "over 2 with lora_all instead of lora " in said
+    assert "undecided (mamba_tiny steadier over 2 recipes, " in one_page(found)
+
+
+def test_the_single_recipes_that_show_a_difference_are_named() -> None:
+    cells = {("bf16", "none"): STEADY, ("bf16", "lora"): WORSE}
+    twin = {("bf16", "none"): [x + 3 for x in STEADY], ("bf16", "lora"): WORSE[::-1]}
+    found = judge(study(cells) + study(twin, model="llama_tiny"))
+    said = text(found, "Mamba against Transformer")
+    assert "By itself 1 of the 2 recipes shows a difference: bf16 · none (mamba_tiny the steadier)." in said
+    alike = judge(study(cells) + study(cells, model="llama_tiny"))
+    assert "By itself none of the 2 recipes shows a difference." in text(alike, "Mamba against Transformer")
+
+
+def test_the_noise_of_both_models_stands_beside_the_first_comparison_of_them() -> None:
+    cells = {("bf16", "lora"): STEADY, ("fp32", "lora"): STEADY}
+    found = judge(study(cells) + study(cells, model="llama_tiny", base=[2 * b / 1.5 for b in BASE]))
+    floors = {floor.setting[0]: floor.mean_abs for floor in found.floors if floor.kind == "seeds"}
+    noise = f"; another seed: {floors['mamba_tiny']:.2f} and {floors['llama_tiny']:.2f}."
+    compared = [line for line in one_page(found).splitlines() if line.startswith("mamba_tiny and llama_tiny")]
+    assert [line.endswith(noise) for line in compared] == [True, False]

@@ -178,6 +178,22 @@ def test_a_share_of_a_loss_or_of_one_seed_is_no_ratio() -> None:
     assert "one seed gives no ratio to llama_tiny's" in said
 
 
+def test_gains_of_several_recipes_of_a_model_are_told_apart_on_the_page() -> None:
+    found = judge(icl_study() + icl_study(model="llama_tiny"))
+    said = [line for section in found.page for line in section.lines if line.startswith("In-context")]
+    recipes = [
+        line.split(", as share of llama_tiny's gain")[0].removeprefix("In-context learning of ") for line in said
+    ]
+    assert recipes == [f"mamba_tiny · fp32 · none · trainer.steps={steps}" for steps in (0, 120)]
+    (alone,) = [
+        line
+        for section in judge(beside_a_twin([0.5] * 8)).page
+        for line in section.lines
+        if line.startswith("In-context")
+    ]
+    assert alone.startswith("In-context learning of mamba_tiny, as share of llama_tiny's gain: ")
+
+
 def test_corrected_p_values_are_called_so_beside_base_and_settings() -> None:
     said = text(judge(icl_study()), "Base against tuned").splitlines()
     assert said[-1] == ALONE

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
-from lyapft import config, containment, dashboard, divergence, rates, records, secrets, study
+from lyapft import config, containment, dashboard, divergence, holding, ranks, rates, records, secrets, study
 from lyapft.cell import answers, summary
 from lyapft.cell.crew import crew, follow
 from lyapft.cell.execution import execute
@@ -28,19 +27,17 @@ from lyapft.cell.preparation import Cell, prepare
 from lyapft.cell.state import is_elsewhere, log_file, only_one
 from lyapft.errors import InputError
 from lyapft.halving import Halvings, OutOfMemory, until_it_fits
+from lyapft.holding import LostLeaseError
 from lyapft.module import TrainingStopped
 from lyapft.peft import LivenessError
 from lyapft.records import Record
 from lyapft.resume import CheckpointFiles, Interrupted, Signals
+from lyapft.study import CellBrokeDown, CellFailed
 
 __all__ = ["Cell", "CellFailed", "disk_message", "ensure", "prepare", "run"]
 
 log = logging.getLogger(__name__)
 _failed_references: dict[str, Record] = {}  # of this process: a sweep tries each of them once
-
-
-class CellFailed(CompactHydraException):
-    """A cell did not finish; the message says why, its record and log keep the details."""
 
 
 def run(cfg: DictConfig, wait: bool = False) -> Record | None:
@@ -53,7 +50,7 @@ def run(cfg: DictConfig, wait: bool = False) -> Record | None:
         wait: for another process that runs it, also in a sweep.
 
     Raises:
-        CellFailed: it did not finish; its record says why.
+        CellFailed: it did not finish; its record says why. CellBrokeDown: nor would it the next time.
     """
     if threading.current_thread() is not threading.main_thread():
         raise CellFailed(
@@ -69,6 +66,8 @@ def run(cfg: DictConfig, wait: bool = False) -> Record | None:
         except InputError as error:
             log.error("%s", error)  # in a sweep, Hydra itself shows the first failure only
             raise CellFailed(str(error)) from None
+        except OSError as error:  # of what the checks read and keep; a cell has its own
+            raise CellFailed(disk_message(error, Path(cfg.runs))) from None
 
 
 def _run(cfg: DictConfig, wait: bool) -> Record | None:
@@ -85,12 +84,16 @@ def _run(cfg: DictConfig, wait: bool) -> Record | None:
         return None
     record = ensure(cell)
     if record["status"] != "ok":
-        raise CellFailed(
+        raise (CellBrokeDown if records.is_final(record) else CellFailed)(
             f"{cell.folder.name}: {record['status']}: {record['error']['message']} (see {cell.folder / records.LOG})"
         )
     missing = [entry["counterpart"] for entry in record["divergence"] if entry["status"] == "missing"]
     if missing and cfg.reference == "auto":
-        raise CellFailed(f"{cell.folder.name} is done, but not its reference: {', '.join(missing)}")
+        references = _references(cell)
+        settled = all(twin is None or _has_outcome(twin) for twin in map(references.get, missing))
+        raise (CellBrokeDown if settled else CellFailed)(
+            f"{cell.folder.name} is done, but not its reference: {', '.join(missing)}"
+        )
     for kind, twin in config.noise_floor_configs(cfg, cell.threads).items():
         rerun = prepare(twin, role="rerun", like=cell)
         log.info("%s for the noise floor: %s", rerun.folder.name, kind)
@@ -106,22 +109,31 @@ def ensure(cell: Cell) -> Record:
     containment.check(Path(cell.config.runs), [*records.folders(cell.study), cell.folder, *entries])
     try:
         with only_one(cell):
-            found = None
-            if (cell.folder / records.RECORD).exists():
-                found = records.load(cell.folder)
-                if found["id"] != cell.id:
-                    raise InputError(f"{cell.folder} holds the record of another cell ({found['id']}): move it away")
-                if records.is_final(found):
-                    CheckpointFiles(cell.folder, cell.id).remove()  # of a process that died between the two
-                    log.info("%s is done already: %s", cell.folder.name, found["status"])
-                    return _compared(cell, found)
-            records.remove_leftovers(cell.folder)
-            record = _run_and_record(cell, (found or {}).get("oom", []))
-            if cell.role == "reference" and record["status"] != "ok":
-                _failed_references[cell.id] = record
-            return record
+            return _found_or_made(cell)
+    except LostLeaseError as error:
+        if ranks.many():  # the others cannot be met again
+            raise CellFailed(f"{cell.folder.name}: {error}; the same command continues the study") from None
+        log.error("%s: %s", cell.folder.name, error)
+        return ensure(cell)  # as whoever finds that another process is at work on it
     except OSError as error:
         raise CellFailed(disk_message(error, cell.study)) from None
+
+
+def _found_or_made(cell: Cell) -> Record:
+    found = None
+    if (cell.folder / records.RECORD).exists():
+        found = records.load(cell.folder)
+        if found["id"] != cell.id:
+            raise InputError(f"{cell.folder} holds the record of another cell ({found['id']}): move it away")
+        if records.is_final(found):
+            CheckpointFiles(cell.folder, cell.id).remove()  # of a process that died between the two
+            log.info("%s is done already: %s", cell.folder.name, found["status"])
+            return _compared(cell, found)
+    records.remove_leftovers(cell.folder)
+    record = _run_and_record(cell, (found or {}).get("oom", []))
+    if cell.role == "reference" and record["status"] != "ok":
+        _failed_references[cell.id] = record
+    return record
 
 
 def _compared(cell: Cell, record: Record) -> Record:
@@ -174,19 +186,31 @@ def _run_and_record(cell: Cell, halved: list[dict[str, Any]]) -> Record:
         except Interrupted as error:
             _failed(record, "interrupted", error)
             raise error.leave() from None
+        except LostLeaseError:
+            record["status"] = "interrupted"
+            raise
         except OutOfMemory as error:
             _failed(record, "oom", error)
         except Exception as error:  # noqa: BLE001 - whatever broke, its record and its log say so
             _failed(record, "failed", error)
         finally:
-            record["finished"] = records.now()
-            records.save(cell.folder, record)
-            if records.is_final(record):
-                CheckpointFiles(cell.folder, cell.id).remove()
-            if lost := dashboard.finish(loggers, record):
-                record["dashboard"] = lost
-                records.save_dashboard(cell.folder, lost)
+            _close(cell, record, loggers)
     return record
+
+
+def _close(cell: Cell, record: Record, loggers: list[Logger]) -> None:
+    """Write the record, however the cell ended, then close its dashboards; once its lease is lost only these."""
+    record["finished"] = records.now()
+    try:
+        holding.check(cell.folder)  # before the record that may be there already, and final, is taken for a fault
+        records.save(cell.folder, record)
+        if records.is_final(record):
+            CheckpointFiles(cell.folder, cell.id).remove()
+    finally:
+        lost = dashboard.finish(loggers, record)
+    if lost:
+        record["dashboard"] = lost
+        records.save_dashboard(cell.folder, lost)
 
 
 def _halvings(cell: Cell, entries: list[dict[str, Any]]) -> Halvings:
@@ -197,7 +221,7 @@ def _halvings(cell: Cell, entries: list[dict[str, Any]]) -> Halvings:
         trainer.accumulate,
         cfg.task.batch_tokens,
         longest=cfg.data.max_length,
-        allowed=trainer.oom == "halve",
+        allowed=trainer.oom == "halve" or (trainer.oom == "auto" and ranks.count() == 1),
     )
 
 
@@ -219,6 +243,10 @@ def _references(cell: Cell) -> dict[str, Cell | None]:
     return found
 
 
+def _has_outcome(cell: Cell) -> bool:
+    return (cell.folder / records.RECORD).exists() and records.is_final(records.load(cell.folder))
+
+
 def _counterparts(cell: Cell, references: dict[str, Cell | None]) -> dict[str, Record | None]:
     """Records of references, made where they are missing; None is the cell itself."""
     found: dict[str, Record | None] = {}
@@ -230,10 +258,17 @@ def _counterparts(cell: Cell, references: dict[str, Cell | None]) -> dict[str, R
 
 
 def _awaited(reference: Cell) -> Record:
-    """The record of a reference that another process makes; an empty one if that process died before it was done."""
+    """The record of a reference that another process makes; made here if that process was cut off before it was done.
+
+    Where it failed by itself, it would here too: its record says why, and the next command tries again.
+    """
     with only_one(reference):
         made = (reference.folder / records.RECORD).exists()
-        return records.load(reference.folder) if made else summary.stub(reference)
+        found = records.load(reference.folder) if made else None
+    if found is not None and found["status"] not in records.CUT_OFF:
+        return found
+    log.info("%s was left unfinished by another process: making it here", reference.folder.name)
+    return ensure(reference)  # which waits for whoever was quicker
 
 
 def _disk_error(error: BaseException) -> OSError | None:

@@ -19,7 +19,6 @@ from lyapft.records import Record
 from lyapft.resume import Signals
 
 log = logging.getLogger(__name__)
-TOKENS = ".tokens"  # below the folder of all runs: studies share it
 
 
 def execute(cell: Cell, record: Record, loggers: list[Logger], signals: Signals, halvings: Halvings) -> None:
@@ -66,7 +65,7 @@ def _rows(cell: Cell, parts: Assembly) -> tuple[TokenDataset | Stream, TokenData
         tokenizer,
         cfg.data.max_length,
         cell.science["data"],
-        cell.study.parent / TOKENS,
+        cell.tokens,
         cfg.trainer.progress,
     )
     rows, held_out = whole.split(cfg.trainer.validation_rows)
@@ -103,6 +102,7 @@ def _score(cell: Cell, record: Record, parts: Assembly, halvings: Halvings) -> N
         autocast=precision.autocast,
         trained_length=base.trained_length,
         max_positions=base.max_positions,
+        folder=cell.tokens,
         progress=cell.config.trainer.progress,
     )
     record["scores"] = [score.as_dict() for score in scores]

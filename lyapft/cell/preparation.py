@@ -15,6 +15,8 @@ from lyapft.environment import resolve_device, resolve_threads
 from lyapft.errors import InputError, behind
 from lyapft.peft import faults as peft_faults
 
+TOKENS = ".tokens"  # below the folder of all runs: studies share it
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -45,6 +47,11 @@ class Cell:
         """The folder of the study."""
         return self.folder.parent
 
+    @property
+    def tokens(self) -> Path:
+        """Where tokenised data and queries are kept."""
+        return self.study.parent / TOKENS
+
 
 def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Cell:
     """Check a config and give it its identity; loads no weights.
@@ -69,7 +76,8 @@ def prepare(cfg: DictConfig, role: str = "cell", like: Cell | None = None) -> Ce
     task = Checked(lambda: like.task if like else _asked(instantiate(cfg.task)))
     found += model_faults + source.faults + task.faults + Checked(lambda: dashboard.check(cfg.logger)).faults
     if not model_faults and not kernel.faults and like is None:
-        found += _model_fit_faults(cfg, task.value, device)
+        tokens = None if found else Path(cfg.runs) / TOKENS  # what is refused already leaves nothing behind
+        found += _model_fit_faults(cfg, task.value, device, tokens)
     if found:
         raise InputError("this cell cannot run:\n" + "\n".join(f"  - {fault}" for fault in found))
     threads = resolve_threads(cfg.threads)
@@ -118,7 +126,7 @@ def _asked(task: tasks.Task) -> tasks.Task:
     return task
 
 
-def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None, device: str) -> list[str]:
+def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None, device: str, tokens: Path | None) -> list[str]:
     """What does not fit the model, found on its tokenizer and on a copy of it without weights."""
     found, positions = [], backbone.max_positions(cfg.model)
     if positions is not None and cfg.data.max_length > positions:
@@ -129,8 +137,6 @@ def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None, device: str) -> 
     skeleton = Checked(lambda: backbone.skeleton(cfg.model))
     if skeleton.faults:
         return found + skeleton.faults
-    if task is not None:
-        found += tasks.context_faults(task, skeleton.value.tokenizer, positions)
     if cfg.trainer.strategy == "tensor":
         size = cfg.trainer.tensor_parallel_size
         wrong = sharding.tensor_faults(skeleton.value.model, size)
@@ -147,4 +153,7 @@ def _model_fit_faults(cfg: DictConfig, task: tasks.Task | None, device: str) -> 
         found += packing_faults(kind, seam.value.unknown, tuned)
     if not seam.faults and not peft_faults(cfg.peft):
         found += Checked(lambda: instantiate(cfg.peft).attach(skeleton.value, seam.value)).faults
+    if task is not None:  # last: what is refused already leaves nothing behind
+        kept = None if found else tokens
+        found += tasks.context_faults(task, skeleton.value.tokenizer, positions, kept)
     return found

@@ -11,7 +11,7 @@ import torch
 import transformers
 from filelock import FileLock, SoftFileLease, Timeout
 
-from lyapft import precision, secrets
+from lyapft import holding, precision, secrets
 from lyapft.cell.preparation import Cell
 from lyapft.environment import keep_freed_memory
 from lyapft.records import LOCKS
@@ -27,15 +27,18 @@ def only_one(cell: Cell) -> Iterator[None]:
     """No other process works on this cell meanwhile, on this machine or on one that shares the folder.
 
     The system frees the lock of a process that died. Where a file system does not share locks between machines, the
-    lease holds: a file whose time of change its holder renews.
+    lease holds: a file whose time of change its holder renews. Nothing is written in the cell's folder once it is lost
+    (`holding`).
     """
     with ExitStack() as held:
-        for lock in _locks(cell):
+        locks = _locks(cell)
+        for lock in locks:
             try:
                 held.enter_context(lock.acquire(timeout=0))
             except Timeout:
                 log.info("waiting for another process that runs %s", cell.folder.name)
                 held.enter_context(lock.acquire())
+        held.enter_context(holding.held(cell.folder, locks[1]))
         yield
 
 
@@ -53,7 +56,8 @@ def is_elsewhere(cell: Cell) -> bool:
 def _locks(cell: Cell) -> tuple[FileLock, SoftFileLease]:
     folder = cell.study / LOCKS
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / f"{cell.id}.lock"), SoftFileLease(folder / f"{cell.id}.lease", lease_duration=LEASE_S)
+    lease = SoftFileLease(folder / f"{cell.id}.lease", lease_duration=LEASE_S, thread_local=False)
+    return FileLock(folder / f"{cell.id}.lock"), lease
 
 
 @contextmanager

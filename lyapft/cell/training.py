@@ -4,6 +4,7 @@ import logging
 import signal
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
@@ -38,7 +39,7 @@ def train(
     halvings: Halvings,
 ) -> None:
     """Fit, and record what training selected, proved, cost and showed of the recurrence."""
-    training = Training(cell, parts, signals, halvings)
+    training = Training(cell, parts, signals, halvings, record["environment"])
     try:
         training.fit(rows, loggers)
     finally:
@@ -65,7 +66,9 @@ class Training:
         series: a row for each step. memory: its peak. liveness: the proof that every trainable tensor trains.
     """
 
-    def __init__(self, cell: Cell, parts: Assembly, signals: Signals, halvings: Halvings) -> None:
+    def __init__(
+        self, cell: Cell, parts: Assembly, signals: Signals, halvings: Halvings, environment: dict[str, Any]
+    ) -> None:
         self.cell, self.parts, self.signals = cell, parts, signals
         self.settings = ranks.share(cell.config.trainer)
         model, cfg = parts.backbone.model, cell.config
@@ -81,7 +84,8 @@ class Training:
         self.guards: list[Callback] = [] if cfg.guard._target_ is None else [instantiate(cfg.guard)]
         self.series = records.StepSeries(cell.folder / records.STEPS if ranks.leads() else None)
         self.files = CheckpointFiles(cell.folder, cell.id)
-        self.resume = Resume(self.files, self.settings.checkpoint_every_s, signals, parts.seam, self.memory)
+        every_s = self.settings.checkpoint_every_s
+        self.resume = Resume(self.files, every_s, signals, parts.seam, self.memory, environment)
 
     def fit(self, rows: TokenDataset | Stream, loggers: list[Logger]) -> None:
         """Train from the start, or from where an earlier attempt was."""
@@ -112,8 +116,7 @@ class Training:
 
     def events(self) -> Record:
         """What happened on the way: attempts, and what probes and guards noted."""
-        resumed = {"at_steps": self.resume.resumed_at, "earlier_s": self.resume.earlier_s}
-        return {"resumed": resumed} | summary.events(self.module, self.probes, self.guards)
+        return {"resumed": self.resume.record()} | summary.events(self.module, self.probes, self.guards)
 
     def _trainer(self, loggers: list[Logger]) -> L.Trainer:
         launched = ranks.trainer_arguments(self.settings)

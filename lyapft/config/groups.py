@@ -97,7 +97,8 @@ class TrainerConfig:
         "ddp"  # ddp | fsdp | tensor: over several processes, copies of the weights, or parts; see conf/trainer
     )
     tensor_parallel_size: int = 1  # strategy=tensor: processes that compute each layer together
-    oom: str = "stop"  # stop | halve: where memory runs out, go on with half the rows at once; recorded
+    # auto | halve | stop: where memory runs out, go on with half the rows at once, recorded; auto: with one process
+    oom: str = "auto"
     progress: bool = True
     record_every_s: float = 30.0  # how often the step series is written while training
     checkpoint_every_s: float = 60.0  # how often a training that may be killed writes what it continues from

@@ -56,8 +56,7 @@ def science(cfg: DictConfig, fingerprints: dict[str, str], runs_as: dict[str, An
         kept["trainer"].pop("tensor_parallel_size")
     if kept["trainer"]["strategy"] == "ddp":
         kept["trainer"].pop("strategy")
-    if kept["trainer"]["oom"] == "stop":  # can stop a cell, not change it
-        kept["trainer"].pop("oom")
+    kept["trainer"].pop("oom")  # changes a cell only where memory ran out, which its record says
     kept["trainer"]["learning_rate"] = learning_rate(cfg)
     kept["kernel"].pop("require")  # it can stop a cell, not change it
     for key in ("learning_rate", "pretrain_steps", "pretrain_seed"):  # they act through the trainer and the seed

@@ -20,7 +20,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "model.init": ("pretrained", "scratch"),
     "trainer.strategy": ("ddp", "fsdp", "tensor"),
-    "trainer.oom": ("stop", "halve"),
+    "trainer.oom": ("auto", "halve", "stop"),
 }
 POSITIVE = (
     *(f"trainer.{name}" for name in ("batch_size", "accumulate", "max_nonfinite", "grad_clip")),

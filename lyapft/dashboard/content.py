@@ -52,7 +52,7 @@ def tables(record: Record, items: pd.DataFrame | None) -> dict[str, pd.DataFrame
     found = {
         "items": pd.DataFrame() if items is None else items[[name for name in ITEM_COLUMNS if name in items]],
         "scores": _columns(
-            scores, ("series", "task", "shots", "metric", "value", "stderr", "n", "beyond_trained_length")
+            scores, ("series", "task", "shots", "metric", "value", "stderr", "chance", "n", "beyond_trained_length")
         ),
         "divergence": _points(record, "paper"),
         "divergence_same_peft": _points(record, "precision_only"),

@@ -7,6 +7,7 @@ measures in-context learning. All of it is pure: numbers and tables in, numbers 
 from lyapft.divergence.decisions import (
     ALPHA,
     MARGIN_POINTS,
+    MOST_SEEDS,
     POWER,
     Comparison,
     Outcome,
@@ -32,10 +33,11 @@ from lyapft.divergence.estimates import (
     by_size,
     estimate,
     ratio_of_means,
+    spread,
     t_interval,
 )
-from lyapft.divergence.icl import ShotScores, icl_gains, shot_scores
-from lyapft.divergence.items import AnswerShift, Flips, answer_shift, item_flips
+from lyapft.divergence.icl import ShotScores, gain_by_item, icl_gains, shot_scores
+from lyapft.divergence.items import AnswerShift, Flips, answer_shift, item_flips, over_items
 from lyapft.divergence.pairs import (
     SPIKE_POINTS,
     Divergence,
@@ -50,6 +52,7 @@ __all__ = [
     "BCA_COVERAGE",
     "FEW_SEEDS",
     "MARGIN_POINTS",
+    "MOST_SEEDS",
     "POWER",
     "SPIKE_POINTS",
     "AnswerShift",
@@ -70,10 +73,12 @@ __all__ = [
     "compare",
     "compare_each",
     "estimate",
+    "gain_by_item",
     "holm",
     "icl_gains",
     "is_spike",
     "item_flips",
+    "over_items",
     "p_different",
     "p_equivalent",
     "p_outside",
@@ -84,5 +89,6 @@ __all__ = [
     "ratio_of_means",
     "seeds_to_decide",
     "shot_scores",
+    "spread",
     "t_interval",
 ]

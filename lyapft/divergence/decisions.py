@@ -154,26 +154,38 @@ def power_outside(n: int, mean: float, sd: float, margin: float, alpha: float = 
 
 
 def seeds_to_decide(
-    mean: float, sd: float, margin: float = MARGIN_POINTS, alpha: float = ALPHA, power: float = POWER
+    mean: float,
+    sd: float,
+    margin: float = MARGIN_POINTS,
+    alpha: float = ALPHA,
+    power: float = POWER,
+    least: float = 0.0,
 ) -> int | None:
     """Seeds with which a study would decide with the given power, if mean and spread stay what they are.
 
     Inside the margin it would find equivalence, outside it a difference; None where 10,000 seeds would not do.
 
+    Args:
+        least: √n times the least spread that is believed of n of them.
+
     >>> seeds_to_decide(mean=0.2, sd=1.0)
     12
     """
-    if not (math.isfinite(mean) and math.isfinite(sd) and sd > 0):
+    if not (math.isfinite(mean) and math.isfinite(sd) and max(sd, least) > 0):
         return None
-    chance = power_equivalent if abs(mean) < margin else power_outside
+    power_of = power_equivalent if abs(mean) < margin else power_outside
+
+    def chance(n: int) -> float:
+        return power_of(n, mean, max(sd, least / math.sqrt(n)), margin, alpha)
+
     low, high = 1, 2
-    while chance(high, mean, sd, margin, alpha) < power:
+    while chance(high) < power:
         low, high = high, 2 * high
         if low >= MOST_SEEDS:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if chance(middle, mean, sd, margin, alpha) >= power else (middle, high)
+        low, high = (low, middle) if chance(middle) >= power else (middle, high)
     return high if high <= MOST_SEEDS else None
 
 
@@ -189,6 +201,7 @@ class Comparison:
     p_outside: float
     rank: RankTest
     family: int = 1  # comparisons that share the error rate
+    least: float = 0.0  # of n items, √n times the least spread that is believed
 
     def outcome(self, alpha: float = ALPHA) -> Outcome:
         """What the differences allow to say; NaN p values decide nothing."""
@@ -200,7 +213,7 @@ class Comparison:
 
     def seeds_needed(self, alpha: float = ALPHA, power: float = POWER) -> int | None:
         """Seeds that would decide, at the level that Holm leaves the least favoured of the family."""
-        return seeds_to_decide(self.estimate.mean, self.sd, self.margin, alpha / self.family, power)
+        return seeds_to_decide(self.estimate.mean, self.sd, self.margin, alpha / self.family, power, self.least)
 
 
 def compare(values: Values, margin: float = MARGIN_POINTS, resolution: float = 0.0) -> Comparison:

@@ -1,17 +1,20 @@
 """Means over seeds with their intervals. Seeds are the unit: items and steps of one seed are not independent runs.
 
+Only where nothing was trained, and so one cell is all there is, items are the unit (see `items.over_items`).
+
 Shape letters: `…` any number of tables at once, n seeds. Everything is vectorised over the leading axes.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from scipy import special, stats
 
 Values = np.ndarray | Sequence[float]
+Unit = Literal["seeds", "items"]
 FEW_SEEDS = 8  # fewer than this, and a mean is labelled: intervals are wide and rank tests cannot reach p = 0.01
 CONFIDENCE = 0.95
 
@@ -23,17 +26,18 @@ ROWS_AT_ONCE = 256  # samples whose resampled means are held at a time
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n seeds and its interval; the interval is NaN where there is one seed."""
+    """A mean over n seeds, or items, and its interval; the interval is NaN where there is one seed."""
 
     mean: float
     low: float
     high: float
     n: int
+    unit: Unit = field(default="seeds", repr=False)
 
     @property
     def few(self) -> bool:
         """Whether it rests on fewer than eight seeds, and must be labelled so."""
-        return self.n < FEW_SEEDS
+        return self.unit == "seeds" and self.n < FEW_SEEDS
 
 
 def estimate(

@@ -5,6 +5,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
+from lyapft.divergence.items import least_spread, shares
+
 
 @dataclass(frozen=True)
 class ShotScores:
@@ -36,6 +40,34 @@ def shot_scores(values: Mapping[tuple[str, int], float]) -> dict[str, ShotScores
         for task, by_shots in tables.items()
         if by_shots.get(0) and (shots := tuple(sorted(s for s in by_shots if s)))
     }
+
+
+def gain_by_item(items: pd.DataFrame, task: str) -> "tuple[pd.Series[float], float] | None":
+    """What each item has to do with the gain of its task, by the delta method: for cells whose seed changes nothing.
+
+    With z_i the answer without examples (1 is right), f_i the mean of those with, and z, f and G their means and gain,
+
+        g_i = G + (f_i − f) / z − f (z_i − z) / z²,
+
+    whose mean is G, and whose standard error is that of G to first order; that of two models asked the same items also
+    holds what they have in common.
+
+    Args:
+        items: with columns `task, subset, item, shots, correct`.
+    Returns:
+        g by (task, subset, item), and the least spread of it that is believed; None where not every item was asked both
+        without and with examples, or no answer without is right.
+    """
+    own = items[items["task"] == task].assign(subset=items["subset"].astype(object).where(items["subset"].notna(), ""))
+    sides = [own[own["shots"] == 0], own[own["shots"] > 0]]
+    if any(side.empty for side in sides):
+        return None
+    (zero_I, worth_I), (few_I, _) = (shares(side, side["correct"].astype(float)) for side in sides)
+    zero, few = float(zero_I.mean()), float(few_I.mean())
+    if not zero or not zero_I.index.equals(few_I.index):
+        return None
+    gain_I = (few - zero) / zero + (few_I - few) / zero - few * (zero_I - zero) / zero**2
+    return gain_I, least_spread(worth_I) * max(1.0, few / zero) / zero
 
 
 def icl_gains(scores: Iterable[Mapping[str, Any]]) -> dict[str, float]:

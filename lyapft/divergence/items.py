@@ -5,13 +5,16 @@ Letters: I items, C choices.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lyapft.divergence.decisions import MARGIN_POINTS, Comparison, compare
+
 ITEM_KEYS = ["task", "subset", "item", "shots"]
+LEAST_ITEMS = 2.0  # a standard error is never below what these many items are worth: as 2 + 2 of Agresti & Coull 1998
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,57 @@ def item_flips(items: pd.DataFrame, counterpart_items: pd.DataFrame) -> Flips:
         lost=int((~right & was_right).sum()),
         unpaired=len(items) + len(counterpart_items) - 2 * len(both),
     )
+
+
+def over_items(
+    items: pd.DataFrame, counterpart_items: pd.DataFrame, margin: float = MARGIN_POINTS
+) -> Comparison | None:
+    """The mean difference of all scores in points, tested over items: for cells whose seed changes nothing.
+
+    An item is asked at every number of shots, so that its answers are one value and not several: with d_is ∈ {−1, 0, 1}
+    what item i gained at s shots, n_s the items of that score, K the scores and n the items of all tasks,
+
+        x_i = 100 n Σ_s d_is / (K n_s),
+
+    whose mean is the mean over the K scores of their differences, and whose t interval and tests are then McNemar's,
+    with clusters. Few answers that changed do not show that few would: the spread is at least that of a difference as
+    large as the margin (the mean square of d is no less than its mean), and see LEAST_ITEMS.
+
+    Args:
+        items, counterpart_items: tables with columns `task, subset, item, shots, correct`, one row per item.
+        margin: points; inside ± this a difference does not matter.
+    Returns:
+        None where an item is on one side only: such scores are not paired.
+    """
+    both = _joined(items, counterpart_items, ["correct"])
+    if not len(both) == len(items) == len(counterpart_items):
+        return None
+    gained_I, worth_I = shares(both, both["correct_cell"].astype(float) - both["correct_counterpart"].astype(float))
+    points_I, least, share = 100.0 * gained_I, 100.0 * least_spread(worth_I), min(margin / 100.0, 0.5)
+    sd = max(float(points_I.std(ddof=1)), 100.0 * float(worth_I.max()) * math.sqrt(share * (1.0 - share)))
+    found = compare(points_I, margin, max(sd, least))
+    estimate = replace(found.estimate, unit="items")
+    return replace(found, estimate=estimate, sd=sd, least=least * math.sqrt(len(points_I)))
+
+
+def shares(rows: pd.DataFrame, values: "pd.Series[float]") -> tuple["pd.Series[float]", "pd.Series[float]"]:
+    """Each item's value, whose mean over items is that over tasks and shots, and the same of a 1 in every row.
+
+    Args:
+        rows: with columns `task, subset, item, shots`. values: one for each row.
+    Returns:
+        Both by (task, subset, item), in its order.
+    """
+    size = rows.groupby(["task", "shots"])["item"].transform("size")
+    weight = 1.0 / (size * len(rows[["task", "shots"]].drop_duplicates()))
+    item = [rows[name] for name in ITEM_KEYS if name != "shots"]
+    summed = pd.DataFrame({"value": values * weight, "worth": weight}).groupby(item).sum()
+    return summed["value"] * len(summed), summed["worth"] * len(summed)
+
+
+def least_spread(worth_I: "pd.Series[float]") -> float:
+    """The least standard deviation over items that is believed (see LEAST_ITEMS)."""
+    return LEAST_ITEMS * float(worth_I.max()) / math.sqrt(len(worth_I))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lyapft import holding
 from lyapft.backbone import Backbone
 from lyapft.errors import NOT_JSON, InputError
 from lyapft.peft.liveness import listed
@@ -174,7 +175,12 @@ def copy_into(places: Mapping[str, Tensor], weights: dict[str, Tensor], expected
 
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to that takes its name only when all of it is written."""
+    """A folder to write to that takes its name only when all of it is written.
+
+    Raises:
+        LostLeaseError: the folder above it is another process's by now.
+    """
+    holding.check(folder.parent)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -183,6 +189,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
         path.chmod(partial.stat().st_mode & 0o666)
     for path in (*partial.iterdir(), partial):  # a record that is final speaks of weights that a power cut left there
         flush(path)
+    holding.check(folder.parent)
     if folder.exists():  # from an attempt that was cut off before its record was final
         shutil.rmtree(folder)
     partial.rename(folder)

@@ -13,7 +13,7 @@ UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan of a command; 0 when all of it fits, 1 when some cell does not, 2 for bad input."""
-    given = _parser().parse_args(arguments)
+    given = _parser().parse_intermixed_args(arguments)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # read at import: a plan fetches no weights
         os.environ[name] = "1"
     from lyapft import secrets

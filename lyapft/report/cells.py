@@ -14,7 +14,7 @@ import pandas as pd
 from lyapft import records
 from lyapft.divergence import Flips, item_flips
 from lyapft.errors import NOT_JSON, InputError
-from lyapft.records import Record, divergence_entry
+from lyapft.records import Record, divergence_entry, is_seedless
 from lyapft.report.compact import Reader
 
 COUNTERPARTS = {
@@ -28,8 +28,8 @@ NO_STEPS = pd.DataFrame()
 # overrides that no label needs: it names them anyway, or they change no number
 NOT_IN_LABELS = frozenset(
     {
-        "seed", "replicate", "study", "study.name", "logger", "reference", "runs", "probe", "trainer.progress",
-        "trainer.record_every_s",
+        "seed", "replicate", "study", "study.name", "study.noise_floor", "study.noise_floor_seeds", "logger",
+        "reference", "runs", "probe", "trainer.progress", "trainer.record_every_s",
     }
 )  # fmt: skip
 
@@ -189,8 +189,7 @@ def load_study(folder: Path) -> Study:
     chosen = {id(cell.record) for cell in excerpt(cells)}
     answers = not all(_has_answers(cell.record) for cell in cells if id(cell.record) in chosen)
     cells = [
-        _with_tables(cell, Path(folders[id(cell.record)]), answers, notes) if id(cell.record) in chosen else cell
-        for cell in cells
+        _with_tables(cell, Path(folders[id(cell.record)]), id(cell.record) in chosen, answers, notes) for cell in cells
     ]
     shown = tuple(cell for cell in cells if id(cell.record) in chosen)
     experiments = _experiments(folder, notes)
@@ -238,10 +237,15 @@ def _has_answers(record: Record) -> bool:
     return all(entry.get("flips") and entry.get("answer_shift") for entry in entries)
 
 
-def _with_tables(cell: Cell, home: Path, answers: bool, notes: list[str]) -> Cell:
-    """A cell with the tables of its folder, the answers to single items only where they are asked for."""
+def _with_tables(cell: Cell, home: Path, shown: bool, answers: bool, notes: list[str]) -> Cell:
+    """A cell with the tables of its folder, the answers to single items only where they are asked for.
+
+    A base, which is one cell whatever the seed, is compared by its answers: it comes with them, shown or not.
+    """
+    items = _table(home / records.ITEMS, notes) if (shown and answers) or is_seedless(cell.record) else None
+    if not shown:
+        return cell if items is None else replace(cell, items=items)
     steps = _table(home / records.STEPS, notes)
-    items = _table(home / records.ITEMS, notes) if answers else None
     stability = _table(home / records.STABILITY, notes)
     return replace(cell, steps=NO_STEPS if steps is None else steps, items=items, stability=stability)
 

@@ -10,7 +10,8 @@ import pandas as pd
 from lyapft.report.columns import number
 from lyapft.report.tables import ABSENT, Column
 from lyapft.verdict import Verdict
-from lyapft.verdict.words import EMULATED, EMULATED_MEANS, margin
+from lyapft.verdict.sentences.advice import cost_means
+from lyapft.verdict.words import BASE, EMULATED, EMULATED_MEANS, REFERENCE, margin
 
 Cells = Mapping[str, Any]
 MOST_ROWS = 1000  # of a table that is read as text
@@ -70,17 +71,14 @@ def _p(name: str, title: str, group: str = "") -> Spec:
     return Spec(title, text, group)
 
 
-def _rank(row: Cells) -> str:
-    return f"{row['p_rank']:.3f} ({row['smallest_p_rank']:.3f})"
-
-
 DIFFERENCE = (
     _number("score", "recipe", ".3f", "score"),
     _number("counterpart_score", "counterpart", ".3f", "score"),
     _with_interval("difference_points", "difference [95%]", "+.2f", "signed points"),
     _plain("outcome", "outcome"),
     _p("p_equivalent", "equivalent", "p, Holm"),
-    _p("p_different", "different", "p, Holm"),
+    _p("p_outside", "outside", "p, Holm"),
+    _p("p_different", "not 0", "p, Holm"),
 )
 
 
@@ -97,12 +95,16 @@ RECIPE = (
     *NAMES,
     _plain("same_as", "the same as"),
     _number("seeds", "seeds", "d"),
+    _number("items", "items", "d"),
     *DIFFERENCE,
     _plain("doubts", "but"),
     _number("seeds_to_decide", "seeds to decide", "d"),
+    _number("items_to_decide", "items to decide", "d"),
     _cost("speed_ratio", "× tokens/s"),
     _with_interval("memory_ratio", "× memory/token", ".2f", "cost"),
     _cost("cost", "× both"),
+    _p("p_cost", "p, Holm", "cost"),
+    _number("cost_seeds_to_decide", "seeds to decide", "d", "cost"),
     _number("floor_speed_ratio", "× tokens/s", ".2f", "cost, same again"),
     _number("floor_memory_ratio", "× memory/token", ".2f", "cost, same again"),
     _with_interval("mean_abs_points", "mean |Δ| [95%]", ".2f", "size, points"),
@@ -110,7 +112,8 @@ RECIPE = (
     _number("floor_threads_points", "threads", ".2f", "floor, points"),
     _number("floor_seeds_points", "seeds", ".2f", "floor, points"),
     Spec("spikes", lambda row: f"{row['spikes']} of {row['scores']}"),
-    Spec("p of ranks (least possible)", _rank),
+    _p("p_rank", "p", "ranks, uncorrected"),
+    _p("smallest_p_rank", "least p", "ranks, uncorrected"),
     _with_interval("flip_rate", "flipped, %", ".1f", "answers", 100.0),
     _with_interval("kl_nats", "KL, nats", ".4f", "answers"),
     _with_interval("nll_gold_nats", "ΔNLL, nats", "+.4f", "answers"),
@@ -122,6 +125,7 @@ SCORE = (
     _number("shots", "shots", "d"),
     _number("seeds", "seeds", "d"),
     *DIFFERENCE,
+    _number("chance", "guessing", ".3f", "score"),
     _number("items", "items", "d"),
     _number("beyond_trained_length", "beyond trained length", "d"),
 )
@@ -156,16 +160,19 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         _number("counterpart_score", "its counterpart", ".3f", "score"),
         _number("twin_score", "twin", ".3f", "score"),
         _number("twin_counterpart_score", "its counterpart", ".3f", "score"),
+        _number("recipes", "recipes", "d"),
         _with_interval("mean_abs_points", "model [95%]", ".2f", "mean |Δ|, points"),
         _with_interval("twin_mean_abs_points", "twin [95%]", ".2f", "mean |Δ|, points"),
         _with_interval("difference_points", "difference [95%]", "+.2f", "mean |Δ|, points"),
         _p("p_different", "p, Holm"),
+        _p("p_pooled_otherwise", "largest p of other poolings"),
         BEYOND,
     ),
     "learning": (
         *NAMES,
         _plain("task", "task"),
         _number("seeds", "seeds", "d"),
+        _number("items", "items", "d"),
         *_shots("", "score"),
         _with_interval("gain", "gain of the 0-shot score [95%]", ".2f"),
         _plain("twin", "twin"),
@@ -222,11 +229,15 @@ SPECS: dict[str, tuple[Spec, ...]] = {
     ),
     "missing": (*NAMES, _number("seed", "seed", "d"), _plain("why", "why"), _plain("error", "error")),
 }
+TESTED = (
+    "Signed differences are tested: equivalent, inside the margin, by two one-sided tests; outside it, on which better "
+    "and worse rest; not 0, on which no outcome rests. p adjusted by Holm over the table, those of costs as well, but "
+    "not those of ranks."
+)
 CAPTIONS = {
-    "recipes": "Each recipe against full-precision fine-tuning of all weights, seed by seed. Signed differences are "
-    "tested, p adjusted by Holm over the table; sizes stand beside their noise floors. Equivalent: in the margin by "
-    "two one-sided tests.",
-    "formats": "Each recipe against full precision with the same peft: what the number format alone did.",
+    "recipes": f"Each recipe against full-precision fine-tuning of all weights, seed by seed. {TESTED} Sizes stand "
+    "beside their noise floors.",
+    "formats": f"Each recipe against full precision with the same peft: what the number format alone did. {TESTED}",
     "scores": "Every score beside its counterpart's: means over seeds, differences in points.",
     "format_scores": "Every score beside that of full precision with the same peft: means over seeds, differences in "
     "points.",
@@ -264,9 +275,14 @@ def text_columns(verdict: Verdict, name: str) -> list[Column]:
 def caption(verdict: Verdict, name: str) -> str:
     """What a table shows."""
     text = CAPTIONS[name]
+    if not any(recipe.trained for recipe in verdict.recipes):  # a base is one cell whatever the seed
+        text = text.replace(f"{REFERENCE}, seed by seed", f"{BASE}, over its items").replace(REFERENCE, BASE)
     if "emulated" in verdict.tables[name] and verdict.tables[name]["emulated"].any():
         text += f" {EMULATED_MEANS}"
     if (rows := len(verdict.tables[name])) > MOST_ROWS:
         largest = " with the largest differences" * ("difference_points" in verdict.tables[name])
         text += f" {MOST_ROWS:,} of {rows:,} rows{largest}; tables/{name}.parquet and .csv have all."
-    return f"{text} Margin {margin(verdict.settings)}, α = {verdict.settings.alpha:g}." if name == "recipes" else text
+    if "cost" not in verdict.tables[name]:
+        return text
+    settings = verdict.settings
+    return f"{text} {cost_means(settings)} Margin {margin(settings)}, α = {settings.alpha:g}."

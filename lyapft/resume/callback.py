@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,14 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lyapft import ranks, sharding
+from lyapft import holding, ranks, sharding
+from lyapft.environment import PeakMemory, differences
 from lyapft.resume.files import CheckpointFiles
 from lyapft.resume.signals import Signals
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
-    from lyapft.environment import PeakMemory
     from lyapft.recurrence import Seam
 
 
@@ -28,10 +31,17 @@ class Resume(Callback):
     Attributes:
         resumed_at: steps at which earlier attempts were taken up.
         earlier_s: seconds that earlier attempts trained.
+        environments: of earlier attempts, where the next one ran in another: `to_step`, and what `environment` was.
     """
 
     def __init__(
-        self, files: CheckpointFiles, every_s: float, signals: Signals, seam: Seam, memory: PeakMemory
+        self,
+        files: CheckpointFiles,
+        every_s: float,
+        signals: Signals,
+        seam: Seam,
+        memory: PeakMemory,
+        environment: dict[str, Any],
     ) -> None:
         """
         Args:
@@ -40,9 +50,13 @@ class Resume(Callback):
             signals: asked after each step whether to stop.
             seam: which kernels ran is part of the state.
             memory: so is the peak.
+            environment: of this attempt, as the record describes it.
         """
         self.files, self.every_s, self.signals, self.seam, self.memory = files, every_s, signals, seam, memory
+        self.environment = environment
         self.resumed_at: list[int] = []
+        self.environments: list[dict[str, Any]] = []
+        self._environment_before = environment
         self.earlier_s = 0.0
         self._started = self._saved = time.monotonic()
         self._last_step = 0
@@ -50,12 +64,14 @@ class Resume(Callback):
         self._moments: list[dict[int, dict[str, Any]]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Random states, kernels, peak memory, time."""
+        """Random states, kernels, peak memory, environment, time."""
         return {
             "random": ranks.gathered(_collect_rng_states()),
             "kernels": dict(self.seam.kernels),
             "fallbacks": dict(self.seam.fallbacks),
             "peak_bytes": self.memory.peak_bytes(),
+            "environment": self.environment,
+            "environments": self.environments,
             "resumed_at": self.resumed_at,
             "seconds": self.earlier_s + time.monotonic() - self._started,
         }
@@ -67,6 +83,8 @@ class Resume(Callback):
         self.seam.fallbacks.update(state_dict["fallbacks"])
         self.memory.earlier_bytes = state_dict["peak_bytes"]
         self.resumed_at, self.earlier_s = state_dict["resumed_at"], state_dict["seconds"]
+        self._environment_before = state_dict.get("environment", {})  # an older lyapft kept none: nothing is the same
+        self.environments = state_dict.get("environments", [])
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the optimizer's tensors as they were saved."""
@@ -92,7 +110,23 @@ class Resume(Callback):
                 state.update({k: sharding.shared_out(v, parameters[index]) for k, v in own.items()})
         if self._moments:
             self.resumed_at = [*self.resumed_at, trainer.global_step]
+            self._compare_environments(trainer.global_step)
         self._moments = []
+
+    def _compare_environments(self, step: int) -> None:
+        before = self._environment_before
+        if ranks.leads() and (found := differences(before, self.environment)):
+            self.environments = [*self.environments, {"to_step": step} | before]
+            log.warning(
+                "going on at step %d in another environment than before (%s): the numbers need not be those of one "
+                "machine to the bit; the record's resumed.environments keeps the earlier one",
+                step,
+                found,
+            )
+
+    def record(self) -> dict[str, Any]:
+        """What the cell's record says of the attempts before this one."""
+        return {"at_steps": self.resumed_at, "earlier_s": self.earlier_s, "environments": self.environments}
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -109,11 +143,13 @@ class Resume(Callback):
 
         Raises:
             Interrupted: a signal asked to stop, and what there is has been saved.
+            LostLeaseError: another process has taken the cell over; nothing has been saved.
         """
         if trainer.global_step in (self._last_step, trainer.max_steps):  # within a step, or after the last
             return
         self._last_step = trainer.global_step
-        due = time.monotonic() - self._saved >= self.every_s
+        # by a lost lease too: no save without asking for it, and all processes come to a save together
+        due = time.monotonic() - self._saved >= self.every_s or holding.is_lost(self.files.newest.parent)
         asked, due = ranks.any_signal(self.signals.caught), ranks.from_first(due)
         if asked is not None or due:
             self._save(trainer)

@@ -27,8 +27,9 @@ class CorruptCheckpoint(InputError):
 class CheckpointFiles(CheckpointIO):
     """Lightning's checkpoints as safetensors, tensors beside JSON: no pickle is written or read.
 
-    A new checkpoint is written under a name of its own and flushed to disk; then the newest becomes the one before,
-    and the new one the newest. At every moment one of the two is whole.
+    A new checkpoint is written as the next and flushed to disk; then the newest becomes the one before, and the next
+    the newest. At every moment one of the three is whole, and one that is found damaged is put aside: it never takes
+    the place of a good one.
 
     Args:
         cell: id of the cell; the checkpoint of another one is as good as none.
@@ -38,8 +39,8 @@ class CheckpointFiles(CheckpointIO):
 
     def __init__(self, folder: Path, cell: str) -> None:
         self.cell = cell
-        self.newest, self.before = (folder / f"{name}.safetensors" for name in ("checkpoint", "checkpoint.before"))
-        self._next = folder / "checkpoint.next.safetensors"
+        names = ("checkpoint", "checkpoint.before", "checkpoint.next", "checkpoint.damaged")
+        self.newest, self.before, self._next, self._damaged = (folder / f"{name}.safetensors" for name in names)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint and let the others move on.
@@ -78,14 +79,18 @@ class CheckpointFiles(CheckpointIO):
             raise CorruptCheckpoint(f"{path} cannot be read: {error}") from None
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that is whole; one that is not is named in a warning and passed over."""
-        for path in (self.newest, self.before):
+        """The newest checkpoint that is whole; one that is not is named in a warning and put aside.
+
+        The next is the newest where a process died before it had moved on.
+        """
+        for path in (self._next, self.newest, self.before):
             if not path.exists():
                 continue
             try:
                 self.load_checkpoint(path)
             except CorruptCheckpoint as error:
                 log.warning("%s; going on from the one before, or anew", error)
+                os.replace(path, self._damaged)
                 continue
             return path
         return None
@@ -96,7 +101,7 @@ class CheckpointFiles(CheckpointIO):
 
     def remove(self) -> None:
         """Remove every file: the cell is done."""
-        for path in (self.newest, self.before, self._next):
+        for path in (self.newest, self.before, self._next, self._damaged):
             path.unlink(missing_ok=True)
 
 

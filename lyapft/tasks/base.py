@@ -42,6 +42,7 @@ class Score:
     value: float
     n: int
     stderr: float | None
+    chance: float  # the accuracy of a blind guess: mean of 1 / choices
     truncated: int = 0  # items that lost the left of their context to the model's positions
     nonfinite: int = 0  # items with a NaN likelihood: counted as wrong
     beyond_trained_length: int = 0  # items longer than the sequences that the model was trained on

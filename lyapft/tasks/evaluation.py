@@ -1,8 +1,10 @@
 """Score a model on tasks, and say beforehand what would not fit."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lyapft.errors import InputError, behind
 from lyapft.tasks.base import Query, Score, Task
-from lyapft.tasks.encoding import Pair, encode_pairs
+from lyapft.tasks.encoding import Pair
 from lyapft.tasks.metrics import ChoiceAccuracy
 from lyapft.tasks.scoring import Autocast, log_likelihoods, progress_bar
+from lyapft.tasks.store import encoded
 
 ITEM_COLUMNS = (
     "task",
@@ -52,18 +55,25 @@ def faults(cfg_task: DictConfig) -> list[str]:
 
 
 def context_faults(
-    tasks: Task | Sequence[Task], tokenizer: PreTrainedTokenizerBase, max_positions: int | None
+    tasks: Task | Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    max_positions: int | None,
+    folder: Path | None = None,
 ) -> list[str]:
-    """Shot counts whose longest query does not fit the model's positions; a task with `truncate` cuts instead."""
+    """Shot counts whose longest query does not fit the model's positions; a task with `truncate` cuts instead.
+
+    Args:
+        folder: where encoded queries are kept; None keeps none.
+    """
     found: list[str] = []
     if max_positions is None:
         return found
     for task in _several(tasks):
         most = max(task.shots)
         # A shot only lengthens a query, so where the most of them fit, nothing else needs to be measured.
-        if task.truncate or _longest(task, most, tokenizer) <= max_positions:
+        if task.truncate or _longest(task, most, tokenizer, folder) <= max_positions:
             continue
-        lengths = {shots: _longest(task, shots, tokenizer) for shots in sorted(task.shots)}
+        lengths = {shots: _longest(task, shots, tokenizer, folder) for shots in sorted(task.shots)}
         over = {shots: n for shots, n in lengths.items() if n > max_positions}
         fitting = [shots for shots in lengths if shots not in over]
         found.append(
@@ -84,6 +94,7 @@ def evaluate(
     autocast: Autocast = nullcontext,
     trained_length: int | None = None,
     max_positions: int | None = None,
+    folder: Path | None = None,
     progress: bool = True,
 ) -> tuple[list[Score], pd.DataFrame]:
     """Accuracy of every task at every number of shots, and every item behind it.
@@ -97,6 +108,7 @@ def evaluate(
         autocast: makes the context of a forward pass, such as a precision's `autocast` method.
         trained_length: longer items are counted in `Score.beyond_trained_length`.
         max_positions: where tasks with `truncate` cut.
+        folder: where encoded queries are kept for other cells and processes; None keeps none.
     Returns:
         scores, and a frame with the columns ITEM_COLUMNS: `logprobs` are ln p per choice, `nll_gold` is -ln p of the
         right one, `tokens` the length of the longest choice's text, `choice_norm` the choice of acc_norm (missing
@@ -104,7 +116,7 @@ def evaluate(
     Raises:
         InputError: a query does not fit, or its data is wrong.
     """
-    if found := context_faults(tasks, tokenizer, max_positions):
+    if found := context_faults(tasks, tokenizer, max_positions, folder):
         raise InputError("\n".join(found))
     scores: list[Score] = []
     items: list[dict[str, Any]] = []
@@ -112,7 +124,7 @@ def evaluate(
         for task in _several(tasks):
             for shots in task.shots:
                 queries = task.queries(shots)
-                pairs = encode_pairs(tokenizer, queries)
+                pairs = encoded(tokenizer, queries, folder)
                 flat = [pair for choices in pairs for pair in choices]
                 cut = max_positions if task.truncate else None
                 with progress_bar(len(flat), f"{task.name}, {shots} shots", progress) as bar:
@@ -183,14 +195,16 @@ def _score(
         value=float(found.value),
         n=int(found.n),
         stderr=float(found.stderr) if found.n > 1 else None,
+        chance=math.fsum(1 / len(row["logprobs"]) for row in items) / len(items),
         truncated=sum(cut is not None and row["tokens"] - 1 > cut for row in items),
         nonfinite=sum(row[choice] == -1 for row in items),
         beyond_trained_length=sum(trained_length is not None and row["tokens"] > trained_length for row in items),
     )
 
 
-def _longest(task: Task, shots: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    return max(len(pair.model_input()) for choices in encode_pairs(tokenizer, task.queries(shots)) for pair in choices)
+def _longest(task: Task, shots: int, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> int:
+    pairs = encoded(tokenizer, task.queries(shots), folder)
+    return max(len(pair.model_input()) for choices in pairs for pair in choices)
 
 
 def _several(tasks: Task | Sequence[Task]) -> Sequence[Task]:

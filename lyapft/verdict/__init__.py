@@ -62,9 +62,10 @@ def _sections(found: Findings) -> tuple[Section, ...]:
             *sentences.architectures(found.contrasts, found.recurrent, found.floors, settings),
             *sentences.learning(found.gains),
         ],
-        "Noise": sentences.noise(found.floors),
+        "Noise": sentences.noise(found.floors, found.recipes),
         "What is missing": sentences.missing(found.gaps),
         "One recipe under two names": sentences.repeated(first_of_its_kind(found.recipes), found.recipes),
+        "At chance": sentences.guessing(found.at_chance),
         "Beyond the trained length": sentences.beyond_training(found.scores),
     }
     return tuple(Section(title, tuple(lines)) for title, lines in texts.items() if lines)

@@ -1,17 +1,36 @@
 """Models with a recurrent state beside the Transformer of their size: whose divergence is smaller."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lyapft.divergence import Comparison, Estimate, adjusted, compare, estimate
-from lyapft.verdict.evidence import PRECISION_ONLY, Evidence, Settings
+from lyapft.verdict.evidence import PRECISION_ONLY, Evidence, Recipe, Settings
+from lyapft.verdict.floors import Floor
 from lyapft.verdict.pairing import mean_scores, resolution
 from lyapft.verdict.recipes import Row
 
 ALL_RECIPES = "all shared recipes"
 ALIKE = 3.0  # times as many parameters, beyond which two models are not of one size
 Sizes = dict[int, float]  # mean absolute divergence in points, by seed
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A shared recipe that is not in a mean, as one of the models has it under another name there."""
+
+    recipe: Recipe  # of that model
+    same_as: Recipe
+    other: str  # the other model
+    alike: bool  # whether the other model has it twice as well
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Another mean that could as well have been taken: of these recipes, and what it gives."""
+
+    recipes: tuple[str, ...]
+    comparison: Comparison
 
 
 @dataclass(frozen=True)
@@ -35,13 +54,37 @@ class Contrast:
     beyond: bool  # whether any score is of items longer than what the base model was trained on
     overall: bool  # whether it stands for all recipes that the two share
     pooled: int = 1  # recipes of which it is the mean
-    left_out: tuple[str, ...] = ()  # shared recipes that either model has under another name as well
+    left_out: tuple[LeftOut, ...] = ()
+    others: tuple[Pooling, ...] = ()  # where some are left out: with all of them, and with these instead
+    trained: bool = True  # whether anything was, or bases are compared, of which a seed moves none
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """What its mean over recipes shares with its single recipes."""
+        return self.model, self.twin, self.data, self.task, self.counterpart
 
     def steadier(self, settings: Settings) -> str | None:
-        """Which of the two is shown to diverge less; None where the seeds do not show it."""
-        if not self.comparison.p_different <= settings.alpha:  # NaN shows nothing
+        """Which of the two is shown to diverge less; None where the seeds do not show it in whichever pooling."""
+        return None if self.poolings_disagree(settings) else self.steadier_in(self.comparison, settings)
+
+    def steadier_in(self, found: Comparison, settings: Settings) -> str | None:
+        """The same in one pooling."""
+        if not found.p_different <= settings.alpha:  # NaN shows nothing
             return None
-        return self.twin if self.comparison.estimate.mean > 0 else self.model
+        return self.twin if found.estimate.mean > 0 else self.model
+
+    def poolings_disagree(self, settings: Settings) -> bool:
+        """Whether one pooling shows what another does not: the answer is then that of the choice."""
+        poolings = (self.comparison, *(one.comparison for one in self.others))
+        return len({self.steadier_in(one, settings) for one in poolings}) > 1
+
+    def seed_floors(self, floors: Sequence[Floor]) -> tuple[float, float] | None:
+        """By how many points another seed alone moves the scores of both; both sizes hold that noise too."""
+        place = (self.data, self.task)
+        own = {
+            floor.setting[0]: floor.mean_abs for floor in floors if floor.kind == "seeds" and floor.setting[1:] == place
+        }
+        return (own[self.model], own[self.twin]) if {self.model, self.twin} <= own.keys() else None
 
 
 def twins(evidence: Evidence) -> dict[str, str]:
@@ -102,8 +145,18 @@ def _said_already(row: Row) -> bool:
 
 def _adjusted(raw: Sequence[Contrast]) -> list[Contrast]:
     """The answer to the question and its details are families of their own: details must not blur the answer."""
-    comparisons = adjusted([contrast.comparison for contrast in raw])
-    return [replace(contrast, comparison=new) for contrast, new in zip(raw, comparisons, strict=True)]
+    tests = [contrast.comparison for contrast in raw]
+    return [
+        replace(
+            contrast,
+            comparison=new,
+            others=tuple(
+                replace(one, comparison=adjusted([*tests[:at], one.comparison, *tests[at + 1 :]])[at])
+                for one in contrast.others
+            ),
+        )
+        for at, (contrast, new) in enumerate(zip(raw, adjusted(tests), strict=True))
+    ]
 
 
 def _contrasts(model: str, twin: str, shared: Sequence[tuple[Row, Row]], settings: Settings) -> list[Contrast]:
@@ -111,13 +164,12 @@ def _contrasts(model: str, twin: str, shared: Sequence[tuple[Row, Row]], setting
         ours.recipe.label: (_sizes(ours), _sizes(theirs)) for ours, theirs in shared
     }
     behind = {both[0].recipe.label: [both] for both in shared}
-    once = _once(shared)
-    kept = [ours.recipe.label for ours, _ in once]
-    left_out = tuple(label for label in sizes if label not in kept)
-    if len(once) > 1:
-        pool = [sizes[label] for label in kept]
-        sizes = {ALL_RECIPES: (_pooled(pool, 0), _pooled(pool, 1))} | sizes
-        behind[ALL_RECIPES] = once
+    left_out = _left_out(shared)
+    kept = [label for label in sizes if label not in left_out]
+    others = _other_poolings(sizes, kept, left_out)
+    if len(kept) > 1:
+        sizes = {ALL_RECIPES: _pooled([sizes[label] for label in kept])} | sizes
+        behind[ALL_RECIPES] = [both for both in shared if both[0].recipe.label in kept]
     grain = max(resolution(pair) for both in shared for row in both for pair in row.pairs)
     row = shared[0][0]
     made: list[Contrast] = []
@@ -136,24 +188,50 @@ def _contrasts(model: str, twin: str, shared: Sequence[tuple[Row, Row]], setting
                     twin_size=estimate([theirs[seed] for seed in seeds], grain, least=0.0),
                     scores=_scores(own, seeds),
                     twin_scores=_scores(twins_, seeds),
-                    comparison=compare([ours[seed] - theirs[seed] for seed in seeds], settings.margin, grain),
+                    comparison=_apart((ours, theirs), settings, grain),
                     beyond=any(one.beyond for one in (*own, *twins_)),
                     overall=not made,
                     pooled=len(behind[recipe]),
-                    left_out=left_out if recipe == ALL_RECIPES else (),
+                    left_out=tuple(left_out.values()) if recipe == ALL_RECIPES else (),
+                    others=tuple(Pooling(labels, _apart(both, settings, grain)) for labels, both in others.items())
+                    if recipe == ALL_RECIPES
+                    else (),
+                    trained=any(one.recipe.trained for one in (*own, *twins_)),
                 )
             )
     return made
 
 
-def _once(shared: Sequence[tuple[Row, Row]]) -> list[tuple[Row, Row]]:
-    """Without those in which either model repeats a recipe under another name, which would weigh twice in a mean."""
+def _apart(sizes: tuple[Sizes, Sizes], settings: Settings, grain: float) -> Comparison:
+    """The model's sizes minus the twin's, on the seeds that both have."""
+    ours, theirs = sizes
+    return compare([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())], settings.margin, grain)
+
+
+def _other_poolings(
+    sizes: Mapping[str, tuple[Sizes, Sizes]], kept: Sequence[str], left_out: Mapping[str, LeftOut]
+) -> dict[tuple[str, ...], tuple[Sizes, Sizes]]:
+    """Where recipes are left out: all of them, and those that are left out instead of those that they repeat."""
+    instead = {one.same_as.label: label for label, one in left_out.items()}
+    chosen = {tuple(sizes), tuple(instead.get(label, label) for label in kept)} if left_out else set()
+    pooled = {labels: _pooled([sizes[label] for label in labels]) for labels in sorted(chosen, key=len, reverse=True)}
+    return {labels: both for labels, both in pooled.items() if both[0] and both[1]}
+
+
+def _left_out(shared: Sequence[tuple[Row, Row]]) -> dict[str, LeftOut]:
+    """By label, what either model repeats under another name, as it would weigh twice in a mean."""
     named = [{both[side].recipe.key for both in shared} for side in (0, 1)]
-    return [
-        both
-        for both in shared
-        if not any(row.same_as and row.same_as.key in names for row, names in zip(both, named, strict=True))
-    ]
+    found = {}
+    for both in shared:
+        again = [
+            row.same_as if row.same_as and row.same_as.key in names else None
+            for row, names in zip(both, named, strict=True)
+        ]
+        for side, same in enumerate(again):
+            if same is not None:
+                found[both[0].recipe.label] = LeftOut(both[side].recipe, same, both[1 - side].recipe.model, all(again))
+                break
+    return found
 
 
 def _scores(rows: Sequence[Row], seeds: Sequence[int]) -> tuple[float, float]:
@@ -166,7 +244,10 @@ def _sizes(row: Row) -> Sizes:
     return {pair.seed: pair.mean_abs for pair in row.pairs}
 
 
-def _pooled(sizes: Sequence[tuple[Sizes, Sizes]], side: int) -> Sizes:
-    """Mean over recipes, on the seeds that all have on both sides, so that no recipe weighs more on some seeds."""
+def _pooled(sizes: Sequence[tuple[Sizes, Sizes]]) -> tuple[Sizes, Sizes]:
+    """Means over recipes, on the seeds that all have on both sides, so that no recipe weighs more on some seeds."""
     common = set.intersection(*(set(one) for both in sizes for one in both))
-    return {seed: math.fsum(both[side][seed] for both in sizes) / len(sizes) for seed in common}
+    ours, theirs = (
+        {seed: math.fsum(both[side][seed] for both in sizes) / len(sizes) for seed in common} for side in (0, 1)
+    )
+    return ours, theirs

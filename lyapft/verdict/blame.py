@@ -128,9 +128,13 @@ def blame_beside(one: Inquiry, settings: Settings) -> str:
     return f" In {recipe.precision}, {_part(one.shares.form, settings)} of it is the format's.{block}"
 
 
-def remedy(one: Inquiry) -> str:
-    """Of the study's recipes that change only the choice to blame, the one that lies nearest the counterpart."""
-    return remedies.said(one.remedy, one.changed)
+def remedy(one: Inquiry, several: bool = False) -> str:
+    """Of the study's recipes that change only the choice to blame, the one that lies nearest the counterpart.
+
+    Args:
+        several: whether the format has to be named, as others are told of beside it.
+    """
+    return remedies.said(one.remedy, one.changed, f" in {one.row.recipe.precision}" * several)
 
 
 def is_shown(found: Comparison, settings: Settings) -> bool:

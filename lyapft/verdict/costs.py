@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lyapft.divergence import Estimate, estimate, holm, p_different
+from lyapft.divergence import Estimate, estimate, holm, p_different, seeds_to_decide, spread
 from lyapft.records import costs
 from lyapft.verdict.evidence import Settings
 from lyapft.verdict.pairing import Pair
@@ -25,15 +25,41 @@ class Cost:
     emulated: bool  # half precision was emulated: its speed is not that of hardware that has it
     halved: int  # pairs in which memory ran out, left out of all three
     p: float  # two-sided, of a t test that ln of the index is 0; NaN for one seed
+    family: int = 1  # recipes whose costs share the error rate
 
     def saves(self, alpha: float) -> bool:
         """Whether it is shown to be below that of its counterpart; one seed shows nothing."""
         return self.p <= alpha and self.index.mean < 1
 
+    def exceeds(self, alpha: float) -> bool:
+        """Whether it is shown to be above that of its counterpart."""
+        return self.p <= alpha and self.index.mean > 1
+
+    @property
+    def alike(self) -> bool:
+        """Whether it is that of its counterpart on every seed, but for rounding; one seed shows nothing."""
+        return len(self.logs) > 1 and max(map(abs, self.logs.values())) <= sys.float_info.epsilon
+
+    def undecided(self, alpha: float) -> bool:
+        """Whether the seeds do not tell if it is below that of its counterpart."""
+        return not (self.saves(alpha) or self.exceeds(alpha) or self.alike)
+
+    def seeds_needed(self, alpha: float, power: float) -> int | None:
+        """Seeds that would show on which side of its counterpart's it lies, as `Comparison.seeds_needed`.
+
+        A test against 0 is one against a margin of no width. None, too, where nothing was tested.
+        """
+        logs = list(self.logs.values())
+        if math.isnan(self.p):
+            return None
+        mean, sd = math.fsum(logs) / len(logs), float(spread(logs, sys.float_info.epsilon))
+        return seeds_to_decide(mean, sd, 0.0, alpha / self.family, power)
+
 
 def jointly(costs_: Sequence[Cost]) -> list[Cost]:
     """The costs of recipes among which the cheap ones are looked for, every p adjusted by Holm over all of them."""
-    return [replace(cost, p=p) for cost, p in zip(costs_, holm([cost.p for cost in costs_]), strict=True)]
+    adjusted = holm([cost.p for cost in costs_])
+    return [replace(cost, p=p, family=len(costs_)) for cost, p in zip(costs_, adjusted, strict=True)]
 
 
 def cost_of(own: Sequence[Pair], settings: Settings) -> Cost:

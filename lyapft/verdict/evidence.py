@@ -12,7 +12,7 @@ import pandas as pd
 
 from lyapft.divergence import ALPHA, MARGIN_POINTS, POWER, SPIKE_POINTS
 from lyapft.errors import InputError
-from lyapft.records import Record, divergence_entry
+from lyapft.records import Record, divergence_entry, is_seedless
 
 PAPER, PRECISION_ONLY = "paper", "precision_only"
 BROKE_DOWN = (
@@ -95,11 +95,8 @@ class Recipe:
     @property
     def seedless(self) -> bool:
         """Whether a seed changes nothing: a pretrained model that is not trained runs once, for all seeds."""
-        configs = [run.get("config") or {} for run in (*self.runs, *self.failed)]
-        return bool(configs) and all(
-            (config.get("trainer") or {}).get("steps") == 0 and (config.get("model") or {}).get("init") == "pretrained"
-            for config in configs
-        )
+        runs = (*self.runs, *self.failed)
+        return bool(runs) and all(map(is_seedless, runs))
 
     @property
     def but_format(self) -> str:
@@ -163,12 +160,13 @@ class Scores:
 
     `values` are the scores by which cells are compared, as fractions, `items` the numbers of items behind them.
     `beyond` counts, where there are any, items that are longer than what the base model was trained on: the most, over
-    metrics.
+    metrics. `chance` is the accuracy of a blind guess, where the record has it.
     """
 
     values: Mapping[ScoreKey, float]
     items: Mapping[ScoreKey, int]
     beyond: Mapping[ScoreKey, int]
+    chance: Mapping[ScoreKey, float]
 
 
 @dataclass(frozen=True)
@@ -207,14 +205,17 @@ def is_own_counterpart(recipe: Recipe) -> bool:
 def scores_of(record: Record) -> Scores:
     """Its scores, each looked at once: a large study has a million."""
     values, items, beyond = dict[ScoreKey, float](), dict[ScoreKey, int](), dict[ScoreKey, int]()
+    chance: dict[ScoreKey, float] = {}
     for score in record.get("scores") or ():
         key = _key(score["task"], score["shots"])
         whole = score.get("value") is not None and score.get("n")  # else there is nothing to compare
         if whole and score.get("metric", "acc") == "acc":  # as `records.accuracies`
             values[key], items[key] = float(score["value"]), int(score["n"])
+            if score.get("chance"):
+                chance[key] = float(score["chance"])
         if count := int(score.get("beyond_trained_length") or 0):
             beyond[key] = max(beyond.get(key, 0), count)
-    return Scores(values, items, beyond)
+    return Scores(values, items, beyond, chance)
 
 
 def score_key(score: Mapping[str, Any]) -> ScoreKey:

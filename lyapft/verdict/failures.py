@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from lyapft.verdict.blame import Inquiry, inquire
 from lyapft.verdict.evidence import PAPER, Evidence, ScoreKey, Settings
-from lyapft.verdict.recipes import Row, ScoreRow
+from lyapft.verdict.recipes import Row, ScoreRow, once
+from lyapft.verdict.remedies import rank
 
 OUTSIDE = ("worse", "better")
 
@@ -36,12 +37,12 @@ class Failures:
 
 
 def failures(evidence: Evidence, found: Sequence[Row], scores: Sequence[ScoreRow], settings: Settings) -> Failures:
-    """All of a study; a recipe that repeats another under its own name is left out.
+    """All of a study; a recipe that repeats another under its own name, and came out alike, is left out.
 
     Args:
         found: rows against the paper's counterpart. scores: single scores, against both kinds.
     """
-    whole = [row for row in found if row.outcome(settings) in OUTSIDE and row.same_as is None]
+    whole = once(row for row in found if row.outcome(settings) in OUTSIDE)
     single = _outside(scores, settings)
     explained = [(row, row.keys) for row in whole]
     explained += [(one.row, one.keys) for one in single if _unexplained(one.row, settings)]
@@ -55,8 +56,9 @@ def failures(evidence: Evidence, found: Sequence[Row], scores: Sequence[ScoreRow
 
 def _outside(scores: Sequence[ScoreRow], settings: Settings) -> list[Outside]:
     by_row: dict[int, list[ScoreRow]] = {}
+    told = {id(row) for row in once({id(score.row): score.row for score in scores}.values())}
     for score in scores:
-        if score.row.same_as is None and score.comparison.outcome(settings.alpha) in OUTSIDE:
+        if id(score.row) in told and score.comparison.outcome(settings.alpha) in OUTSIDE:
             by_row.setdefault(id(score.row), []).append(score)
     return [Outside(own[0].row, tuple(own), None) for own in by_row.values()]
 
@@ -80,6 +82,12 @@ def furthest(group: Sequence[Outside]) -> list[ScoreRow]:
     for score in sorted((s for one in group for s in one.scores), key=lambda s: -abs(s.comparison.estimate.mean)):
         worst.setdefault((score.task, score.shots), score)
     return list(worst.values())
+
+
+def remedied(group: Sequence[Outside]) -> Inquiry | None:
+    """The inquiry whose remedy does most, over the formats of a group; one without a remedy where none was tried."""
+    losing = [one.inquiry for one in group if one.inquiry and one.inquiry.loses]
+    return min(losing, key=lambda one: rank(one.remedy), default=None)
 
 
 def explained(group: Sequence[Outside]) -> Inquiry | None:

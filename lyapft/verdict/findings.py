@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lyapft.verdict.ablations import Ablation, ablations
 from lyapft.verdict.architectures import Contrast, contrasts, twins
+from lyapft.verdict.chance import AtChance, at_chance
 from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, Evidence, Recipe, Settings, is_own_counterpart
 from lyapft.verdict.failures import Failures, failures
 from lyapft.verdict.floors import Floor, floors
@@ -38,6 +39,7 @@ class Findings:
     floors: tuple[Floor, ...]
     margins: tuple[Margins, ...]
     gaps: tuple[Gap, ...]
+    at_chance: tuple[AtChance, ...]
 
     @property
     def references_only(self) -> bool:
@@ -74,6 +76,7 @@ def find(evidence: Evidence, settings: Settings, outstanding: Sequence[Outstandi
         floors=tuple(floor),
         margins=tuple(margins(evidence, paper)),
         gaps=tuple(gaps(evidence, outstanding, both)),
+        at_chance=tuple(at_chance(evidence, settings)),
     )
 
 

@@ -18,6 +18,13 @@ KINDS = {
 }
 
 
+def measurable(recipes: Iterable[Recipe]) -> dict[str, str]:
+    """The kinds of floors that a study of these recipes can have: a seed moves nothing where nothing was trained."""
+    recipes = list(recipes)
+    moved = not recipes or any(recipe.trained for recipe in recipes)
+    return {kind: name for kind, name in KINDS.items() if moved or kind != "seeds"}
+
+
 @dataclass(frozen=True)
 class Floor:
     """Mean absolute difference in points between two runs that differ in one thing, over `n` pairs of runs.

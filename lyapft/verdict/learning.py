@@ -5,7 +5,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from lyapft.divergence import Estimate, ShotScores, estimate, holm, p_different, ratio_of_means, shot_scores
+import pandas as pd
+
+from lyapft.divergence import (
+    Estimate,
+    ShotScores,
+    estimate,
+    gain_by_item,
+    holm,
+    p_different,
+    ratio_of_means,
+    shot_scores,
+)
 from lyapft.records import Record
 from lyapft.verdict.architectures import twins
 from lyapft.verdict.duplicates import first_of_its_kind
@@ -24,7 +35,8 @@ class Raw:
 class Gain:
     """In-context learning gain of one recipe on one task, and relative to the same recipe of the Transformer twin.
 
-    `relative` is NaN where the twin is not shown to gain: a ratio to what may be 0, or to a loss, says nothing.
+    Over seeds; of a base, which is one cell whatever the seed, over its items, with n = 0 where its answers are not at
+    hand. `relative` is NaN where the twin is not shown to gain: a ratio to what may be 0, or to a loss, says nothing.
     """
 
     recipe: Recipe
@@ -70,6 +82,7 @@ class Measured(NamedTuple):
 
 
 BySeed = Mapping[int, Measured]
+ByItem = tuple["pd.Series[float]", float]  # what each item has to do with a gain, and the least spread that is believed
 
 
 def gains(evidence: Evidence) -> list[Gain]:
@@ -83,14 +96,19 @@ def gains(evidence: Evidence) -> list[Gain]:
         for task, own in scored[key].items():
             other = theirs.get(task, {})
             both = sorted(own.keys() & other.keys())
+            ours, twins_ = [own[seed] for seed in both], [other[seed] for seed in both]
+            gain, relative = _gain(own.values()), _relative(ours, twins_) if both else None
+            if recipe.seedless:
+                answers = _by_item(evidence, recipe, task), _by_item(evidence, by_key.get((twin or "", *key[1:])), task)
+                gain, relative = _over_items(gain, answers[0]), _relative_over_items(*answers) if both else None
             found.append(
                 Gain(
                     recipe=recipe,
                     task=task,
-                    gain=_gain(own.values()),
+                    gain=gain,
                     raw=_raw(one.scores for one in own.values()),
                     twin=twin if both else None,
-                    relative=_relative([own[s] for s in both], [other[s] for s in both]) if both else None,
+                    relative=relative,
                     twin_raw=_raw(other[seed].scores for seed in both) if both else None,
                     reference=is_own_counterpart(recipe),
                     beyond=_beyond(evidence, recipe.runs, task),
@@ -115,6 +133,27 @@ def _relative(ours: Sequence[Measured], theirs: Sequence[Measured]) -> Estimate:
         ([one.scores.gain for one in side], max(one.grain for one in side)) for side in (ours, theirs)
     )
     return ratio_of_means(top, bottom, (top_grain, bottom_grain))
+
+
+def _by_item(evidence: Evidence, recipe: Recipe | None, task: str) -> ByItem | None:
+    """The gain of a base item by item, where its answers are at hand."""
+    items = evidence.items.get(str(recipe.runs[0]["id"])) if recipe and recipe.seedless and recipe.runs else None
+    return None if items is None else gain_by_item(items, task)
+
+
+def _over_items(found: Estimate, own: ByItem | None) -> Estimate:
+    if own is None:
+        return Estimate(found.mean, math.nan, math.nan, 0, "items")
+    return replace(estimate(*own), unit="items")
+
+
+def _relative_over_items(ours: ByItem | None, theirs: ByItem | None) -> Estimate:
+    """Share of the twin's gain, over the items that both were asked; refused (NaN) as that over seeds is."""
+    if ours is None or theirs is None or not ours[0].index.equals(theirs[0].index):
+        return Estimate(math.nan, math.nan, math.nan, 0, "items")
+    if not estimate(*theirs).low > 0:
+        return Estimate(math.nan, math.nan, math.nan, len(theirs[0]), "items")
+    return replace(ratio_of_means(ours[0], theirs[0], (ours[1], theirs[1])), unit="items")
 
 
 def learned(evidence: Evidence) -> list[Learned]:

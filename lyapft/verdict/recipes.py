@@ -1,6 +1,7 @@
 """Each recipe against full-precision fine-tuning of all weights: difference, cost, answers, outcome."""
 
-from collections.abc import Collection, Hashable, Sequence
+import math
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,9 +18,10 @@ from lyapft.divergence import (
     estimate,
     is_spike,
     item_flips,
+    over_items,
 )
 from lyapft.records import divergence_entry
-from lyapft.verdict.costs import Cost, cost_of
+from lyapft.verdict.costs import Cost, cost_of, jointly
 from lyapft.verdict.duplicates import first_of_its_kind
 from lyapft.verdict.evidence import PAPER, Evidence, Recipe, ScoreKey, Settings
 from lyapft.verdict.pairing import (
@@ -38,7 +40,9 @@ class Row:
     recipe: Recipe
     counterpart: str
     pairs: tuple[Pair, ...]
-    comparison: Comparison  # of the mean signed difference, adjusted over the table
+    comparison: (
+        Comparison  # of the mean signed difference, adjusted over the table; over items where a seed changes none
+    )
     size: Estimate  # of the mean absolute difference: positive even under the null, to be read beside its floor
     score: float  # mean over seeds, tasks and shots, fraction
     counterpart_score: float
@@ -82,21 +86,46 @@ class ScoreRow:
     counterpart_score: float
     comparison: Comparison
     items: int
+    chance: float  # the accuracy of a blind guess; NaN where no record has it
     beyond_trained_length: int
 
 
 def rows(evidence: Evidence, settings: Settings, counterpart: str = PAPER) -> list[Row]:
-    """A row per recipe that has at least one counterpart, p values adjusted over all of them."""
+    """A row per recipe that has at least one counterpart, p of scores and of costs adjusted over all of them."""
     same = first_of_its_kind(evidence.recipes)
     paired = [(recipe, tuple(own)) for recipe in evidence.recipes if (own := pairs(evidence, recipe, counterpart))]
     signed = [[pair.mean_signed for pair in own] for _, own in paired]
     tests = compare_each(signed, settings.margin, [_grain(own) for _, own in paired])
+    tests = [
+        _over_items(evidence, own[0], test, settings) if recipe.seedless else test
+        for (recipe, own), test in zip(paired, tests, strict=True)
+    ]
     found = [
         _row(evidence, recipe, own, test, settings, counterpart, same.get(recipe.key))
         for (recipe, own), test in zip(paired, tests, strict=True)
     ]
     comparisons = adjusted(tests, [name_of_test(row) for row in found])
-    return [replace(row, comparison=new) for row, new in zip(found, comparisons, strict=True)]
+    return _costed([replace(row, comparison=new) for row, new in zip(found, comparisons, strict=True)])
+
+
+def judged_once(found: Sequence[Row]) -> list[Row]:
+    """Without those that another one of them repeats under its own name: they are judged by the first name."""
+    named = {row.recipe.key for row in found}
+    return [row for row in found if row.same_as is None or row.same_as.key not in named]
+
+
+def _costed(found: Sequence[Row]) -> list[Row]:
+    """The same with p of their costs adjusted over all that are judged; of the others no cost is tested."""
+    judged = judged_once(found)
+    by_key = dict(zip((row.recipe.key for row in judged), jointly([row.cost for row in judged]), strict=True))
+    return [replace(row, cost=by_key.get(row.recipe.key, replace(row.cost, p=math.nan))) for row in found]
+
+
+def _over_items(evidence: Evidence, pair: Pair, test: Comparison, settings: Settings) -> Comparison:
+    """The comparison of a base, which is one cell whatever the seed: over its items, or with n = 0 of them."""
+    ours, theirs = (evidence.items.get(str(side["id"])) for side in (pair.run, pair.counterpart))
+    found = None if ours is None or theirs is None else over_items(ours, theirs, settings.margin)
+    return found or replace(test, estimate=Estimate(test.estimate.mean, math.nan, math.nan, 0, "items"))
 
 
 def _grain(own: Sequence[Pair]) -> float:
@@ -111,6 +140,14 @@ def name_of_test(row: Row) -> Hashable:
     """
     recipe = row.same_as or row.recipe
     return *recipe.key, tuple((pair.seed, pair.mean_signed) for pair in row.pairs)
+
+
+def once(found: Iterable[Row]) -> list[Row]:
+    """The rows without those that repeat another one of them under another name, and came out alike."""
+    firsts: dict[Hashable, Row] = {}
+    for row in found:
+        firsts.setdefault((row.counterpart, name_of_test(row)), row)
+    return list(firsts.values())
 
 
 def score_rows(found: Sequence[Row], settings: Settings) -> list[ScoreRow]:
@@ -131,6 +168,7 @@ def score_rows(found: Sequence[Row], settings: Settings) -> list[ScoreRow]:
             counterpart_score=float(np.mean([pair.theirs.values[key] for pair in own])),
             comparison=test,
             items=n,
+            chance=next((pair.ours.chance[key] for pair in own if key in pair.ours.chance), math.nan),
             beyond_trained_length=max(pair.ours.beyond.get(key, 0) for pair in own),
         )
         for (row, key, own), n, test in zip(by_score, items, tests, strict=True)

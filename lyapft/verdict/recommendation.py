@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Literal
 
-from lyapft.verdict.costs import jointly, told_apart
+from lyapft.verdict.costs import told_apart
 from lyapft.verdict.evidence import BROKE_DOWN, Settings
-from lyapft.verdict.recipes import Row
+from lyapft.verdict.recipes import Row, judged_once
 
 UNFINISHED = ("running", "interrupted")  # not there yet: their seeds may still come
-Advice = Literal["use", "dear", "open", "unsound", "better", "outside"]
+Advice = Literal["use", "cost_open", "open", "unsound", "better", "dear", "outside"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class Recommendation:
     `chosen` is the cheapest recipe that is shown to be equivalent and to cost less than its counterpart, or None;
     `tied` are equivalent ones whose cost the seeds do not tell from its own. `open` are the undecided ones, cheapest
     first; beside a chosen one, those that may be cheaper still, or whose cost was not measured. `unsound` are
-    equivalent on the seeds that could be compared, but lack others (see `doubts`); `dear` are equivalent, but not shown
-    to cost less; `better` score higher by more than the margin and cost less: not equivalent, but no loss either.
+    equivalent on the seeds that could be compared, but lack others (see `doubts`). Of the other equivalent ones it is
+    undecided whether they cost less (`cost_open`), or shown that they do not (`dear`). `better` score higher by more
+    than the margin and are not shown to cost more: not equivalent, but no loss either.
     """
 
     setting: tuple[str, str, str]
@@ -29,68 +31,66 @@ class Recommendation:
     tied: tuple[Row, ...]
     open: tuple[Row, ...]
     unsound: tuple[Row, ...]
+    cost_open: tuple[Row, ...]
     dear: tuple[Row, ...]
     better: tuple[Row, ...]
     trained: bool = True  # whether any of it was trained at all
-    recipes: int = 1  # whose costs share an error rate
 
     @property
     def advice(self) -> Advice:
-        """To use the chosen one; else which of the others there are, in this order; `outside` where there are none."""
+        """To use the chosen one; else which of the others there are, in this order; `outside` where there are none.
+
+        To stay with the counterpart is advised (`dear`, `outside`) only where nothing is left that may be used instead.
+        """
         if self.chosen:
             return "use"
-        others: tuple[Advice, ...] = ("dear", "open", "unsound", "better")
+        others: tuple[Advice, ...] = ("cost_open", "open", "unsound", "better", "dear")
         return next((name for name in others if getattr(self, name)), "outside")
 
-    @property
-    def nearest(self) -> Row | None:
-        """Of the undecided ones that did not cost more, else of all, that with the smallest mean difference."""
-        saving = [row for row in self.open if not row.cost.index.mean >= 1]
-        return min(saving or self.open, key=lambda row: abs(row.comparison.estimate.mean), default=None)
+    def soonest(self, settings: Settings) -> tuple[Row, int] | None:
+        """Of the undecided ones that which the fewest seeds would show to be equivalent, if that can be said of any."""
+        inside = [row for row in self.open if abs(row.comparison.estimate.mean) < settings.margin]
+        seeds = [(row, row.comparison.seeds_needed(settings.alpha, settings.power)) for row in inside]
+        return min(((row, count) for row, count in seeds if count), key=itemgetter(1), default=None)
 
 
 def recommend(found: Sequence[Row], settings: Settings) -> list[Recommendation]:
     """A recommendation for every model, data set and task, from the rows against the paper's counterpart.
 
-    A recipe that another one of the study repeats under its own name is judged once, by the first name. What they cost
-    is tested as well: p adjusted by Holm over all recipes of the study, as that of their scores is.
+    A recipe that another one of the study repeats under its own name is judged once, by the first name.
     """
-    named = {row.recipe.key for row in found}
-    kept = [row for row in found if row.same_as is None or row.same_as.key not in named]
-    costs = jointly([row.cost for row in kept])
     by_setting: dict[tuple[str, str, str], list[Row]] = {}
-    for row, cost in zip(kept, costs, strict=True):
-        by_setting.setdefault(row.recipe.setting, []).append(replace(row, cost=cost))
+    for row in judged_once(found):
+        by_setting.setdefault(row.recipe.setting, []).append(row)
     pairs = sum(math.comb(len(_sound(own, settings)), 2) for own in by_setting.values())
-    return [_recommended(setting, own, len(kept), pairs, settings) for setting, own in by_setting.items()]
+    return [_recommended(setting, own, pairs, settings) for setting, own in by_setting.items()]
 
 
-def _recommended(
-    setting: tuple[str, str, str], found: Sequence[Row], family: int, pairs: int, settings: Settings
-) -> Recommendation:
+def _recommended(setting: tuple[str, str, str], found: Sequence[Row], pairs: int, settings: Settings) -> Recommendation:
     """
     Args:
-        family: recipes of the study whose costs are tested. pairs: of equivalent ones that are compared by their costs.
+        pairs: of equivalent recipes of the study that are compared by their costs.
     """
-    own = sorted(found, key=_place)
-    equivalent = [row for row in own if row.outcome(settings) == "equivalent"]
+    own, alpha = sorted(found, key=_place), settings.alpha
+    outcomes = [(row.outcome(settings), row) for row in own]
     sound = _sound(own, settings)
-    chosen = next((row for row in sound if row.cost.saves(settings.alpha)), None)
-    undecided = [row for row in own if row.outcome(settings) == "undecided"]
+    chosen = next((row for row in sound if row.cost.saves(alpha)), None)
     return Recommendation(
         setting,
         chosen,
-        tied=_tied(chosen, sound, settings.alpha / max(1, pairs)) if chosen else (),
-        open=tuple(row for row in undecided if chosen is None or not _cost(row) >= _cost(chosen)),
-        unsound=tuple(row for row in equivalent if doubts(row)),
-        dear=tuple(row for row in sound if not row.cost.saves(settings.alpha)),
-        better=tuple(
+        tied=_tied(chosen, sound, alpha / max(1, pairs)) if chosen else (),
+        open=tuple(
             row
-            for row in own
-            if row.outcome(settings) == "better" and row.cost.saves(settings.alpha) and not doubts(row)
+            for outcome, row in outcomes
+            if outcome == "undecided" and (chosen is None or not _cost(row) >= _cost(chosen))
+        ),
+        unsound=tuple(row for outcome, row in outcomes if outcome == "equivalent" and doubts(row)),
+        cost_open=tuple(row for row in sound if row.cost.undecided(alpha)),
+        dear=tuple(row for row in sound if row.cost.exceeds(alpha) or row.cost.alike),
+        better=tuple(
+            row for outcome, row in outcomes if outcome == "better" and not (row.cost.exceeds(alpha) or doubts(row))
         ),
         trained=any(row.recipe.trained for row in own),
-        recipes=family,
     )
 
 

@@ -17,6 +17,7 @@ HOW = {
     "better": "which makes it better than the counterpart",
     "worse": "which does not bring it inside the margin",
 }
+RANKS = ("equivalent", "better", "undecided", "worse")
 Outcomes = Mapping[tuple[int, ScoreKey], Outcome]  # of single scores, by the identity of their row
 
 
@@ -36,14 +37,26 @@ class Remedy:
     of: int
 
 
-def said(best: Remedy | None, changed: str) -> str:
-    """A remedy as a sentence, or which one the study lacks."""
+def said(best: Remedy | None, changed: str, where: str = "") -> str:
+    """A remedy as a sentence, or which one the study lacks.
+
+    Args:
+        where: ` in FORMAT` of the failing recipe, where several are told of.
+    """
     if best is None:
-        return f" No remedy was tried: add another {changed}=… to the study."
+        return f" No remedy was tried{where}: add another {changed}=… to the study."
+    instead = f"{best.changed}={getattr(best.recipe, best.changed)} instead"
     return (
-        f" Remedy tried: {best.changed}={getattr(best.recipe, best.changed)} instead, {difference(best.comparison)}, "
-        f"score {raw(*best.scores)}{beyond(best.beyond, best.of)}, {HOW[best.outcome]}."
+        f" Remedy tried{where}: {instead}, {difference(best.comparison)}, score {raw(*best.scores)}"
+        f"{beyond(best.beyond, best.of)}, {HOW[best.outcome]}."
     )
+
+
+def rank(found: Remedy | None) -> tuple[int, float]:
+    """What orders remedies, from one that helps to none that was tried."""
+    if found is None:
+        return len(RANKS), 0.0
+    return RANKS.index(found.outcome), abs(found.comparison.estimate.mean)
 
 
 def nearest(

@@ -9,7 +9,7 @@ import numpy as np
 from lyapft.divergence import is_spike
 from lyapft.verdict.evidence import ScoreKey, Settings
 from lyapft.verdict.floors import Floor
-from lyapft.verdict.recipes import Row
+from lyapft.verdict.recipes import Row, once
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def spikes(found: Sequence[Row], floors: Sequence[Floor], settings: Settings) ->
     """A row per setting, task and number of shots; a recipe that repeats another one counts once."""
     noise = {(floor.setting, floor.kind): floor for floor in floors}
     made: list[Spikes] = []
-    rows = sorted((row for row in found if row.same_as is None), key=lambda row: row.recipe.setting)
+    rows = sorted(once(found), key=lambda row: row.recipe.setting)
     for setting, group in groupby(rows, key=lambda row: row.recipe.setting):
         own = list(group)
         beside = {kind: floor.by_score for (place, kind), floor in noise.items() if place == setting}

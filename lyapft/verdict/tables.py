@@ -44,14 +44,19 @@ def _recipe(
 ) -> dict[str, Any]:
     cost = row.cost
     outcome = row.outcome(settings)
-    needed = row.comparison.seeds_needed(settings.alpha, settings.power) if outcome == "undecided" else None
+    risk = settings.alpha, settings.power
+    needed = row.comparison.seeds_needed(*risk) if outcome == "undecided" else None
+    over_items = row.comparison.estimate.unit == "items"  # a base is one cell whatever the seed
+    cost_needed = cost.seeds_needed(*risk) if cost.undecided(settings.alpha) else None
     return (
         _named(row.recipe)
         | {"counterpart": row.counterpart, "seeds": row.n, "few_seeds": row.comparison.estimate.few}
+        | {"items": row.comparison.estimate.n if over_items else None}
         | {"score": row.score, "counterpart_score": row.counterpart_score}
         | _compared(row.comparison)
         | bootstrapped
-        | {"outcome": outcome, "doubts": "; ".join(doubts(row)), "seeds_to_decide": needed}
+        | {"outcome": outcome, "doubts": "; ".join(doubts(row)), "seeds_to_decide": None if over_items else needed}
+        | {"items_to_decide": needed if over_items else None}
         | {"same_as": row.same_as.label if row.same_as else ""}
         | _estimated("mean_abs_points", row.size)
         | {f"floor_{kind}_points": floors.get((row.recipe.setting, kind)) for kind in KINDS}
@@ -59,6 +64,7 @@ def _recipe(
         | _estimated("speed_ratio", cost.speed)
         | _estimated("memory_ratio", cost.memory)
         | _estimated("cost", cost.index)
+        | {"p_cost": cost.p, "cost_seeds_to_decide": cost_needed}
         | {"emulated": cost.emulated, "broke_down": len(row.recipe.broke_down())}
         | _estimated("flip_rate", row.flips)
         | _estimated("kl_nats", row.kl)
@@ -73,7 +79,7 @@ def score_table(found: Sequence[ScoreRow], settings: Settings) -> pd.DataFrame:
             _named(one.row.recipe)
             | {"counterpart": one.row.counterpart, "task": one.task, "shots": one.shots}
             | {"seeds": one.comparison.estimate.n, "items": one.items}
-            | {"score": one.score, "counterpart_score": one.counterpart_score}
+            | {"score": one.score, "counterpart_score": one.counterpart_score, "chance": one.chance}
             | _compared(one.comparison)
             | {"outcome": one.comparison.outcome(settings.alpha), "beyond_trained_length": one.beyond_trained_length}
             for one in found
@@ -93,7 +99,9 @@ def contrast_table(found: Sequence[Contrast]) -> pd.DataFrame:
             | _estimated("mean_abs_points", c.size)
             | _estimated("twin_mean_abs_points", c.twin_size)
             | _estimated("difference_points", c.comparison.estimate)
-            | {"p_different": c.comparison.p_different, "beyond_trained_length": c.beyond}
+            | {"recipes": c.pooled, "p_different": c.comparison.p_different}
+            | {"p_pooled_otherwise": max((one.comparison.p_different for one in c.others), default=None)}
+            | {"beyond_trained_length": c.beyond}
             for c in found
         ]
     )
@@ -104,7 +112,8 @@ def gain_table(found: Sequence[Gain]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             _named(gain.recipe)
-            | {"task": gain.task, "seeds": gain.gain.n}
+            | {"task": gain.task, "seeds": gain.gain.n if gain.gain.unit == "seeds" else 1}
+            | {"items": gain.gain.n if gain.gain.unit == "items" else None}
             | _raw("", gain.raw)
             | _estimated("gain", gain.gain)
             | {"twin": gain.twin}

@@ -3,11 +3,13 @@
 import math
 from dataclasses import dataclass
 
-from lyapft.divergence import FEW_SEEDS, Comparison, Estimate
+from lyapft.divergence import FEW_SEEDS, MOST_SEEDS, Comparison, Estimate
 from lyapft.verdict.evidence import PAPER, PRECISION_ONLY, ScoreKey, Settings
 
 REFERENCE = "full-precision fine-tuning of all weights"
+BASE = "the full-precision base"  # where nothing was trained
 AGAINST = {PAPER: REFERENCE, PRECISION_ONLY: "full precision with the same peft"}
+NO_ITEMS = "a base is one cell whatever the seed, and its single answers are not at hand"
 MOST_LISTED = 3
 ALONE = "Every p is after Holm's correction; the interval beside it is of that one comparison alone, uncorrected."
 EMULATED = "(emulated)"  # beside every cost of a run whose half precision was
@@ -46,6 +48,24 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
+def against(counterpart: str, trained: bool) -> str:
+    """What a recipe is compared with, where something was trained and where only bases are.
+
+    >>> against(PAPER, False)
+    'the full-precision base'
+    """
+    return AGAINST[counterpart] if trained else BASE
+
+
+def counted(found: Estimate) -> str:
+    """How many seeds an estimate rests on, or items where a seed changes nothing.
+
+    >>> counted(Estimate(0.1, -0.2, 0.4, 320, "items"))
+    'n = 320 items'
+    """
+    return seeds(found.n) if found.unit == "seeds" else f"n = {found.n} items"
+
+
 def seeds(n: int) -> str:
     """Number of seeds, labelled where they are few.
 
@@ -58,9 +78,9 @@ def seeds(n: int) -> str:
 def interval(found: Estimate, form: str = "") -> str:
     """The 95% interval and its n, or why there is none."""
     if found.n < 2:
-        return f"no interval, {seeds(found.n)}"
+        return f"no interval, {seeds(found.n) if found.unit == 'seeds' else NO_ITEMS}"
     low, high = (format(x, form).replace("-", "−") if form else signed(x) for x in (found.low, found.high))
-    return f"95% {low} to {high}, {seeds(found.n)}"
+    return f"95% {low} to {high}, {counted(found)}"
 
 
 def difference(found: Comparison) -> str:
@@ -79,22 +99,43 @@ def size(found: Estimate) -> str:
 
 
 def needed(found: Comparison, settings: Settings, conditions: bool = True) -> str:
-    """How many seeds would decide, or why that cannot be said.
+    """How many seeds would decide, or items where a seed changes nothing, or why that cannot be said.
 
     Args:
         conditions: whether to add what the number rests on (see `chance`).
     """
-    if found.estimate.n < 2:
-        return "one seed has no spread, so run at least three"
-    count = found.seeds_needed(settings.alpha, settings.power)
-    if count is None:
-        return "its mean lies so near the margin that no number of seeds can be named"
     how = "that it is equivalent" if abs(found.estimate.mean) < found.margin else "that it is not"
-    text = f"about {max(count, found.estimate.n + 1)} seeds would show {how}"
+    count = found.seeds_needed(settings.alpha, settings.power)
+    return seeds_that_show(how, count, found.estimate, chance(settings) if conditions else "")
+
+
+def seeds_that_show(how: str, count: int | None, found: Estimate, conditions: str = "") -> str:
+    """How many seeds would show something, or items where a seed changes nothing, planned from what does not show it.
+
+    Args:
+        how: what they would show. count: None where even MOST_SEEDS would not do. conditions: what the number rests on;
+            without them it is said briefly.
+
+    >>> seeds_that_show("that it is not", 2, Estimate(3.0, -9.0, 15.0, 2))
+    'about 3 seeds would show that it is not (guessed from 2)'
+    """
+    if found.n < 2:
+        one_cell = found.unit == "items"
+        return f"no seed can decide it: {NO_ITEMS}" if one_cell else "one seed has no spread, so run at least three"
+    if found.low == found.high:
+        return "its seeds do not differ, so they have no spread to plan by"
+    if count:
+        text = f"about {more_than_now(count, found)} {found.unit} would show {how}"
+    else:
+        text = f"over {MOST_SEEDS:,} {found.unit} would be needed" + f" to show {how}" * bool(conditions)
     if not conditions:
-        return text
-    text = f"{text}, with {chance(settings)}"
-    return f"{text}, a rough guess from {found.estimate.n}" if found.estimate.few else text
+        return text + f" (guessed from {found.n})" * found.few
+    return f"{text}, with {conditions}" + f", a rough guess from {found.n}" * found.few
+
+
+def more_than_now(count: int, found: Estimate) -> int:
+    """Seeds that would decide, of which there are at least one more than those that have not."""
+    return max(count, found.n + 1)
 
 
 def chance(settings: Settings) -> str:

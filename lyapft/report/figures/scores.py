@@ -48,6 +48,10 @@ def scores_against_shots(study: Study) -> Figure | None:
                     "width": 3,
                 },
             )
+    guesses = _guesses(cells)
+    for row, column in guesses:
+        at = {"row": facets.index(row) + 1, "col": tasks.index(column) + 1}
+        panels.figure.add_hline(y=guesses[row, column], line={"color": "#777", "width": 1, "dash": "dot"}, **at)
     panels.figure.update_yaxes(range=[-0.03, 1.05])
     panels.figure.update_xaxes(tickvals=shots)
     drawing = panels.dress("shots in the prompt", ["accuracy (fraction right)"])
@@ -57,12 +61,23 @@ def scores_against_shots(study: Study) -> Figure | None:
     bars = "bars: lowest to highest seed around the seeds' mean" if several else "bars: 95% over items"
     longer = any(has_longer(cell) for cell in cells)
     bars += ", hollow: items beyond the trained length, which also measure extrapolation" * longer
+    bars += ", dotted: a blind guess" * bool(guesses)
     reading = (
         f"A rise from left to right is in-context learning ({bars}, {n} items per point, drawn side by side); "
         "overlapping bars do not show that two cells agree, because cells answer the same items: compare them below, "
         f"in pairs.{' Reruns for the noise floor are left out.' * (len(cells) < len(scored))}"
     )
     return Figure("Scores against shots", drawing, reading)
+
+
+def _guesses(cells: Sequence[Cell]) -> dict[tuple[str, str], float]:
+    """The accuracy of a blind guess by facet and task, where records have it."""
+    return {
+        (cell.facet, str(score["task"])): float(score["chance"])
+        for cell in cells
+        for score in accuracies(cell.record)
+        if score.get("chance")
+    }
 
 
 @dataclass(frozen=True)

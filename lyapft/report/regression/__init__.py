@@ -19,14 +19,14 @@ from lyapft.verdict.words import EMULATED, EMULATED_MEANS
 
 __all__ = ["QUANTITIES", "Change", "Floor", "Matching", "changes", "main", "matching"]
 
-WORSE = 1  # exit code
+WORSE = 1  # exit code; of undecided changes too, where they are to fail
 
 
 def main(arguments: Sequence[str]) -> int:
     """Compare two studies.
 
-    Returns 0 when nothing got worse; 1 when a chosen number did, a run now fails, or the new study lacks what the old
-    one has or did it with other settings; 2 for bad input.
+    Returns 0 when nothing got worse; 1 when a chosen number did (or, with --fail-on-undecided, may have), a run now
+    fails, or the new study lacks what the old one has or did it with other settings; 2 for bad input.
     """
     parser = argparse.ArgumentParser(
         prog="python -m lyapft.report compare",
@@ -40,6 +40,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--fail-on", default="score", help=f"numbers, with commas between, of {', '.join(QUANTITIES)} (default: score)"
     )
+    parser.add_argument(
+        "--fail-on-undecided",
+        action="store_true",
+        help="a chosen number that changed, in either direction, without being shown better or worse fails as well: "
+        "with one seed every change is such a one",
+    )
     parser.add_argument("--allow-missing", action="store_true", help="let the new study have fewer recipes or seeds")
     parser.add_argument(
         "--allow-changed",
@@ -51,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         quantities, may_change = _chosen(options.fail_on), _listed(options.allow_changed)
-        return _report(options.old, options.new, quantities, options.allow_missing, may_change)
+        return _report(options, quantities, may_change)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,7 +75,8 @@ def _chosen(text: str) -> list[str]:
     return names
 
 
-def _report(old: Path, new: Path, quantities: Sequence[str], allow_missing: bool, may_change: Sequence[str]) -> int:
+def _report(options: argparse.Namespace, quantities: Sequence[str], may_change: Sequence[str]) -> int:
+    old, new = options.old, options.new
     before, after = (gather([record for _, record in records.load_study(folder)]) for folder in (old, new))
     pairs = matching(before, after, may_change)
     found = changes(pairs.same, quantities)
@@ -81,16 +88,18 @@ def _report(old: Path, new: Path, quantities: Sequence[str], allow_missing: bool
     if found:
         shown = as_text(table(found), width=180)
         print(f"{shown}\n{EMULATED_MEANS}" if EMULATED in shown else shown)
-    worse = [change for change in found if change.outcome == "worse"]
-    print(f"{len(worse)} of {len(found)} numbers got worse.")
+    worse, undecided = (sum(change.outcome == name for change in found) for name in ("worse", "undecided"))
+    print(f"{worse} of {len(found)} numbers got worse, {undecided} undecided.")
     _list("✗", failed)
     _list("✗", pairs.different)
-    _list("·" if allow_missing else "✗", missing)
+    _list("·" if options.allow_missing else "✗", missing)
     _list("· compared although changed:", pairs.changed)
     _list("· not the same on both sides:", machines(before, after))
     for line in _unsure(found):
         print(line)
-    return WORSE if worse or failed or pairs.different or (missing and not allow_missing) else 0
+    refused = worse or failed or pairs.different
+    refused = refused or (missing and not options.allow_missing) or (undecided and options.fail_on_undecided)
+    return WORSE if refused else 0
 
 
 def _list(mark: str, lines: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The verdict on one page: what a reader needs to decide, in at most 500 words, each with its numbers.
+"""The verdict on one page: what a reader needs to decide, in at most 560 words, each with its numbers.
 
 Written from the findings, as every other sentence is. What does not fit is counted, and stands in the details.
 """
@@ -18,6 +18,7 @@ def one_page(found: Findings) -> tuple[Section, ...]:
     topics = [
         advice.recommendations(common),
         trust.missing(common),
+        trust.guessing(common),
         trust.beyond_training(common),
         trust.noise(common),
         trust.spikes(common),

@@ -1,15 +1,17 @@
 """Which recipe to use, a line for every model, data set and task."""
 
+from collections.abc import Sequence
+
 from lyapft.verdict import sentences
 from lyapft.verdict.page.common import Common, cut
 from lyapft.verdict.page.layout import Topic, by_turns, line, topic
 from lyapft.verdict.recipes import Row
 from lyapft.verdict.recommendation import Recommendation, doubts
-from lyapft.verdict.sentences.advice import at_cost, memory_of, unfinished
-from lyapft.verdict.words import EMULATED, joined, margin, needed, p_value, ratio
+from lyapft.verdict.sentences.advice import at_cost, cost_needed, memory_of, times_cost, unfinished
+from lyapft.verdict.words import EMULATED, joined, margin, more_than_now, needed, p_value, ratio
 
 LEAST = 3  # settings that are named before more is said of anything else
-KINDS = {"dear": "with the reference", "outside": "with the reference", "better": "with no equivalent recipe"}
+KINDS = {"dear": "with the reference", "outside": "with the reference", "better": "with none equivalent and cheaper"}
 
 
 def title(common: Common) -> str:
@@ -39,29 +41,65 @@ def _kind(one: Recommendation) -> str:
 def _advice(one: Recommendation, common: Common) -> str:
     if one.chosen:
         return _use(one, one.chosen, common)
-    if one.advice == "dear":
-        row, *others = one.dear
-        also = f" (and {len(others)} more)" if others else ""
-        left = f"; {len(one.open)} others are undecided" if one.open else ""
-        cost = f"to cost less is not shown ({p_value(row.cost.p)})" if row.cost.index.mean < 1 else "did not cost less"
-        return (
-            f"stay with the reference. {cut(row.recipe.label)}{also} is equivalent ({_numbers(row, common)}), but "
-            f"{cost}: {_savings(row)}{left}{_better(one, common)}"
-        )
-    if near := one.nearest:
-        return (
-            f"undecided. Nearest is {cut(near.recipe.label)} ({_numbers(near, common)}), {at_cost(near)}: "
-            f"{needed(near.comparison, common.found.settings, conditions=False)}{_better(one, common)}"
-        )
-    if one.unsound:
+    if one.advice == "cost_open":
+        return f"undecided. {_cost_open(one, common)}{_better(one, common)}"
+    dear = f"{_one_of(one.dear)} is equivalent, but {_no_less(one.dear[0])}" if one.dear else ""
+    if one.advice == "open":
+        return f"undecided. {_open(one, common)}{_better(one, common)}{f'; {dear}' * bool(dear)}"
+    if one.advice == "unsound":
         row = one.unsound[0]
         return (
             f"undecided. {cut(row.recipe.label)} is equivalent on {row.n} seed{'s' * (row.n != 1)} "
-            f"({_numbers(row, common)}), but {joined(doubts(row))}{_better(one, common)}"
+            f"({_numbers(row, common)}), but {joined(doubts(row))}{_better(one, common)}{f'; {dear}' * bool(dear)}"
         )
-    if one.better:
-        return f"no recipe is equivalent{_better(one, common)}"
+    if one.advice == "better":
+        return f"no recipe is equivalent{' and cheaper' * bool(dear)}{_better(one, common)}"
+    if one.advice == "dear":
+        row = one.dear[0]
+        return (
+            f"stay with the reference. {_one_of(one.dear)} is equivalent ({_numbers(row, common)}), but "
+            f"{_no_less(row)}: {_savings(row)}"
+        )
     return f"stay with the reference: every other recipe is shown to lie outside {margin(common.found.settings)}"
+
+
+def _cost_open(one: Recommendation, common: Common) -> str:
+    """What is equivalent at a cost that the seeds do not decide."""
+    row, settings = one.cost_open[0], common.found.settings
+    n = row.cost.index.n
+    left = f"; {len(one.open)} more undecided" if one.open else ""
+    p = f", {p_value(row.cost.p)}" if n > 1 else ""
+    numbers = f"{times_cost(row, settings)}{p}; " if n else ""
+    return (
+        f"{_one_of(one.cost_open)} is equivalent ({_numbers(row, common)}); whether it costs less is open "
+        f"({numbers}{cost_needed(row.cost, settings, briefly=True)}){left}"
+    )
+
+
+def _open(one: Recommendation, common: Common) -> str:
+    """The cheapest of the undecided, and that which would be shown to be equivalent with the fewest seeds."""
+    settings, row = common.found.settings, one.open[0]
+    rank = "Left" if len(one.open) == 1 else "Cheapest left" if row.cost.index.n else "First left"
+    text = (
+        f"{rank}: {cut(row.recipe.label)} ({_numbers(row, common)}), {at_cost(row, settings)}: "
+        f"{needed(row.comparison, settings, conditions=False)}"
+    )
+    soonest = one.soonest(settings)
+    if soonest is None or soonest[0] is row:
+        return text
+    row, count = soonest
+    dearer = " (dearer on average)" * (row.cost.index.mean > 1)
+    seeds = more_than_now(count, row.comparison.estimate)
+    return f"{text}; fewest for equivalence: about {seeds}, with {cut(row.recipe.label)}{dearer}"
+
+
+def _one_of(found: Sequence[Row]) -> str:
+    """The first, and how many more there are."""
+    return cut(found[0].recipe.label) + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+
+
+def _no_less(row: Row) -> str:
+    return "costs as much on every seed" if row.cost.alike else f"is shown to cost more ({p_value(row.cost.p)})"
 
 
 def _use(one: Recommendation, row: Row, common: Common) -> str:
@@ -89,7 +127,7 @@ def _better(one: Recommendation, common: Common) -> str:
     if not one.better:
         return ""
     row = one.better[0]
-    return f"; {cut(row.recipe.label)} scores higher ({_numbers(row, common)}), {at_cost(row)}"
+    return f"; {cut(row.recipe.label)} scores higher ({_numbers(row, common)}), {at_cost(row, common.found.settings)}"
 
 
 def _numbers(row: Row, common: Common) -> str:

@@ -7,7 +7,7 @@ from functools import cached_property
 from lyapft.divergence import Estimate
 from lyapft.verdict.evidence import Recipe
 from lyapft.verdict.findings import Findings
-from lyapft.verdict.words import REFERENCE, joined, p_value, raw, seeds, signed
+from lyapft.verdict.words import BASE, REFERENCE, counted, joined, p_value, raw, signed
 
 BEYOND = "†"  # beside scores that are also of items longer than what the base was trained on
 LONGEST_NAME = 60
@@ -22,9 +22,9 @@ class Common:
 
     @cached_property
     def seeds(self) -> int:
-        """Seeds of most comparisons; 0 where there is none."""
+        """Seeds of most comparisons; 0 where there is none, or none over seeds."""
         found = self.found
-        counts = [row.n for row in (*found.rows, *found.format_rows)]
+        counts = [row.n for row in (*found.rows, *found.format_rows) if row.comparison.estimate.unit == "seeds"]
         counts += [one.difference.n for one in found.learned]
         counts += [one.comparison.estimate.n for one in found.ablations]
         return max(set(counts), key=lambda n: (counts.count(n), n), default=0)
@@ -49,7 +49,7 @@ class Common:
     def reference(self) -> str:
         """What recipes are compared with."""
         trained = any(row.recipe.trained for row in self.found.rows) or not self.found.rows
-        return REFERENCE if trained else "the full-precision base"
+        return REFERENCE if trained else BASE
 
     @property
     def everywhere(self) -> str:
@@ -79,7 +79,7 @@ class Common:
     def apart(self, found: Estimate, p: float | None = None) -> str:
         """A difference, its interval, the seeds where they are not those of most lines, and its p."""
         parts = [] if found.n < 2 else [f"{signed(found.low)}, {signed(found.high)}"]
-        parts += [seeds(found.n)] if found.n != self.seeds else []
+        parts += [counted(found)] if found.n and (found.unit, found.n) != ("seeds", self.seeds or 1) else []
         bracket = f" [{'; '.join(parts)}]" if parts else ""
         return f"{signed(found.mean)}{bracket}" + (f", {p_value(p)}" if p is not None and found.n > 1 else "")
 

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 from lyapft.verdict.blame import Inquiry, choice_of, is_shown
 from lyapft.verdict.evidence import PAPER, Recipe
-from lyapft.verdict.failures import Outside, explained, furthest
+from lyapft.verdict.failures import Outside, explained, furthest, remedied
 from lyapft.verdict.page.common import Common, cut, some
 from lyapft.verdict.page.layout import Topic, line, topic
 from lyapft.verdict.sentences.failures import none_outside
 from lyapft.verdict.words import AGAINST, joined, margin, scored
 
 FAILS = "Where it fails"
+SINGLE = "recipes, in whatever formats, with single scores outside the margin"
 HOW = {
     "equivalent": "inside the margin",
     "undecided": "undecided",
@@ -39,7 +40,7 @@ def single_scores(common: Common) -> Topic:
             -abs(furthest(group)[0].comparison.estimate.mean),
         ),
     )
-    return topic(FAILS, ordered, lambda group: _single(group, common), "recipes with single scores outside the margin")
+    return topic(FAILS, ordered, lambda group: _single(group, common), SINGLE)
 
 
 def broken_down(common: Common) -> Topic:
@@ -75,7 +76,8 @@ def _single(group: Sequence[Outside], common: Common) -> str:
         worst.comparison.estimate, (worst.score, worst.counterpart_score), bool(worst.beyond_trained_length)
     )
     asked = explained(group)
-    why = f" {_blame(asked, common)}.{_remedy(asked, common) if asked.loses else ''}" if asked else ""
+    why = f" {_blame(asked, common)}." if asked else ""
+    why += _remedy(tried, common, bool(formats)) if (tried := remedied(group)) else ""
     return (
         f"{name}: {count} single score{'s' * (count != 1)} outside {margin(common.found.settings)}{against}, furthest "
         f"{cut(scored((worst.task, worst.shots)))}{form} ({numbers}).{why}"
@@ -119,9 +121,10 @@ def _format(one: Inquiry, common: Common) -> str:
     return form
 
 
-def _remedy(one: Inquiry, common: Common) -> str:
+def _remedy(one: Inquiry, common: Common, several: bool = False) -> str:
     best = one.remedy
     if best is None:
         return " No remedy was tried."
     numbers = common.numbers(best.comparison.estimate, best.scores, bool(best.beyond))
-    return f" Tried {best.changed}={cut(getattr(best.recipe, best.changed))}: {HOW[best.outcome]} ({numbers})."
+    where = f" in {cut(one.row.recipe.precision)}" * several
+    return f" Tried {best.changed}={cut(getattr(best.recipe, best.changed))}{where}: {HOW[best.outcome]} ({numbers})."

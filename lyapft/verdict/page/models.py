@@ -1,6 +1,7 @@
 """Mamba beside the Transformer, the base beside the tuned model, and the settings that a study varies; a line each."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -12,7 +13,8 @@ from lyapft.verdict.evidence import PAPER
 from lyapft.verdict.learning import Gain, Learned, Raw
 from lyapft.verdict.page.common import BEYOND, Common, cut
 from lyapft.verdict.page.layout import Topic, by_turns, line, topic
-from lyapft.verdict.words import AGAINST, p_value, signed
+from lyapft.verdict.sentences.models import one_cell
+from lyapft.verdict.words import AGAINST, counted, p_value, signed
 
 MODELS = "Mamba against Transformer: mean size of a single score's divergence, these checkpoints on these data"
 LEAST = 4  # comparisons that are shown before more is said of anything else
@@ -33,24 +35,47 @@ def contrasts(common: Common) -> Topic:
 
     overall = [one for one in found.contrasts if one.overall]
     ordered = by_turns(overall, kind, lambda one: common.size(one.model), LEAST)
-    return topic(MODELS, ordered, lambda one: _contrast(one, common), "comparisons", kind, LEAST)
+    first = {one.place[:-1]: one for one in reversed(ordered[:LEAST])} if len(ordered) <= LEAST else {}
+    return topic(
+        MODELS,
+        ordered,
+        lambda one: _contrast(one, common, first.get(one.place[:-1]) is one),
+        "comparisons",
+        kind,
+        LEAST,
+    )
 
 
-def _contrast(one: Contrast, common: Common) -> str:
+def _contrast(one: Contrast, common: Common, with_noise: bool) -> str:
     found = one.comparison
-    against = "the reference" if one.counterpart == PAPER else AGAINST[one.counterpart]
+    reference = "the reference" if one.counterpart == PAPER or not one.trained else AGAINST[one.counterpart]
     names = f"{cut(one.model)} and {cut(one.twin)}{common.on(one.data, one.task)}"
-    steadier = one.steadier(common.found.settings)
-    if found.estimate.n < 2:
-        told = "one common seed, so neither can be called steadier"
-    else:
-        told = f"{cut(steadier)} is steadier" if steadier else "undecided"
+    none = f"{one_cell(one)}, so neither can be called steadier"
+    told = none if found.estimate.n < 2 else _steadier(one, common)
     ours, theirs = (
         f"{size.mean:.2f} ({common.scores(scores, one.beyond)})"
         for size, scores in ((one.size, one.scores), (one.twin_size, one.twin_scores))
     )
     difference = common.apart(found.estimate, found.p_different)
-    return f"{names}, from {against}: {told}; {ours} and {theirs}, difference {difference}."
+    floors = one.seed_floors(common.found.floors) if with_noise else None
+    noise = f"; another seed: {floors[0]:.2f} and {floors[1]:.2f}" if floors else ""
+    return f"{names}, from {reference}: {told}; {ours} and {theirs}, difference {difference}{noise}."
+
+
+def _steadier(one: Contrast, common: Common) -> str:
+    """Who is shown to be steadier, if that does not hang on which recipes are pooled."""
+    settings = common.found.settings
+    shown = one.steadier_in(one.comparison, settings)
+    over = f"over {one.pooled} recipes"
+    for other in one.others if one.poolings_disagree(settings) else ():
+        if (theirs := one.steadier_in(other.comparison, settings)) != shown:
+            others = f"all {len(other.recipes)}" if len(other.recipes) > one.pooled else f"{len(other.recipes)} others"
+            return f"undecided ({_who(shown)} {over}, {'not' if theirs is None else _who(theirs)} over {others})"
+    return (f"{cut(shown)} is steadier" if shown else "undecided") + f" {over}" * (one.pooled > 1)
+
+
+def _who(steadier: str | None) -> str:
+    return f"{cut(steadier)} steadier" if steadier else "undecided"
 
 
 def in_context(common: Common) -> Topic:
@@ -58,22 +83,21 @@ def in_context(common: Common) -> Topic:
     told = [gain for gain in common.found.gains if gain.reference and gain.twin and gain.relative and gain.twin_raw]
     rows = [list(own) for _, own in groupby(told, key=lambda gain: gain.recipe.key)]
     ordered = sorted(rows, key=lambda own: -common.size(own[0].recipe.model))
+    recipes = Counter(own[0].recipe.setting for own in rows)
     return topic(
         MODELS,
         ordered,
-        lambda own: _in_context(own, common),
+        lambda own: _in_context(own, common, several=recipes[own[0].recipe.setting] > 1),
         "in-context comparisons",
     )
 
 
-def _in_context(own: Sequence[Gain], common: Common) -> str:
+def _in_context(own: Sequence[Gain], common: Common, several: bool) -> str:
     first = own[0]
+    name = common.name(first.recipe) if several else common.where(first.recipe.setting)
     tasks = ", ".join(_gain(gain, common) for gain in own[:MOST_TASKS])
     more = f" and {len(own) - MOST_TASKS} more tasks" if len(own) > MOST_TASKS else ""
-    return (
-        f"In-context learning of {cut(first.recipe.model)}{common.on(first.recipe.data, first.recipe.task)}, as share "
-        f"of {cut(first.twin or '')}'s gain: {tasks}{more}."
-    )
+    return f"In-context learning of {name}, as share of {cut(first.twin or '')}'s gain: {tasks}{more}."
 
 
 def _gain(gain: Gain, common: Common) -> str:
@@ -83,14 +107,20 @@ def _gain(gain: Gain, common: Common) -> str:
     if math.isfinite(share.mean):
         text = f"{100 * share.mean:.0f}% {_percent(share, common)}"
     else:
-        text = "no ratio, one seed" if share.n < 2 else "no ratio, as the twin is not shown to gain"
+        text = f"no ratio, {_no_ratio(share)}"
     mark = f" {BEYOND}" * gain.beyond
     return f"{cut(gain.task)} {text} ({_few(gain.raw)}{mark} against {_few(theirs)}{mark})"
 
 
+def _no_ratio(found: Estimate) -> str:
+    if found.n > 1:
+        return "as the twin is not shown to gain"
+    return "one seed" if found.unit == "seeds" else "without the answers item by item"
+
+
 def _percent(found: Estimate, common: Common) -> str:
-    seeds = f"; n = {found.n}" if found.n != common.seeds else ""
-    return f"[{found.low:.0%}, {found.high:.0%}{seeds}]".replace("-", "−")
+    n = f"; {counted(found)}" if found.unit == "items" else f"; n = {found.n}" if found.n != common.seeds else ""
+    return f"[{found.low:.0%}, {found.high:.0%}{n}]".replace("-", "−")
 
 
 def _few(found: Raw) -> str:

@@ -6,11 +6,12 @@ from itertools import groupby
 
 from lyapft.verdict import sentences
 from lyapft.verdict.duplicates import first_of_its_kind
-from lyapft.verdict.floors import KINDS
+from lyapft.verdict.floors import measurable
 from lyapft.verdict.page.common import BEYOND, Common, cut, some
 from lyapft.verdict.page.layout import Topic, line, topic
+from lyapft.verdict.sentences.advice import cost_means
 from lyapft.verdict.sentences.failures import NOISE
-from lyapft.verdict.words import EMULATED, EMULATED_MEANS, chance, joined, margin, scored, seeds
+from lyapft.verdict.words import EMULATED, chance, joined, margin, raw, scored, seeds
 
 MOST_RECIPES, MOST_MODELS = 1, 2
 TRUST, KEY = "How far to trust it", "How to read this page"
@@ -26,10 +27,11 @@ def noise(common: Common) -> Topic:
             reach = f"{sizes[0]:.2f}" + f" to {sizes[-1]:.2f}" * (f"{sizes[0]:.2f}" != f"{sizes[-1]:.2f}")
             of = f" ({len(sizes)} of {settings} settings)" * (len(sizes) < settings)
             parts.append(f"{short} {reach}{of}")
-    absent = [short for kind, short in NOISE.items() if kind not in {floor.kind for floor in floors}]
+    kinds = measurable(common.found.recipes)
+    absent = [NOISE[kind] for kind in kinds if kind not in {floor.kind for floor in floors}]
     not_measured = f" Not measured: {joined(absent)}." if absent else ""
     if not parts:
-        return line(TRUST, f"Noise was not measured: {joined(list(KINDS.values()))}.")
+        return line(TRUST, f"Noise was not measured: {joined(list(kinds.values()))}.")
     low, high = min(floor.scores[0] for floor in floors), max(floor.scores[1] for floor in floors)
     reach = f"{', '.join(parts)} points (scores {low:.3f} to {high:.3f})"
     return line(TRUST, f"Noise, as mean size of a difference: {reach}.{not_measured}")
@@ -43,7 +45,8 @@ def spikes(common: Common) -> Topic:
         return Topic(TRUST, (), ())
     worst = max(found, key=lambda one: (one.spikes / one.scores, one.mean_abs))
     where = f"{common.where(worst.setting)}, {cut(scored(worst.key))}"
-    often = f", most often {where}: {worst.spikes} of {worst.scores}" * bool(count)
+    beside = f"{worst.spikes} of {worst.scores}; {raw(worst.score, worst.counterpart_score)}"
+    often = f", most often {where}: {beside}" * bool(count)
     points = f"{settings.spike:g} point{'s' * (settings.spike != 1)}"
     return line(TRUST, f"Spikes: {count} of {total} single scores lie over {points} off{often}.")
 
@@ -58,6 +61,16 @@ def missing(common: Common) -> Topic:
     recipes = Counter(common.name(gap.recipe) for gap in gaps).most_common()
     named = some([f"{name} ({count})" for name, count in recipes], "recipes, below", MOST_RECIPES)
     return line(TRUST, f"Missing or failed: {why}, in {named}.")
+
+
+def guessing(common: Common) -> Topic:
+    """Where agreement is no merit, by model, data and task."""
+    found = sorted(common.found.at_chance, key=lambda one: -common.size(one.setting[0]))
+    counts = [f"{common.where(one.setting)} ({len(one.guessed)} of {one.of} scores)" for one in found]
+    if not counts:
+        return Topic(TRUST, (), ())
+    text = some(counts, "settings, below", MOST_MODELS)
+    return line(TRUST, f"Reference not shown above chance, so agreement there says little: {text}.")
 
 
 def beyond_training(common: Common) -> Topic:
@@ -104,20 +117,24 @@ def key(common: Common, text: str) -> list[Topic]:
     found = common.found
     if not (found.rows or found.learned or found.ablations):
         return []
-    names = "none: every weight trains. " if re.search(r"\bnone\b", text) else ""
-    lines = [
-        f"{names}Differences are points of accuracy, mean over tasks and shots, on the same seeds{_brackets(common)}; "
-        f"then score against score. Equivalent: inside {margin(found.settings)} by two one-sided tests. Every p is "
-        "after Holm's correction, no interval is."
+    trained = any(recipe.trained for recipe in found.recipes)
+    units = [unit for unit in ("seeds", "items") if f"{unit} would" in text]
+    parts = [
+        "none: every weight trains." if trained and re.search(r"\bnone\b", text) else "",
+        f"Differences: points of accuracy, mean over tasks and shots, {_brackets(common)}; then score against score. "
+        f"Equivalent: inside {margin(found.settings)} by two one-sided tests. Holm corrects every p, no interval.",
+        cost_means(found.settings) if "cost" in text or any(one.chosen for one in found.recommendations) else "",
+        f"{joined(units).capitalize()}: with {chance(found.settings)}." if units else "",
     ]
-    if "seeds would show" in text:
-        lines.append(f"Seeds that would show it do so with {chance(found.settings)}.")
+    lines = [" ".join(filter(None, parts))]
     if EMULATED in text:
-        lines.append(EMULATED_MEANS)
+        lines.append(f"{EMULATED}: half precision in software; where hardware has it, speed and cost are others.")
     return [line(KEY, one) for one in lines]
 
 
 def _brackets(common: Common) -> str:
+    if not common.seeds:  # bases alone
+        return "same items [95% interval over items: a seed changes nothing]"
     if common.seeds == 1:
-        return ": one seed, so no interval, and nothing is decided"
-    return f" [95% interval; {seeds(common.seeds)}, unless another n is named]"
+        return "same seeds: one seed, so no interval, and nothing is decided"
+    return f"same seeds [95% interval; {seeds(common.seeds)}, unless named]"

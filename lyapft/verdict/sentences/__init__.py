@@ -3,13 +3,14 @@
 from lyapft.verdict.sentences.advice import recommendations
 from lyapft.verdict.sentences.failures import failures
 from lyapft.verdict.sentences.models import architectures, base_and_tuned, learning, settings_asked
-from lyapft.verdict.sentences.state import beyond_training, missing, noise, repeated
+from lyapft.verdict.sentences.state import beyond_training, guessing, missing, noise, repeated
 
 __all__ = [
     "architectures",
     "base_and_tuned",
     "beyond_training",
     "failures",
+    "guessing",
     "learning",
     "missing",
     "noise",

@@ -1,6 +1,5 @@
 """Which recipe to use, as sentences."""
 
-import math
 from collections.abc import Sequence
 
 from lyapft.verdict.costs import Cost
@@ -13,6 +12,7 @@ from lyapft.verdict.words import (
     MOST_LISTED,
     REFERENCE,
     beyond,
+    chance,
     difference,
     interval,
     joined,
@@ -21,7 +21,13 @@ from lyapft.verdict.words import (
     p_value,
     ratio,
     raw,
+    seeds_that_show,
     where_of,
+)
+
+COST_TOO = (
+    "It is a ratio to the counterpart's, in brackets its 95% interval, uncorrected, where it is not shown to be lower. "
+    "The weights (--speed-weight, --memory-weight) and the margin (--margin, in points) are the reader's."
 )
 
 
@@ -36,15 +42,18 @@ def recommendations(found: Sequence[Recommendation], settings: Settings, referen
     lines = []
     for one in found:
         lines.append(_recommended(one, settings) if one.chosen else _not_recommended(one, settings))
+        if not one.chosen:
+            lines += [_cost_open(row, settings) for row in one.cost_open]
+            lines += [_dear(row, settings) for row in one.dear]
         lines += [
-            f"Not equivalent but better: {row.recipe.name}, {at_cost(row)}, {difference(row.comparison)}; "
+            f"Not equivalent but better: {row.recipe.name}, {at_cost(row, settings)}, {difference(row.comparison)}; "
             f"{scores_of(row)}."
             for row in one.better
         ]
-        lines += [_open(row, settings) for row in one.open[:MOST_LISTED]]
-        if more := one.open[MOST_LISTED:]:
-            lines.append(f"Undecided too: {joined([row.recipe.name for row in more])}.")
+        lines += _all_open(one, settings)
         lines += [_unsound(row) for row in one.unsound]
+    if found:
+        lines.append(f"{cost_means(settings)} {COST_TOO}")
     if any(EMULATED in line for line in lines):
         lines.append(EMULATED_MEANS)
     return lines or [f"No recipe has a counterpart to be compared with ({REFERENCE}): nothing can be recommended."]
@@ -59,12 +68,44 @@ def _reference(one: Recommendation) -> str:
     return REFERENCE if one.trained else "the full-precision base (nothing was trained)"
 
 
-def at_cost(row: Row) -> str:
-    """What a recipe costs; one seed's cost shows nothing, and is called so."""
+def at_cost(row: Row, settings: Settings) -> str:
+    """What a recipe costs."""
+    return f"at {times_cost(row, settings, ' the cost')}" if row.cost.index.n else "its cost not measured"
+
+
+def times_cost(row: Row, settings: Settings, noun: str = "") -> str:
+    """The cost as a ratio, with its interval where it is not shown to be lower; one seed's cost is called so."""
     cost = row.cost.index
-    if math.isnan(cost.mean):
-        return "its cost not measured"
-    return f"at {ratio(cost.mean)} the cost" + " (one seed)" * (cost.n == 1) + f" {EMULATED}" * row.cost.emulated
+    reach = "" if cost.n < 2 or row.cost.saves(settings.alpha) else f" [{cost.low:.3g}, {cost.high:.3g}]"
+    return f"{ratio(cost.mean)}{noun}{reach}" + " (one seed)" * (cost.n == 1) + f" {EMULATED}" * row.cost.emulated
+
+
+def cost_needed(cost: Cost, settings: Settings, briefly: bool = False) -> str:
+    """How many seeds would show whether a recipe costs less (see `words.needed`).
+
+    Args:
+        briefly: after words that ask whether it costs less.
+    """
+    if not cost.index.n:
+        return "its cost was not measured"
+    lower = cost.index.mean < 1
+    how = "it" if briefly and lower else f"that it costs {'less' if lower else 'more'}"
+    count = cost.seeds_needed(settings.alpha, settings.power)
+    return seeds_that_show(how, count, cost.index, "" if briefly else chance(settings))
+
+
+def cost_means(settings: Settings) -> str:
+    """What a cost is, by the reader's weights.
+
+    >>> cost_means(Settings(memory_weight=0.5))
+    'Cost: geometric mean of time and memory per token, weighted 1:0.5.'
+    >>> cost_means(Settings(speed_weight=0))
+    'Cost: memory per token alone.'
+    """
+    speed, memory = settings.speed_weight, settings.memory_weight
+    if not (speed and memory):
+        return f"Cost: {'time' if speed else 'memory'} per token alone."
+    return f"Cost: geometric mean of time and memory per token, weighted {speed:g}:{memory:g}."
 
 
 def _recommended(one: Recommendation, settings: Settings) -> str:
@@ -75,8 +116,8 @@ def _recommended(one: Recommendation, settings: Settings) -> str:
         f"{where_of(one.setting)}: use {row.recipe.label}, {what} equivalent to {_reference(one)} within "
         f"{margin(settings)}: {difference(row.comparison)}; TOST {p_value(row.comparison.p_equivalent)}"
         f"{_adjusted_for(row.comparison.family)}; {scores_of(row)}. "
-        f"{_savings(row.cost)} It is cheaper at {p_value(row.cost.p)}{_adjusted_for(one.recipes)}.{_ties(one)}"
-        f"{unfinished(row)}"
+        f"{_savings(row.cost)} It is cheaper at {p_value(row.cost.p)}{_adjusted_for(row.cost.family)}."
+        f"{_ties(one, settings)}{unfinished(row)}"
     )
 
 
@@ -84,11 +125,11 @@ def _adjusted_for(family: int) -> str:
     return f", adjusted for {family} recipes" if family > 1 else ""
 
 
-def _ties(one: Recommendation) -> str:
+def _ties(one: Recommendation, settings: Settings) -> str:
     """The equivalent recipes that the measured costs do not tell from the one that is named."""
     if not one.tied:
         return ""
-    shown = [f"{row.recipe.label} ({at_cost(row)}, {scores_of(row)})" for row in one.tied]
+    shown = [f"{row.recipe.label} ({at_cost(row, settings)}, {scores_of(row)})" for row in one.tied]
     return f" Its cost cannot be told from that of {joined(shown)}: take any of them."
 
 
@@ -118,27 +159,49 @@ def unfinished(row: Row) -> str:
 
 
 def _not_recommended(one: Recommendation, settings: Settings) -> str:
-    where = where_of(one.setting)
-    if one.advice == "dear":
-        shown = [
-            f"{row.recipe.label} ({at_cost(row)}, {difference(row.comparison)}, {scores_of(row)})" for row in one.dear
-        ]
-        return (
-            f"{where}: stay with {_reference(one)}. Equivalent to it within {margin(settings)}, but not shown to cost "
-            f"less: {joined(shown)}."
-        )
+    where, equivalent = where_of(one.setting), f"equivalent to {_reference(one)} within {margin(settings)}"
+    cheaper = " that may cost less" if one.dear else ""
+    if one.advice == "cost_open":
+        return f"{where}: undecided. No recipe that is {equivalent} is shown to cost less."
     if one.advice == "open":
-        return (
-            f"{where}: undecided. No recipe is shown to be equivalent to {_reference(one)} within {margin(settings)}."
-        )
+        return f"{where}: undecided. No recipe{cheaper} is shown to be {equivalent}."
     if one.advice == "unsound":
-        return (
-            f"{where}: undecided. No recipe with all of its seeds is shown to be equivalent to {_reference(one)} "
-            f"within {margin(settings)}."
-        )
+        return f"{where}: undecided. No recipe with all of its seeds{cheaper} is shown to be {equivalent}."
     if one.advice == "better":
-        return f"{where}: no recipe is equivalent to {_reference(one)} within {margin(settings)}."
+        return f"{where}: no recipe{cheaper} is {equivalent}."
+    if one.advice == "dear":
+        return f"{where}: stay with {_reference(one)}. No recipe that is {equivalent} costs less."
     return f"{where}: stay with {_reference(one)}. Every other recipe is shown to lie outside {margin(settings)}."
+
+
+def _cost_open(row: Row, settings: Settings) -> str:
+    return (
+        f"Equivalent, but whether it costs less is undecided: {_priced(row, settings)}; "
+        f"{cost_needed(row.cost, settings)}."
+    )
+
+
+def _dear(row: Row, settings: Settings) -> str:
+    shown = "but its cost is the same on every seed" if row.cost.alike else "but shown to cost more"
+    return f"Equivalent, {shown}: {_priced(row, settings)}."
+
+
+def _priced(row: Row, settings: Settings) -> str:
+    """An equivalent recipe with its numbers, and p of its cost."""
+    p = f", {p_value(row.cost.p)}{_adjusted_for(row.cost.family)}" if row.cost.index.n > 1 else ""
+    return f"{row.recipe.name}, {at_cost(row, settings)}{p}; {difference(row.comparison)}; {scores_of(row)}"
+
+
+def _all_open(one: Recommendation, settings: Settings) -> list[str]:
+    """The cheapest of the undecided, and that which the fewest seeds would show to be equivalent; then the others."""
+    shown = list(one.open[:MOST_LISTED])
+    soonest = one.soonest(settings)
+    if soonest and not any(row is soonest[0] for row in shown):
+        shown.append(soonest[0])
+    listed = {row.recipe.key for row in shown}
+    more = [row.recipe.name for row in one.open if row.recipe.key not in listed]
+    lines = [_open(row, settings) for row in shown]
+    return [*lines, f"Undecided too: {joined(more)}."] if more else lines
 
 
 def _unsound(row: Row) -> str:
@@ -152,6 +215,6 @@ def _unsound(row: Row) -> str:
 def _open(row: Row, settings: Settings) -> str:
     doubted = f"; {joined(doubts(row))}" if doubts(row) else ""
     return (
-        f"Undecided: {row.recipe.name}, {at_cost(row)}, {difference(row.comparison)}; {scores_of(row)}{doubted}; "
-        f"{needed(row.comparison, settings)}."
+        f"Undecided: {row.recipe.name}, {at_cost(row, settings)}, {difference(row.comparison)}; {scores_of(row)}"
+        f"{doubted}; {needed(row.comparison, settings)}."
     )

@@ -12,8 +12,8 @@ from lyapft.verdict.sentences.advice import scores_of
 from lyapft.verdict.sentences.single_scores import single_scores
 from lyapft.verdict.spikes import Spikes, worth_of_an_answer
 from lyapft.verdict.words import (
-    AGAINST,
     ALONE,
+    against,
     difference,
     joined,
     margin,
@@ -56,9 +56,9 @@ def _failure(one: Inquiry, settings: Settings) -> str:
     row = one.row
     tried = remedy(one) if row.outcome(settings) == "worse" else ""
     return (
-        f"{row.recipe.name} is {row.outcome(settings)} than {AGAINST[PAPER]} by more than {settings.margin:g} "
-        f"point{'s' * (settings.margin != 1)}: {difference(row.comparison)}, {p_value(row.comparison.p_outside)}; "
-        f"{scores_of(row)}.{blame(one, settings)}{tried}"
+        f"{row.recipe.name} is {row.outcome(settings)} than {against(PAPER, row.recipe.trained)} by more than "
+        f"{settings.margin:g} point{'s' * (settings.margin != 1)}: {difference(row.comparison)}, "
+        f"{p_value(row.comparison.p_outside)}; {scores_of(row)}.{blame(one, settings)}{tried}"
     )
 
 

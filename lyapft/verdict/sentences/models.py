@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from lyapft.verdict.ablations import Ablation
-from lyapft.verdict.architectures import Contrast
+from lyapft.verdict.architectures import Contrast, Pooling
 from lyapft.verdict.evidence import Settings
 from lyapft.verdict.floors import Floor
 from lyapft.verdict.learning import Gain, Learned, Raw
 from lyapft.verdict.words import (
-    AGAINST,
     ALONE,
     MOST_LISTED,
+    NO_ITEMS,
+    against,
     beyond,
     difference,
     interval,
@@ -41,8 +42,13 @@ def architectures(
             f"No recipe that a Mamba and a Transformer of about its size share has a counterpart{beside}: nothing can "
             "be compared."
         ]
+    single: dict[tuple[str, ...], list[Contrast]] = {}
+    for one in found:
+        if not one.overall:
+            single.setdefault(one.place, []).append(one)
     lines = [
-        _contrast(contrast, settings) + _floors_of(contrast, floors) + (BEYOND if contrast.beyond else "")
+        f"{_contrast(contrast, settings)}{_poolings(contrast, single.get(contrast.place, ()), settings)}"
+        f"{_floors_of(contrast, floors)}{BEYOND * contrast.beyond}"
         for contrast in found
         if contrast.overall
     ]
@@ -51,33 +57,70 @@ def architectures(
 
 def _floors_of(contrast: Contrast, floors: Sequence[Floor]) -> str:
     """What another seed alone does to both, beside a comparison of sizes, which hold that noise too."""
-    place = (contrast.data, contrast.task)
-    by_model = {f.setting[0]: f.mean_abs for f in floors if f.kind == "seeds" and f.setting[1:] == place}
-    ours, theirs = by_model.get(contrast.model), by_model.get(contrast.twin)
-    if ours is None or theirs is None:
+    both = contrast.seed_floors(floors)
+    return f" Another seed alone moves them by {both[0]:.2f} and {both[1]:.2f} points." if both else ""
+
+
+def _poolings(contrast: Contrast, single: Sequence[Contrast], settings: Settings) -> str:
+    """What other means give where some recipes are left out, and which recipes show a difference by themselves."""
+    if contrast.pooled < 2 or contrast.comparison.estimate.n < 2:
         return ""
-    return f" Another seed alone moves them by {ours:.2f} and {theirs:.2f} points."
+    others = [
+        f"over {_over(one, contrast)} {difference(one.comparison)}, {p_value(one.comparison.p_different)}"
+        for one in contrast.others
+    ]
+    pooled = f" Pooled otherwise: {'; '.join(others)}." if others else ""
+    shown = [f"{one.recipe} ({steadier} the steadier)" for one in single if (steadier := one.steadier(settings))]
+    which = f": {joined(shown)}" if shown else ""
+    return f"{pooled} By itself {len(shown) or 'none'} of the {len(single)} recipes shows a difference{which}."
+
+
+def _over(one: Pooling, contrast: Contrast) -> str:
+    """Which recipes another mean is of."""
+    if len(one.recipes) > contrast.pooled:
+        return f"all {len(one.recipes)}"
+    instead = dict.fromkeys(f"{left.recipe.peft} instead of {left.same_as.peft}" for left in contrast.left_out)
+    return f"{len(one.recipes)} with {joined(list(instead))}"
 
 
 def _contrast(contrast: Contrast, settings: Settings) -> str:
     found = contrast.comparison
-    twice = f", without {joined(list(contrast.left_out))}, which one of them repeats" if contrast.left_out else ""
-    pooled = f"mean over the {contrast.pooled} recipes that both have{twice}"
-    from_ = f"from {AGAINST[contrast.counterpart]}, {pooled if contrast.pooled > 1 else contrast.recipe}"
+    pooled = f"mean over {contrast.pooled} recipes that both have{_without(contrast)}"
+    reference = against(contrast.counterpart, contrast.trained)
+    from_ = f"from {reference}, {pooled if contrast.pooled > 1 else contrast.recipe}"
     sizes = (
         f"mean divergence {size(contrast.size)} of {contrast.model}, scores {raw(*contrast.scores)}, and "
         f"{size(contrast.twin_size)} of {contrast.twin}, scores {raw(*contrast.twin_scores)}"
     )
     if found.estimate.n < 2:
         return (
-            f"{contrast.model} and {contrast.twin} ({from_}): {sizes}; one common seed has no interval, so neither can "
-            "be called steadier."
+            f"{contrast.model} and {contrast.twin} ({from_}): {sizes}; {one_cell(contrast)}"
+            f"{' has no interval' * contrast.trained}, so neither can be called steadier."
         )
     numbers = f"{sizes}; difference {difference(found)}, {p_value(found.p_different)}."
     if steadier := contrast.steadier(settings):
         other = contrast.twin if steadier == contrast.model else contrast.model
         return f"{steadier} is steadier than {other} ({from_}): {numbers}"
-    return f"{contrast.model} and {contrast.twin} ({from_}): neither is shown to be steadier; {numbers}"
+    chosen = ", as it hangs on which recipes are pooled" if contrast.poolings_disagree(settings) else ""
+    return f"{contrast.model} and {contrast.twin} ({from_}): neither is shown to be steadier{chosen}; {numbers}"
+
+
+def one_cell(contrast: Contrast) -> str:
+    """Why there is no interval."""
+    return "one common seed" if contrast.trained else "a base is one cell whatever the seed"
+
+
+def _without(contrast: Contrast) -> str:
+    """Which recipes are left out of the mean, and why."""
+    if not contrast.left_out:
+        return ""
+    why = dict.fromkeys(
+        f"{one.recipe.model}'s {one.recipe.peft} is its {one.same_as.peft}"
+        + ("" if one.alike else f"; {one.other}'s differs")
+        for one in contrast.left_out
+    )
+    labels = [one.recipe.label for one in contrast.left_out]
+    return f", without {joined(labels)}, because {joined(list(why))}"
 
 
 def learning(found: Sequence[Gain]) -> list[str]:
@@ -97,7 +140,9 @@ def _gain(gain: Gain) -> str:
     share, theirs = gain.relative, gain.twin_raw
     assert share is not None
     assert theirs is not None
-    if share.n < 2:
+    if share.unit == "items" and not share.n:
+        relative = f"no ratio to {gain.twin}'s: {NO_ITEMS}"
+    elif share.n < 2:
         relative = f"one seed gives no ratio to {gain.twin}'s"
     elif math.isfinite(share.mean):
         relative = f"{100 * share.mean:.0f}% of {gain.twin}'s ({interval(share, '.0%')}; {_few(theirs)})"

@@ -33,11 +33,12 @@ def _score(found: ScoreRow, several: bool) -> str:
 
 
 def _why(group: Sequence[Outside], several: bool, settings: Settings) -> str:
-    """The blame and the remedy of one format, full precision where it is among them; of the others what differs."""
+    """The blame of one format, full precision where it is among them, of the others what differs; each one's remedy."""
     first = explained(group)
     if first is None:
         return ""
     text = blame(first, settings).lstrip()
     said = f" In {first.row.recipe.precision}: {text[0].lower()}{text[1:]}" if several else f" {text}"
-    beside = "".join(blame_beside(one.inquiry, settings) for one in group if one.inquiry and one.inquiry is not first)
-    return said + beside + (remedy(first) if first.loses else "")
+    others = [one.inquiry for one in group if one.inquiry and one.inquiry is not first]
+    beside = "".join(blame_beside(one, settings) for one in others)
+    return said + beside + "".join(remedy(one, several) for one in (first, *others) if one.loses)

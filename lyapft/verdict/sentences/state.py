@@ -3,14 +3,15 @@
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
+from lyapft.verdict.chance import AtChance
 from lyapft.verdict.evidence import Recipe
-from lyapft.verdict.floors import KINDS, Floor
+from lyapft.verdict.floors import KINDS, Floor, measurable
 from lyapft.verdict.gaps import Gap
 from lyapft.verdict.recipes import ScoreRow
-from lyapft.verdict.words import joined, scored, where_of
+from lyapft.verdict.words import joined, raw, scored, where_of
 
 
-def noise(found: Sequence[Floor]) -> list[str]:
+def noise(found: Sequence[Floor], recipes: Sequence[Recipe]) -> list[str]:
     """How far runs lie apart that should not differ, or that this was not measured."""
     lines = []
     for setting, own in groupby(found, key=lambda floor: floor.setting):
@@ -21,7 +22,7 @@ def noise(found: Sequence[Floor]) -> list[str]:
         ]
         lines.append(f"Noise floor of {where_of(setting)}, mean size of a difference: {'; '.join(parts)}.")
     measured = {floor.kind for floor in found}
-    if absent := [name for kind, name in KINDS.items() if kind not in measured]:
+    if absent := [name for kind, name in measurable(recipes).items() if kind not in measured]:
         lines.append(f"Not measured: {joined(absent)}.")
     lines.append(
         "A mean size is positive even where nothing but noise differs: compare it with its floor. What is tested above "
@@ -62,6 +63,16 @@ def repeated(found: Mapping[tuple[str, str, str, str], Recipe], recipes: Sequenc
 
 def _each(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
+
+
+def guessing(found: Sequence[AtChance]) -> list[str]:
+    """Scores of the reference that are not shown to be better than guesses."""
+    return [
+        f"{where_of(one.setting)}: {len(one.guessed)} of {one.of} scores in full precision are not shown to lie above "
+        f"guessing: {joined([f'{scored(key)} {raw(*both)}' for key, both in one.guessed.items()])}. That a recipe "
+        "agrees there says little about it."
+        for one in found
+    ]
 
 
 def beyond_training(scores: Sequence[ScoreRow]) -> list[str]:
