@@ -39,7 +39,7 @@ def at_chance(evidence: Evidence, settings: Settings) -> list[AtChance]:
         for run in recipe.runs:
             own = evidence.scores(run)
             chance |= own.chance
-            for key in own.values.keys() & own.chance.keys():
+            for key in filter(own.chance.__contains__, own.values):
                 values.setdefault(key, []).append(own.values[key])
                 items[key] = min(items.get(key, own.items[key]), own.items[key])
         means = {key: math.fsum(own) / len(own) for key, own in values.items()}
