@@ -91,6 +91,12 @@ MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])  # with H
 PIECES = (
     "![p](http://evil/p.png)",
     "[a]: http://evil",
+    "[1](http://evil)",
+    "[−0.3, +0.5]",
+    "[1]: http://evil",
+    "![2]",
+    "(http://evil)",
+    ":",
     "<img src=x>",
     "&lt;",
     "`",

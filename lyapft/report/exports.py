@@ -18,8 +18,10 @@ from lyapft.verdict import Section, Verdict
 MARKDOWN, LATEX = "verdict.md", "verdict.tex"
 DETAIL = "In detail"  # heading of the sentences that the page has no room for
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a text begins that a spreadsheet would run
-# What Markdown reads as more than text: marks, an underscore that is not within a word, and what opens a block.
-MARKS = re.compile(r"[\\`*\[|~]|(?<![^\W_])_|_(?![^\W_])")
+# What Markdown reads as more than text: marks, a bracket that could begin a link (an interval alone is none), an
+# underscore that is not within a word; and what opens a block.
+INTERVAL = r"[−+]?\d[^\[\]]*\](?![\[(:])"
+MARKS = re.compile(rf"[\\`*|~]|\[(?!{INTERVAL})|(?<![^\W_])_|_(?![^\W_])")
 OPENS = re.compile(r"^(\d*)([#>+=.)-])")
 CELLS_FILE = f"{records.TABLES}/cells.parquet"
 PLAIN = ("id", "name", "status", "role", "seed", "replicate")
@@ -143,6 +145,8 @@ def _escaped(text: str) -> str:
 
     >>> _escaped("![x](http://a/b.png) of lora_all | <b>")
     '!\\\\[x](http://a/b.png) of lora_all \\\\| &lt;b>'
+    >>> _escaped("0.12 [−0.30, +0.54], [1](http://a)")
+    '0.12 [−0.30, +0.54], \\\\[1](http://a)'
     """
     flat = " ".join(text.split())
     return MARKS.sub(r"\\\g<0>", flat).replace("&", "&amp;").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""The verdict on one page: what a reader needs to decide, in at most 560 words, each with its numbers.
+"""The verdict on one page: what a reader needs to decide, in at most 570 words, each with its numbers.
 
 Written from the findings, as every other sentence is. What does not fit is counted, and stands in the details.
 """

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lyapft.verdict import sentences
-from lyapft.verdict.page.common import Common, cut
+from lyapft.verdict.page.common import FLIPPED, Common, cut
 from lyapft.verdict.page.layout import Topic, by_turns, line, topic
 from lyapft.verdict.recipes import Row
 from lyapft.verdict.recommendation import Recommendation, doubts
@@ -132,4 +132,5 @@ def _better(one: Recommendation, common: Common) -> str:
 
 def _numbers(row: Row, common: Common) -> str:
     scores = (row.score, row.counterpart_score)
-    return common.numbers(row.comparison.estimate, scores, bool(row.beyond))
+    flipped = f"; {row.flips.mean:.0%} {FLIPPED}" if row.flips else ""
+    return f"{common.numbers(row.comparison.estimate, scores, bool(row.beyond))}{flipped}"

@@ -10,6 +10,7 @@ from lyapft.verdict.findings import Findings
 from lyapft.verdict.words import BASE, REFERENCE, counted, joined, p_value, raw, signed
 
 BEYOND = "†"  # beside scores that are also of items longer than what the base was trained on
+FLIPPED = "flipped"  # beside the share of answers that differ from the counterpart's
 LONGEST_NAME = 60
 MOST_NAMED = 4  # layers, models
 

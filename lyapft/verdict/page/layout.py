@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from lyapft.verdict.words import Section
 
-WORDS = 550  # of a page with its headings and bullets: one sheet, one screen
+WORDS = 560  # of a page with its headings and bullets: one sheet, one screen
 MOST = 20  # lines of one topic that are written at all: more never fit
 MOST_KINDS = 4  # by which the lines that are left out are counted
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from itertools import groupby
 from lyapft.verdict import sentences
 from lyapft.verdict.duplicates import first_of_its_kind
 from lyapft.verdict.floors import measurable
-from lyapft.verdict.page.common import BEYOND, Common, cut, some
+from lyapft.verdict.page.common import BEYOND, FLIPPED, Common, cut, some
 from lyapft.verdict.page.layout import Topic, line, topic
 from lyapft.verdict.sentences.advice import cost_means
 from lyapft.verdict.sentences.failures import NOISE
@@ -123,6 +123,7 @@ def key(common: Common, text: str) -> list[Topic]:
         "none: every weight trains." if trained and re.search(r"\bnone\b", text) else "",
         f"Differences: points of accuracy, mean over tasks and shots, {_brackets(common)}; then score against score. "
         f"Equivalent: inside {margin(found.settings)} by two one-sided tests. Holm corrects every p, no interval.",
+        "Flipped: share of answers that differ." if FLIPPED in text else "",
         cost_means(found.settings) if "cost" in text or any(one.chosen for one in found.recommendations) else "",
         f"{joined(units).capitalize()}: with {chance(found.settings)}." if units else "",
     ]
