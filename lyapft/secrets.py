@@ -15,19 +15,26 @@ from typing import Any
 
 HIDDEN = "(hidden)"
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
-# Parts of words that tell wherever they stand; whole words that do; and, where `key` or `token` says little by itself,
-# the words that may stand before it.
+# Parts of words that tell wherever they stand; whole words that do; and, where `key`, `token` or `pass` says little by
+# itself, the words that may stand before it.
 PLAIN = re.compile(r"secret|passw(?:or)?d|passphrase|credential|bearer|cookie|api_?key")
 WHOLE = {"auth", "oauth", "authorization"}
 OPENED_BY = {
     "access", "account", "admin", "api", "app", "auth", "aws", "azure", "bot", "client", "crypt", "db",
-    "decryption", "deploy", "encryption", "gcp", "gh", "git", "github", "gitlab", "google", "gpg", "hf", "hub",
-    "huggingface", "jwt", "license", "master", "oauth", "openai", "pgp", "private", "root", "rsa", "secret",
-    "service", "session", "shared", "signing", "ssh", "ssl", "storage", "tls", "user", "wandb",
+    "decryption", "deploy", "email", "encryption", "gcp", "gh", "git", "github", "gitlab", "google", "gpg", "hf", "hub",
+    "huggingface", "jwt", "ldap", "license", "login", "mail", "master", "mysql", "oauth", "openai", "pgp", "postgres",
+    "private", "proxy", "redis", "root", "rsa", "service", "session", "shared", "signing", "smtp", "ssh", "ssl",
+    "storage", "sudo", "tls", "user", "wandb",
 }  # fmt: skip
 JOINED = re.compile(rf"({'|'.join(sorted(OPENED_BY))})(keys?|tokens?|pass|pwd)")
-KEPT_IN = {"file", "path", "dir", "folder", "sock"}  # of names that say where one is kept
-NOT_SECRET = {"PWD", "OLDPWD"}  # variables: the folder that a shell is in
+KEPT_IN = {  # the last words of names that say where or how one is kept
+    "dir", "directory", "endpoint", "file", "filename", "folder", "helper", "host", "hostname", "location", "method",
+    "mode", "mount", "name", "path", "port", "provider", "scheme", "sock", "timeout", "type", "uri", "url", "user",
+    "username", "version",
+}  # fmt: skip
+NO_VALUE = {"", "true", "false", "none", "null", "yes", "no", "on", "off"}  # a field's text that holds no credential
+NUMBER = re.compile(r"(?:(?:start|stop|step)=)?-?\d+(?:\.\d+)?")
+BETWEEN = re.compile(r"(?:\b(?:choice|range|shuffle|sort)\(|[\s,()\[\]'\"])+")  # values of a list, or of a sweep
 WEB = ("http://", "https://")
 IN_URL = re.compile(r"(?<=://)[^/?#\s]+(?=@)")  # to the last @, which a password may hold too
 FROM_ENVIRONMENT = re.compile(r"\boc\.env:\s*['\"]?(\w+)")  # OmegaConf's interpolation
@@ -50,18 +57,22 @@ def is_named(key: str) -> bool:
     [True, True, True, True, True]
     >>> [is_named(key) for key in ("batch_tokens", "key", "tokenizer", "pwd_model", "signature", "author", "pass_k")]
     [False, False, False, False, False, False, False]
+    >>> [is_named(key) for key in ("AUTH_METHOD", "forward_pass", "user_pass")]
+    [False, False, True]
     """
     words = [part for word in WORD.findall(key) for part in _parts(word.lower())]
     while words and words[-1].isdigit():
         words.pop()
-    if not words or key in NOT_SECRET or words[-1] in KEPT_IN:
+    if not words or words[-1] in KEPT_IN:
         return False
     if any(word in WHOLE or PLAIN.search(word) for word in words):
         return True
     if any(opener in OPENED_BY and word.removesuffix("s") in ("key", "token") for opener, word in pairwise(words)):
         return True
     *before, last = words
-    return last in ("token", "pass") or (last == "pwd" and bool(before)) or (last == "signature" and "amz" in before)
+    if last == "pass":
+        return not before or before[-1] in OPENED_BY
+    return last == "token" or (last == "pwd" and bool(before)) or (last == "signature" and "amz" in before)
 
 
 def _parts(word: str) -> list[str]:
@@ -85,17 +96,24 @@ def faults(settings: Any, overrides: Iterable[str] = ()) -> list[str]:
     'model.dims.hub_token looks like a credential'
     """
     known = _in_environment()
-    names = [name for name, key, value in _leaves(settings) if _is_secret(key, value, known)]
+    given = list(_leaves(settings))
     for override in overrides:
         name, equals, value = override.lstrip("+~").partition("=")
         if not equals:
             name, value = "an argument", override
-        if _is_secret(name.rpartition(".")[2], value, known):
-            names.append(name.partition("{")[0])
+        given.append((name.partition("{")[0], name.rpartition(".")[2], value))
+    found: dict[str, str] = {}
+    for name, key, value in given:
+        if _is_secret(key, value):
+            advice = "and put it into the environment instead (HF_TOKEN, WANDB_API_KEY)"
+        elif variable := _variable_in(value, known):
+            advice = f"or, as it holds the value of {variable}, unset that variable if it is no credential"
+        else:
+            continue
+        found.setdefault(name, advice)
     return [
-        f"{name} looks like a credential: settings are written into records and logs. Take it out, and put it into the "
-        "environment instead (HF_TOKEN, WANDB_API_KEY)"
-        for name in dict.fromkeys(names)
+        f"{name} looks like a credential: settings are written into records and logs. Take it out, {advice}"
+        for name, advice in found.items()
     ]
 
 
@@ -112,8 +130,8 @@ def without(value: Any, key: str = "") -> Any:
     if isinstance(value, list | tuple):
         return [without(inner) for inner in value]
     if isinstance(value, str):
-        name, equals, _ = value.partition("=")  # an override such as model.hub_token=abc
-        if equals and is_named(name.rpartition(".")[2]):
+        name, equals, told = value.partition("=")  # an override such as model.hub_token=abc
+        if equals and is_named(last := name.rpartition(".")[2]) and _is_told(last, told):
             return f"{name}={HIDDEN}"
         return hidden(value)
     return value
@@ -175,13 +193,19 @@ def _leaves(value: Any, name: str = "", key: str = "") -> Iterator[tuple[str, st
         yield name, key, value
 
 
-def _is_secret(key: str, value: Any, known: set[str]) -> bool:
-    """A value is a secret by its field, its look, as a known one, or by a name before it in a text."""
+def _variable_in(value: Any, known: Mapping[str, str]) -> str | None:
+    """The variable of the environment whose secret a value holds."""
+    held = (variable for secret, variable in known.items() if isinstance(value, str) and secret in value)
+    return next(held, None)
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    """A value is a secret by its field, its look, or by a name before it in a text."""
     if is_named(key) and _is_told(key, value):
         return True
     if not isinstance(value, str):
         return False
-    if VALUE.search(value) or IN_URL.search(value) or any(secret in value for secret in known):
+    if VALUE.search(value) or IN_URL.search(value):
         return True
     if any(is_named(variable) for variable in FROM_ENVIRONMENT.findall(value)):
         return True
@@ -192,18 +216,23 @@ def _is_secret(key: str, value: Any, known: set[str]) -> bool:
 
 def _is_told(key: str, value: Any) -> bool:
     """Whether a credential's field holds one: numbers of tokens are settings (`experiment.token=8`), but those of a
-    password are not."""
-    if value is None or isinstance(value, bool) or value in ("", "null"):
-        return False
-    return not ("token" in key.lower() and re.fullmatch(r"[\d,\s.]+", str(value)))
+    password are not.
+
+    >>> [_is_told("use_auth", "False"), _is_told("token", "range(8,16)"), _is_told("password", "8")]
+    [False, False, True]
+    """
+    told = [word for word in BETWEEN.split(str(value)) if word.lower() not in NO_VALUE]
+    return not all("token" in key.lower() and NUMBER.fullmatch(word) for word in told)
 
 
-def _in_environment() -> set[str]:
-    """Values of the variables that hold credentials by their names, and those inside of addresses (HTTPS_PROXY)."""
-    found = {value for name, value in os.environ.items() if is_named(name)}
-    for value in os.environ.values():
+def _in_environment() -> dict[str, str]:
+    """The variable of each value: of those that hold credentials by their names, and what is inside of addresses
+    (HTTPS_PROXY)."""
+    found = {value: name for name, value in os.environ.items() if is_named(name)}
+    for name, value in os.environ.items():
         for match in IN_URL.finditer(value):
             password = match[0].partition(":")[2]
             # in an address of the web a name by itself is a token; in ssh://me@host it is a name
-            found |= {match[0], password} if password or value[: match.start()].endswith(WEB) else set()
-    return {value for value in found if len(value) >= SHORTEST}
+            if password or value[: match.start()].endswith(WEB):
+                found |= {match[0]: name, password: name}
+    return {value: name for value, name in found.items() if len(value) >= SHORTEST}
