@@ -90,6 +90,7 @@ def faults(cfg: DictConfig) -> list[str]:
     Args:
         cfg: composed, with its `hydra` node; need not be resolvable.
     """
+    cfg = containment.unresolved(cfg)
     own: Any = OmegaConf.to_container(cfg, resolve=False)
     hydra = own.pop("hydra", None) or {}  # its overrides are in `typed`, and the rest holds this machine's paths
     typed = [text for kind in ("task", "hydra") for text in (hydra.get("overrides") or {}).get(kind) or []]
@@ -97,13 +98,14 @@ def faults(cfg: DictConfig) -> list[str]:
     typed += [f"{key}={value}" for key, value in params.items()]
     own |= {"hydra": {"job": {"env_set": (hydra.get("job") or {}).get("env_set")}, "launcher": hydra.get("launcher")}}
     names = {key: [OmegaConf.select(cfg, key)] for key in config.FOLDER_PARTS if OmegaConf.select(cfg, key)}
-    for key, value in _swept(typed):
+    given = list(_swept(typed))
+    for key, value in given:
         if key in config.FOLDER_PARTS:
             names.setdefault(key, []).append(value)
     found = secrets.faults(own, typed) or secrets.faults(names)  # as they were typed, and names as they will be
     if found:
         return found  # the others would repeat what was given
-    found = containment.hydra_faults(cfg) if hydra else []
+    found = containment.hydra_faults(cfg, given) if hydra else []
     return found + [fault for key, values in names.items() for fault in config.name_faults(key, values)]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import html.parser
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
 from lyapft import admission, backbone, cell, config, containment, evaluation, records, report
 from lyapft.config import ModelConfig
@@ -114,6 +117,113 @@ def test_a_folder_of_hydra_depends_on_nothing_that_a_job_may_change(typed, tmp_p
     assert code == 1
     assert f"{case} may not depend on device" in printed
     assert not any(tmp_path.iterdir())
+
+
+def sweep_of(*words: str) -> DictConfig:
+    """The settings of `python train.py -m …` as a callback gets them."""
+    config.register()
+    with initialize_config_dir(version_base=None, config_dir=str(config.CONF_DIR)):
+        loader = GlobalHydra.instance().config_loader()
+        cfg = loader.load_configuration("train", list(words), RunMode.MULTIRUN)
+    cfg.hydra.mode = RunMode.MULTIRUN
+    return cfg
+
+
+FILE = "hydra.job_logging.handlers.file.filename=${hydra:runtime.output_dir}/"
+COMMON = {
+    "a variable": ["runs=${oc.env:SCRATCH}", "hydra.sweep.dir=${oc.env:SCRATCH}/s"],
+    "its default": ["hydra.sweep.subdir=${oc.env:NO_SUCH,plain}"],
+    "the user in a log": ["hydra/job_logging=default", FILE + "${oc.env:SCRATCHER}.log"],
+    "the time": ["hydra.sweep.subdir=${now:%Y-%m-%d}/${now:%H-%M-%S}"],
+    "a choice": ["hydra.sweep.subdir=${hydra.runtime.choices.model}", "model=mamba_tiny,mamba2_tiny"],
+    "a choice by the resolver": ["hydra.sweep.subdir=${hydra:runtime.choices.model}"],
+    "the present folder": ["runs=${hydra:runtime.cwd}/runs", "hydra.sweep.dir=${ hydra:runtime.cwd }/runs/s"],
+    "overrides": ["hydra.sweep.subdir=${hydra.job.override_dirname}", "data.path=../x.json", "seed=0,1"],
+    "overrides below": ["hydra.sweep.subdir=${hydra:job.override_dirname}", "data.path=/data/a/x.json,b", "seed=0,1"],
+    "a part of them": [
+        "hydra.sweep.subdir=${hydra.job.override_dirname}",
+        "hydra.job.config.override_dirname.exclude_keys=[data.path]",
+        "data.path=../../../x.json",
+    ],
+    "jobs of submitit": [
+        "+hydra.launcher.submitit_folder=${oc.env:SCRATCH}/jobs/${now:%H}/%j",
+        "runs=${oc.env:SCRATCH}",
+    ],
+}
+
+
+@pytest.mark.parametrize("case", COMMON)
+def test_what_users_of_hydra_name_their_folders_after_is_allowed_in_a_sweep(monkeypatch, tmp_path, case):
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.setenv("SCRATCHER", "me")
+    assert admission.faults(sweep_of(*COMMON[case])) == []
+
+
+DIRNAME = "hydra.sweep.subdir=${hydra.job.override_dirname}"
+IN_A_JOB = {
+    "a variable": (["hydra.sweep.dir=${oc.env:SCRATCH}/s"], "leads out of runs"),
+    "a variable inside of runs": (["hydra.sweep.subdir=${oc.env:UP}"], "leads out of runs"),
+    "a variable of another's name": (["hydra.sweep.subdir='${oc.env:${device}}'"], "may not depend on oc.env:"),
+    "a default that is swept": (["hydra.sweep.subdir='${oc.env:NO_SUCH,${device}}'"], "may not depend on oc.env:"),
+    "a variable of a launcher's": (
+        ["hydra.sweep.subdir=${oc.env:PLAIN}", "+hydra.launcher.setup=['export PLAIN=../..']"],
+        "may not depend on oc.env:PLAIN, which hydra.launcher may set",
+    ),
+    "a time": (["hydra.sweep.subdir=${now:../../%Y}"], "leads out of runs"),
+    "a choice that is none": (
+        ["hydra.sweep.subdir=${hydra.runtime.choices.mine}", "+hydra.runtime.choices.mine=${device}"],
+        "may not depend on hydra.runtime.choices.mine",
+    ),
+    "a choice above": (
+        ["hydra.sweep.subdir=${hydra.runtime.choices.model}", "model=mamba_tiny,../../model/mamba_tiny"],
+        "as model=../../model/mamba_tiny is a path",
+    ),
+    "an override": ([DIRNAME, "device=a,../../../outside"], "as device=../../../outside would stand in it"),
+    "what an override holds": ([DIRNAME, "device=${data.path}"], r"as device=\$\{data.path\} would stand in it"),
+    "an override's separator": (
+        [DIRNAME, "hydra.job.config.override_dirname.kv_sep=/", "device=../../.."],
+        "would stand in it",
+    ),
+    "a separator that is swept": (
+        [DIRNAME, "hydra.job.config.override_dirname.kv_sep=${device}", "device=a,b"],
+        "kv_sep and item_sep have to be written out",
+    ),
+    "a job's name": (["hydra.job.name=${hydra:job.override_dirname}", "device=a,../../.."], "would stand in it"),
+}
+
+
+@pytest.mark.parametrize("case", IN_A_JOB)
+def test_nothing_that_it_is_named_after_leads_out_in_a_job(monkeypatch, tmp_path, case):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"SCRATCH": str(tmp_path / "scratch"), "UP": "../../outside", "PLAIN": "plain"}.items():
+        monkeypatch.setenv(name, value)
+    words, said = IN_A_JOB[case]
+    found = admission.faults(sweep_of(*words))
+    assert re.search(said, "\n".join(found)), found
+
+
+def test_a_parameter_of_the_sweeper_is_an_override():
+    cfg = sweep_of(DIRNAME)
+    OmegaConf.update(cfg, "hydra.sweeper.params", {"device": "a,../../../outside"}, force_add=True)
+    (found,) = admission.faults(cfg)
+    assert "as device=../../../outside would stand in it" in found
+
+
+def test_a_secret_of_the_environment_names_no_folder(monkeypatch):
+    monkeypatch.setenv("OTHER", "hf_" + 30 * "x")
+    (found,) = admission.faults(sweep_of("hydra.sweep.dir=runs/${oc.env:OTHER}"))[:1]
+    assert "hydra.sweep.dir looks like a credential" in found
+    assert "xxx" not in found
+
+
+def test_the_folder_of_a_job_is_named_by_its_overrides(typed, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(cell, "run", lambda cfg: None)
+    words = ("hydra.sweep.dir=${hydra:runtime.cwd}/runs/s", "hydra.output_subdir=hydra", "data=text")
+    print(typed("-m", *words, DIRNAME, "data.path=a/b,../c"))
+    folders = {path.relative_to(tmp_path).parts for path in tmp_path.rglob("hydra")}
+    assert len(folders) == 2
+    assert all(parts[0] == "runs" for parts in folders)
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
 
 
 OWN_LOG = "hydra_logging: {root: {handlers: [file]}, handlers: {file: {class: logging.FileHandler, filename: %s}}}"
