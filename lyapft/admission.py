@@ -13,6 +13,7 @@ from typing import Any
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
@@ -26,16 +27,19 @@ EXTRAS = {"hydra_plugins.hydra_submitit_launcher": "cluster", "hydra_plugins.hyd
 
 
 class Admission(Callback):
-    """Ends the command with exit code 1 and every reason at once."""
+    """Ends the command with exit code 1 and every reason at once; else `${hydra:…}` has an answer from here on, not
+    only in a job: a sweep's folder and those of studies are made before."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """One cell, or an evaluation."""
         _admit(_asked(config, lone_faults, faults))
+        HydraConfig.instance().set_config(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep."""
         found = rank_faults(dict(os.environ), sys.argv)
         _admit(found + _asked(config, launcher_faults, faults))
+        HydraConfig.instance().set_config(config)
 
 
 def _asked(config: DictConfig, *checks: Callable[[DictConfig], list[str]]) -> list[str]:

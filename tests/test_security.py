@@ -219,7 +219,9 @@ def test_a_secret_of_the_environment_names_no_folder(monkeypatch):
 def test_the_folder_of_a_job_is_named_by_its_overrides(typed, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(cell, "run", lambda cfg: None)
     words = ("hydra.sweep.dir=${hydra:runtime.cwd}/runs/s", "hydra.output_subdir=hydra", "data=text")
-    print(typed("-m", *words, DIRNAME, "data.path=a/b,../c"))
+    code, printed = typed("-m", *words, DIRNAME, "data.path=a/b,../c")
+    assert "cannot" not in printed, printed
+    assert code == 0, printed
     folders = {path.relative_to(tmp_path).parts for path in tmp_path.rglob("hydra")}
     assert len(folders) == 2
     assert all(parts[0] == "runs" for parts in folders)
