@@ -63,6 +63,7 @@ class PeakMemory:
         tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
         self.device, self._model_bytes, self._start, self._files = device, sum(tensors.values()), 0, 0
         self.earlier_bytes: int | None = None
+        self._at_end: int | None = None
         if device == "cuda":
             self.source = "torch.cuda.max_memory_allocated"
         else:
@@ -82,9 +83,13 @@ class PeakMemory:
         except (OSError, StopIteration):  # no such file, or not this line in it
             self.source = "not available on this system"
 
+    def stop(self) -> None:
+        """What is held from now on is no longer this training's."""
+        self._at_end = self._since_start()
+
     def peak_bytes(self) -> int | None:
-        """The peak since the start, or of an earlier attempt where that was higher, in bytes."""
-        peak = self._since_start()
+        """The peak from the start to the end, or of an earlier attempt where that was higher, in bytes."""
+        peak = self._since_start() if self._at_end is None else self._at_end
         return peak if peak is None else max(peak, self.earlier_bytes or 0)
 
     def _since_start(self) -> int | None:

@@ -1,8 +1,9 @@
 """The folders that this process writes by a lease, which it may lose without noticing.
 
 Where a file system shares no locks between machines, a process that stood still for longer than its lease (SIGSTOP, a
-paused machine, a disk that hung) wakes up beside the one that has taken its cell over. So whatever puts a file into
-such a folder asks here right before, and a training ends at the next step: the former holder writes nothing any more.
+paused machine, a disk that hung) wakes up beside the one that has taken its cell over. So whatever puts a record, a
+table, a checkpoint or weights into such a folder asks here right before, and a training ends at the next step: the
+former holder replaces nothing any more. Its log, and what W&B writes by itself, go on until then.
 """
 
 from __future__ import annotations

@@ -46,6 +46,13 @@ def test_pages_of_files_are_not(memory: PeakMemory, tmp_path: Path) -> None:
         assert peak(memory) <= SLACK
 
 
+def test_what_is_held_after_the_end_is_not_either(memory: PeakMemory) -> None:
+    memory.stop()
+    held = np.ones(SIZE, dtype=np.uint8)
+    assert held.nbytes == SIZE
+    assert peak(memory) <= SLACK
+
+
 def test_an_attempt_that_continues_keeps_the_higher_peak(memory: PeakMemory) -> None:
     memory.earlier_bytes = 2**40
     assert peak(memory) == 2**40

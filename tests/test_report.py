@@ -210,8 +210,9 @@ def test_scores_stand_beside_a_blind_guess_where_records_know_it(tmp_path: Path)
     synthetic.study(tmp_path, synthetic.matrix(), n_steps=10, n_items=20)
     scores = figures.scores_against_shots(cells.load_study(tmp_path))
     assert scores is not None
-    drawn = [shape for shape in scores.drawing.layout.shapes if shape.line.dash == "dot"]
-    assert [(shape.y0, shape.y1) for shape in drawn] == [(0.25, 0.25)] * 2  # a panel for each task
+    drawn = [trace for trace in scores.drawing.data if trace.mode == "lines"]
+    assert [(trace.line.dash, *trace.y) for trace in drawn] == [("dot", 0.25, 0.25)] * 2  # a panel for each task
+    assert len({trace.xaxis for trace in drawn}) == 2
     assert "dotted: a blind guess" in scores.reading
     for path in tmp_path.glob("*/record.json"):
         record = json.loads(path.read_text())
@@ -220,7 +221,7 @@ def test_scores_stand_beside_a_blind_guess_where_records_know_it(tmp_path: Path)
         path.write_text(json.dumps(record))
     scores = figures.scores_against_shots(cells.load_study(tmp_path))
     assert scores is not None
-    assert not scores.drawing.layout.shapes
+    assert not [trace for trace in scores.drawing.data if trace.mode == "lines"]
     assert "guess" not in scores.reading
 
 
@@ -234,10 +235,10 @@ def test_scores_beyond_the_trained_length_are_hollow_and_their_bars_are_marked(t
             score["beyond_trained_length"] = 3 * (score["shots"] == 5)
         (home / records.RECORD).write_text(json.dumps(record), encoding="utf-8")
     after = figures.score_figures(cells.load_study(tmp_path))
-    symbols = [
-        [symbol for trace in found[0].drawing.data if trace.x[0] is not None for symbol in trace.marker.symbol]
-        for found in (before, after)
+    lines = [
+        [t for t in found[0].drawing.data if "markers" in t.mode and t.x[0] is not None] for found in (before, after)
     ]
+    symbols = [[symbol for trace in own for symbol in trace.marker.symbol] for own in lines]
     assert not any(symbol.endswith("-open") for symbol in symbols[0])
     assert len(symbols[1]) == 3 * 8
     assert [s.endswith("-open") for s in symbols[1]] == 6 * [False, False, False, True]  # 0, 1, 3 and 5 shots

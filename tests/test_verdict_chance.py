@@ -41,7 +41,9 @@ def test_a_score_that_guessing_gives_is_told_everywhere() -> None:
     assert found.tables["scores"]["chance"].tolist() == [0.25, 0.25]
 
 
-@pytest.mark.parametrize(("values", "chance"), [({0: 0.9, 5: 0.9}, 0.25), ({0: 0.2, 5: 0.2}, None)])
+@pytest.mark.parametrize(
+    ("values", "chance"), [({0: 0.9, 5: 0.9}, 0.25), ({0: 0.2, 5: 0.2}, None), ({0: 0.2, 5: 1.0}, 1.0)]
+)
 def test_nothing_is_said_above_chance_nor_where_no_record_knows_it(
     values: dict[int, float], chance: float | None
 ) -> None:

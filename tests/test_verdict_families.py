@@ -322,6 +322,15 @@ def test_what_only_one_pooling_of_recipes_shows_is_not_said() -> None:
     assert "undecided (mamba_tiny steadier over 2 recipes, " in one_page(found)
 
 
+def test_a_pooling_that_lost_seeds_takes_nothing_back() -> None:
+    """It may be these that show nothing, not the choice of recipes."""
+    found = pooled_twice(STEADY, {"none": WORSE, "lora": WORSE, "lora_all": LITTLE[:1]})
+    (one,) = [one for one in found.contrasts if one.overall and one.counterpart == "paper"]
+    assert {other.comparison.estimate.n for other in one.others} == {1}
+    assert one.steadier(found.settings) == "mamba_tiny"
+    assert "mamba_tiny is steadier over 2 recipes" in one_page(found)
+
+
 def test_the_single_recipes_that_show_a_difference_are_named() -> None:
     cells = {("bf16", "none"): STEADY, ("bf16", "lora"): WORSE}
     twin = {("bf16", "none"): [x + 3 for x in STEADY], ("bf16", "lora"): WORSE[::-1]}

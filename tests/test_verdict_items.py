@@ -118,6 +118,7 @@ def test_the_items_that_would_decide_are_those_of_the_power() -> None:
 def test_items_of_one_side_only_give_nothing() -> None:
     ours, theirs = flipped(3, 4, 50)
     assert over_items(table({("t", 0): ours[:40]}), table({("t", 0): theirs})) is None
+    assert over_items(table({("t", 0): ours}), table({("u", 0): theirs})) is None
 
 
 # --- the gain of one model -------------------------------------------------------------------------------------------
@@ -315,3 +316,5 @@ def test_the_answers_of_bases_are_read_for_the_verdict(tmp_path: Path) -> None:
         items[record["id"]].to_parquet(home / "items.parquet", index=False)
     cells = load_study(tmp_path).cells
     assert {cell.record["id"] for cell in cells if cell.items is not None} == items.keys()
+    read = {tuple(cell.items.columns) for cell in cells if cell.items is not None}
+    assert read == {("task", "subset", "item", "shots", "correct")}  # of a large task all columns are a lot

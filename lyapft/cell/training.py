@@ -111,6 +111,7 @@ class Training:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from None
         finally:
+            self.memory.stop()
             self.parts.seam.sequence = None
             self.series.flush()
 

@@ -37,7 +37,7 @@ from lyapft.divergence.estimates import (
     t_interval,
 )
 from lyapft.divergence.icl import ShotScores, gain_by_item, icl_gains, shot_scores
-from lyapft.divergence.items import AnswerShift, Flips, answer_shift, item_flips, over_items
+from lyapft.divergence.items import CORRECTNESS, AnswerShift, Flips, answer_shift, item_flips, over_items
 from lyapft.divergence.pairs import (
     SPIKE_POINTS,
     Divergence,
@@ -50,6 +50,7 @@ from lyapft.divergence.pairs import (
 __all__ = [
     "ALPHA",
     "BCA_COVERAGE",
+    "CORRECTNESS",
     "FEW_SEEDS",
     "MARGIN_POINTS",
     "MOST_SEEDS",

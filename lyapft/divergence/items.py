@@ -14,6 +14,7 @@ import pandas as pd
 from lyapft.divergence.decisions import MARGIN_POINTS, Comparison, compare
 
 ITEM_KEYS = ["task", "subset", "item", "shots"]
+CORRECTNESS = (*ITEM_KEYS, "correct")  # columns that a comparison over items needs
 LEAST_ITEMS = 2.0  # a standard error is never below what these many items are worth: as 2 + 2 of Agresti & Coull 1998
 
 
@@ -73,9 +74,12 @@ def over_items(
         items, counterpart_items: tables with columns `task, subset, item, shots, correct`, one row per item.
         margin: points; inside ± this a difference does not matter.
     Returns:
-        None where an item is on one side only: such scores are not paired.
+        None where an item is on one side only, or twice on one: such scores are not paired.
     """
-    both = _joined(items, counterpart_items, ["correct"])
+    try:
+        both = _joined(items, counterpart_items, ["correct"])
+    except ValueError:
+        return None
     if not len(both) == len(items) == len(counterpart_items):
         return None
     gained_I, worth_I = shares(both, both["correct_cell"].astype(float) - both["correct_counterpart"].astype(float))

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from lyapft import records
-from lyapft.divergence import Flips, item_flips
+from lyapft.divergence import CORRECTNESS, Flips, item_flips
 from lyapft.errors import NOT_JSON, InputError
 from lyapft.records import Record, divergence_entry, is_seedless
 from lyapft.report.compact import Reader
@@ -240,9 +240,12 @@ def _has_answers(record: Record) -> bool:
 def _with_tables(cell: Cell, home: Path, shown: bool, answers: bool, notes: list[str]) -> Cell:
     """A cell with the tables of its folder, the answers to single items only where they are asked for.
 
-    A base, which is one cell whatever the seed, is compared by its answers: it comes with them, shown or not.
+    A base, which is one cell whatever the seed, is compared by its answers: it comes with what these comparisons need
+    of them, shown or not.
     """
-    items = _table(home / records.ITEMS, notes) if (shown and answers) or is_seedless(cell.record) else None
+    items = None
+    if (shown and answers) or is_seedless(cell.record):
+        items = _table(home / records.ITEMS, notes, None if shown and answers else CORRECTNESS)
     if not shown:
         return cell if items is None else replace(cell, items=items)
     steps = _table(home / records.STEPS, notes)
@@ -260,12 +263,12 @@ def _experiments(folder: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
     return tuple(found)
 
 
-def _table(path: Path, notes: list[str]) -> pd.DataFrame | None:
+def _table(path: Path, notes: list[str], columns: Sequence[str] | None = None) -> pd.DataFrame | None:
     """A Parquet table, or None (with a note where a file is there but broken)."""
     if not path.exists():
         return None
     try:
-        return pd.read_parquet(path)
+        return pd.read_parquet(path, columns=None if columns is None else list(columns))
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
         notes.append(f"{path.parent.name}/{path.name} cannot be read ({str(error).splitlines()[0]}): left out")
         return None

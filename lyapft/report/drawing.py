@@ -127,6 +127,12 @@ class Panels:
         }
         self.figure.add_trace(drawn, row=row, col=column)  # of a Scatter plotly would make a second one
 
+    def level(self, row: int, column: int, x: Sequence[float], y: float) -> None:
+        """A dotted line without a name, at one height; a trace, for plotly takes longer over each further shape."""
+        line = {"color": "#777", "width": 1, "dash": "dot"}
+        drawn = {"type": "scatter", "mode": "lines", "x": x, "y": [y, y], "line": line, "showlegend": False}
+        self.figure.add_trace(drawn | {"hoverinfo": "skip"}, row=row, col=column)
+
     def dress(self, x_title: str, y_titles: Sequence[str]) -> go.Figure:
         """Axis titles: x below the last row, y beside the panels of the first columns."""
         for column, title in enumerate(y_titles, start=1):

@@ -75,8 +75,13 @@ class Contrast:
 
     def poolings_disagree(self, settings: Settings) -> bool:
         """Whether one pooling shows what another does not: the answer is then that of the choice."""
-        poolings = (self.comparison, *(one.comparison for one in self.others))
+        poolings = (self.comparison, *(one.comparison for one in self.rivals))
         return len({self.steadier_in(one, settings) for one in poolings}) > 1
+
+    @property
+    def rivals(self) -> list[Pooling]:
+        """The other poolings that rest on as many seeds; of fewer, it may be these that show nothing."""
+        return [one for one in self.others if one.comparison.estimate.n == self.comparison.estimate.n]
 
     def seed_floors(self, floors: Sequence[Floor]) -> tuple[float, float] | None:
         """By how many points another seed alone moves the scores of both; both sizes hold that noise too."""
@@ -212,7 +217,9 @@ def _other_poolings(
     sizes: Mapping[str, tuple[Sizes, Sizes]], kept: Sequence[str], left_out: Mapping[str, LeftOut]
 ) -> dict[tuple[str, ...], tuple[Sizes, Sizes]]:
     """Where recipes are left out: all of them, and those that are left out instead of those that they repeat."""
-    instead = {one.same_as.label: label for label, one in left_out.items()}
+    instead: dict[str, str] = {}
+    for label, one in left_out.items():
+        instead.setdefault(one.same_as.label, label)
     chosen = {tuple(sizes), tuple(instead.get(label, label) for label in kept)} if left_out else set()
     pooled = {labels: _pooled([sizes[label] for label in labels]) for labels in sorted(chosen, key=len, reverse=True)}
     return {labels: both for labels, both in pooled.items() if both[0] and both[1]}

@@ -211,7 +211,7 @@ def scores_of(record: Record) -> Scores:
         whole = score.get("value") is not None and score.get("n")  # else there is nothing to compare
         if whole and score.get("metric", "acc") == "acc":  # as `records.accuracies`
             values[key], items[key] = float(score["value"]), int(score["n"])
-            if score.get("chance"):
+            if 0.0 < float(score.get("chance") or 0.0) < 1.0:  # else there is nothing to guess
                 chance[key] = float(score["chance"])
         if count := int(score.get("beyond_trained_length") or 0):
             beyond[key] = max(beyond.get(key, 0), count)

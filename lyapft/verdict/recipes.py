@@ -109,7 +109,7 @@ def rows(evidence: Evidence, settings: Settings, counterpart: str = PAPER) -> li
 
 
 def judged_once(found: Sequence[Row]) -> list[Row]:
-    """Without those that another one of them repeats under its own name: they are judged by the first name."""
+    """Without those that repeat another one of them, however both came out: what to use is one recipe, by one name."""
     named = {row.recipe.key for row in found}
     return [row for row in found if row.same_as is None or row.same_as.key not in named]
 
@@ -143,7 +143,7 @@ def name_of_test(row: Row) -> Hashable:
 
 
 def once(found: Iterable[Row]) -> list[Row]:
-    """The rows without those that repeat another one of them under another name, and came out alike."""
+    """Without those that repeat another one and came out alike; what fails under its second name alone stays."""
     firsts: dict[Hashable, Row] = {}
     for row in found:
         firsts.setdefault((row.counterpart, name_of_test(row)), row)
@@ -233,4 +233,6 @@ def _answers_of(evidence: Evidence, pair: Pair, counterpart: str) -> tuple[Flips
     if entry.get("flips") and entry.get("answer_shift"):
         return Flips(**entry["flips"]), AnswerShift(**entry["answer_shift"])
     ours, theirs = (evidence.items.get(str(side["id"])) for side in (pair.run, pair.counterpart))
-    return None if ours is None or theirs is None else (item_flips(ours, theirs), answer_shift(ours, theirs))
+    if ours is None or theirs is None or not all("logprobs" in side for side in (ours, theirs)):
+        return None  # of a base there may be no more than which items it has right
+    return item_flips(ours, theirs), answer_shift(ours, theirs)

@@ -49,9 +49,8 @@ def scores_against_shots(study: Study) -> Figure | None:
                 },
             )
     guesses = _guesses(cells)
-    for row, column in guesses:
-        at = {"row": facets.index(row) + 1, "col": tasks.index(column) + 1}
-        panels.figure.add_hline(y=guesses[row, column], line={"color": "#777", "width": 1, "dash": "dot"}, **at)
+    for (facet, task), guess in guesses.items():
+        panels.level(facets.index(facet) + 1, tasks.index(task) + 1, [shots[0] - spread, shots[-1] + spread], guess)
     panels.figure.update_yaxes(range=[-0.03, 1.05])
     panels.figure.update_xaxes(tickvals=shots)
     drawing = panels.dress("shots in the prompt", ["accuracy (fraction right)"])

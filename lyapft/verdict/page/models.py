@@ -67,7 +67,7 @@ def _steadier(one: Contrast, common: Common) -> str:
     settings = common.found.settings
     shown = one.steadier_in(one.comparison, settings)
     over = f"over {one.pooled} recipes"
-    for other in one.others if one.poolings_disagree(settings) else ():
+    for other in one.rivals if one.poolings_disagree(settings) else ():
         if (theirs := one.steadier_in(other.comparison, settings)) != shown:
             others = f"all {len(other.recipes)}" if len(other.recipes) > one.pooled else f"{len(other.recipes)} others"
             return f"undecided ({_who(shown)} {over}, {'not' if theirs is None else _who(theirs)} over {others})"
