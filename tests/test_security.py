@@ -204,7 +204,7 @@ def test_nothing_that_it_is_named_after_leads_out_in_a_job(monkeypatch, tmp_path
 
 def test_a_parameter_of_the_sweeper_is_an_override():
     cfg = sweep_of(DIRNAME)
-    OmegaConf.update(cfg, "hydra.sweeper.params", {"device": "a,../../../outside"}, force_add=True)
+    cfg.hydra.sweeper.params = {"device": "a,../../../outside"}
     (found,) = admission.faults(cfg)
     assert "as device=../../../outside would stand in it" in found
 
