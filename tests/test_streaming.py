@@ -204,7 +204,7 @@ def test_a_signal_to_every_process_leaves_those_that_read_ahead_at_work(folders,
     assert len(readers_ahead) == 2
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         for one in readers_ahead:
-            subprocess.run(["kill", f"-{int(number)}", str(one.pid)], check=True)  # by another process
+            subprocess.run(["sh", "-c", f"kill -{int(number)} {one.pid}"], check=True)  # by another process
     assert first + drawn_from(islice(loader, 17)) == whole[:20]
     for one in readers_ahead:
         one.terminate()
