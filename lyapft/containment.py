@@ -72,8 +72,8 @@ def own(folder: Path) -> None:
 def unresolved(config: DictConfig) -> DictConfig:
     """A copy whose interpolations do without Hydra's resolver: `${hydra:runtime.cwd}` is `${hydra.runtime.cwd}`.
 
-    >>> unresolved(OmegaConf.create({"hydra": {"a": 1}, "b": ["${hydra:a}"]})).b
-    [1]
+    >>> unresolved(OmegaConf.create({"hydra": {"a": 1}, "b": ["${hydra:a}"]})).b[0]
+    1
     """
 
     def said(value: Any) -> Any:

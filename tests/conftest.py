@@ -33,6 +33,7 @@ os.environ.pop("WANDB_API_KEY", None)
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
@@ -56,13 +57,14 @@ settings.load_profile("lyapft")
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Seeds, threads, default dtype and switches as in a fresh process, whatever the test before did."""
+    """Seeds, threads, default dtype, switches, Hydra's config: as in a fresh process, whatever the test before did."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield
     torch.set_default_dtype(torch.float32)
+    HydraConfig.instance().cfg = None
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision("highest")
 

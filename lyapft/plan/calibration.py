@@ -22,6 +22,7 @@ from lyapft.plan.cells import Planned
 log = logging.getLogger(__name__)
 
 STEPS, SETTLED = 30, 4  # steps of a calibration, and those left out: caches and allocators settle
+WARM_UP = 10  # steps of the cell before it, whose figures are thrown away
 ITEMS = 64  # scored of each subset
 
 
@@ -56,7 +57,7 @@ def short(cfg: DictConfig, threads: int, replicate: int) -> DictConfig:
     twin.study = OmegaConf.structured(config.StudyConfig(name=study_name()))
     twin.seed, twin.replicate, twin.threads, twin.reference = 0, replicate, threads, "off"
     twin.logger = config.load_choice("logger", "none")
-    twin.trainer.steps, twin.trainer.progress = min(STEPS, cfg.trainer.steps), False
+    twin.trainer.steps, twin.trainer.progress = min(STEPS if replicate else WARM_UP, cfg.trainer.steps), False
     twin.task.limit = min(ITEMS, cfg.task.limit or ITEMS)
     return twin
 
