@@ -22,7 +22,6 @@ from lyapft.plan.cells import Planned
 log = logging.getLogger(__name__)
 
 STEPS, SETTLED = 30, 4  # steps of a calibration, and those left out: caches and allocators settle
-WARM_UP = 10  # steps of the cell before it, whose figures are thrown away
 ITEMS = 64  # scored of each subset
 
 
@@ -57,7 +56,7 @@ def short(cfg: DictConfig, threads: int, replicate: int) -> DictConfig:
     twin.study = OmegaConf.structured(config.StudyConfig(name=study_name()))
     twin.seed, twin.replicate, twin.threads, twin.reference = 0, replicate, threads, "off"
     twin.logger = config.load_choice("logger", "none")
-    twin.trainer.steps, twin.trainer.progress = min(STEPS if replicate else WARM_UP, cfg.trainer.steps), False
+    twin.trainer.steps, twin.trainer.progress = min(STEPS, cfg.trainer.steps), False
     twin.task.limit = min(ITEMS, cfg.task.limit or ITEMS)
     return twin
 
@@ -68,13 +67,15 @@ def calibrate(planned: Planned) -> Calibration:
     Raises:
         InputError: the cell cannot run here. CellFailed: it did not finish.
     """
-    for replicate in (0, 1):  # the first of a recipe finds heap and caches unused, as no cell of a study but one does
+    peaks = []
+    for replicate in (0, 1):  # the first finds caches cold, so its time is not used, and no free heap, so its memory is
         prepared = cell.prepare(short(planned.config, planned.threads, replicate))
         record = cell.ensure(prepared)
         if record["status"] != "ok":
             raise cell.CellFailed(f"calibration {record['name']}: {record['status']}: {record['error']['message']}")
         if record.get("oom"):
             raise cell.CellFailed(f"calibration {record['name']}: memory ran out for a whole batch")
+        peaks.append(record["cost"].get("peak_bytes"))
     steps = _steps(prepared.folder)
     cost = record["cost"]
     asked = sum(score["n"] for score in records.accuracies(record))
@@ -82,7 +83,7 @@ def calibrate(planned: Planned) -> Calibration:
         step_s=float(steps.iloc[min(SETTLED, len(steps) - 1) :].median()) if len(steps) else 0.0,
         fixed_s=cost["wall_s"] - cost["eval_wall_s"] - float(steps.sum()),
         query_s=cost["eval_wall_s"] / asked,
-        peak_bytes=cost.get("peak_bytes"),
+        peak_bytes=None if None in peaks else max(peaks),
     )
 
 
