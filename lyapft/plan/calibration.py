@@ -67,24 +67,35 @@ def calibrate(planned: Planned) -> Calibration:
     Raises:
         InputError: the cell cannot run here. CellFailed: it did not finish.
     """
-    peaks = []
-    for replicate in (0, 1):  # the first finds caches cold, so its time is not used, and no free heap, so its memory is
-        prepared = cell.prepare(short(planned.config, planned.threads, replicate))
-        record = cell.ensure(prepared)
-        if record["status"] != "ok":
-            raise cell.CellFailed(f"calibration {record['name']}: {record['status']}: {record['error']['message']}")
-        if record.get("oom"):
-            raise cell.CellFailed(f"calibration {record['name']}: memory ran out for a whole batch")
-        peaks.append(record["cost"].get("peak_bytes"))
-    steps = _steps(prepared.folder)
-    cost = record["cost"]
-    asked = sum(score["n"] for score in records.accuracies(record))
+    first, later = (_run(planned, replicate) for replicate in (0, 1))
+    steps, cost = _steps(later[0]), later[1]["cost"]
+    # The first has caches to fill, so its steps are not used; it has no free heap either, so its memory is; what a cell
+    # takes beside lies between the two, for it may be the first of its process, but its data are tokenised.
+    peaks = [record["cost"].get("peak_bytes") for _, record in (first, later)]
+    asked = sum(score["n"] for score in records.accuracies(later[1]))
     return Calibration(
         step_s=float(steps.iloc[min(SETTLED, len(steps) - 1) :].median()) if len(steps) else 0.0,
-        fixed_s=cost["wall_s"] - cost["eval_wall_s"] - float(steps.sum()),
+        fixed_s=(_beside(*first) + _beside(*later)) / 2,
         query_s=cost["eval_wall_s"] / asked,
         peak_bytes=None if None in peaks else max(peaks),
     )
+
+
+def _run(planned: Planned, replicate: int) -> tuple[Path, records.Record]:
+    """Folder and record of one short cell."""
+    prepared = cell.prepare(short(planned.config, planned.threads, replicate))
+    record = cell.ensure(prepared)
+    if record["status"] != "ok":
+        raise cell.CellFailed(f"calibration {record['name']}: {record['status']}: {record['error']['message']}")
+    if record.get("oom"):
+        raise cell.CellFailed(f"calibration {record['name']}: memory ran out for a whole batch")
+    return prepared.folder, record
+
+
+def _beside(folder: Path, record: records.Record) -> float:
+    """Seconds of a cell beside its steps and its scoring."""
+    cost = record["cost"]
+    return float(cost["wall_s"] - cost["eval_wall_s"] - _steps(folder).sum())
 
 
 def queries(cfg: DictConfig) -> int:
